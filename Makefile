@@ -1,0 +1,29 @@
+# `make demo` and `make test` do everything: each makes .venv, installs the pinned versions, runs.
+PYTHON ?= python3.11
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test lint clean
+demo: $(STAMP)
+	$(BIN)/mpq demo --force
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	@# mypy maps no directory onto another package: it reads a copy laid out as installed.
+	rm -rf build/typed && mkdir -p build/typed
+	cp -r mpq build/typed/mpq && cp -r export policies build/typed/mpq/
+	cd build/typed && $(abspath $(BIN))/mypy --config-file ../../pyproject.toml
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info .mypy_cache .ruff_cache .pytest_cache

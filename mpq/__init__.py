@@ -1,0 +1,63 @@
+"""mpq: a mixed-precision quantization compiler for PyTorch vision models.
+
+The public names below are imported on first use, so that `mpq --help`, `mpq bench` and whoever
+only reads a policy never load torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mpq.analyze import allocate, build_policy, pareto_front, score_layers
+    from mpq.graph.ir import QuantGraph
+    from mpq.graph.passes import freeze, prepare, to_float
+    from mpq.policy import Constraints, LayerPolicy, Policy
+    from mpq.ptq import calibrate, quantize_graph
+    from mpq.spec import QuantSpec
+    from mpq.train.loop import fit
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Constraints": "mpq.policy",
+    "LayerPolicy": "mpq.policy",
+    "Policy": "mpq.policy",
+    "QuantGraph": "mpq.graph.ir",
+    "QuantSpec": "mpq.spec",
+    "allocate": "mpq.analyze",
+    "build_policy": "mpq.analyze",
+    "calibrate": "mpq.ptq",
+    "fit": "mpq.train.loop",
+    "freeze": "mpq.graph.passes",
+    "pareto_front": "mpq.analyze",
+    "prepare": "mpq.graph.passes",
+    "quantize_graph": "mpq.ptq",
+    "score_layers": "mpq.analyze",
+    "to_float": "mpq.graph.passes",
+}
+__all__ = [
+    "Constraints",
+    "LayerPolicy",
+    "Policy",
+    "QuantGraph",
+    "QuantSpec",
+    "allocate",
+    "build_policy",
+    "calibrate",
+    "fit",
+    "freeze",
+    "pareto_front",
+    "prepare",
+    "quantize_graph",
+    "score_layers",
+    "to_float",
+]
+
+
+def __getattr__(name: str) -> object:
+    """Import a public name from its home."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'mpq' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)

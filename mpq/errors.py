@@ -1,0 +1,52 @@
+"""What mpq raises. Every message says what, where, what it must be, what it got, what to try.
+
+A child also inherits the builtin that a library user would expect to catch. The command line
+turns any `MpqError` into one message and exit code 2.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class MpqError(Exception):
+    """Base of all errors that a user can cause and mend."""
+
+
+class PolicyError(MpqError, ValueError):
+    """A policy file or a choice in it is not usable."""
+
+
+class CheckpointError(MpqError, ValueError):
+    """A checkpoint cannot be read, trusted, or matched with an architecture."""
+
+
+class DataError(MpqError, ValueError):
+    """Data is missing or not what the model needs."""
+
+
+class GraphError(MpqError, ValueError):
+    """A model cannot be traced or rewritten."""
+
+
+class InfeasibleError(MpqError, ValueError):
+    """No policy meets the constraints; the message names the achievable range."""
+
+
+class TrainError(MpqError, RuntimeError):
+    """Training cannot go on (a NaN, a checkpoint of another run)."""
+
+
+class ExportError(MpqError, RuntimeError):
+    """A file cannot be written as promised, or does not answer as promised."""
+
+
+class UsageError(MpqError, ValueError):
+    """An option or a combination of options makes no sense, or an input file is missing."""
+
+
+def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
+    """Return `; did you mean A, B?` for the closest known names, or an empty string."""
+    close = difflib.get_close_matches(name, list(known), n=count, cutoff=0.5)
+    return f"; did you mean {', '.join(close)}?" if close else ""

@@ -1,0 +1,307 @@
+"""The policy file: what a person reads and edits, and what every later stage obeys.
+
+Precedence: `default`, then each entry of `layers` from top to bottom; an entry names one layer by
+its exact module path or several by a glob, and overrides field by field, so the last match wins. A
+pattern that matches nothing and a key that is not known are errors that name the nearest name.
+No torch here: a policy can be read where torch is absent.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import io
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
+
+from mpq.errors import PolicyError, nearest
+from mpq.spec import QuantSpec, activation_spec, weight_spec
+from mpq.target import get_target
+
+Float = Literal["float"]
+
+
+def _read_spec(value: object) -> object:
+    if value == "float" or isinstance(value, QuantSpec):
+        return value
+    return QuantSpec.parse(str(value))
+
+
+Spec = Annotated[QuantSpec | Float, BeforeValidator(_read_spec), PlainSerializer(str)]
+"""A number format (`int4/channel`) or `float`."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
+
+
+class ModelInfo(_Strict):
+    """Which network the policy was made for.
+
+    `arch` is a zoo or torchvision name or `package.module:factory`; `checkpoint` a path, relative
+    to the policy file or to the working directory; `sha256` the hash of the weights
+    (`mpq.checkpoint.weights_hash`); `input` is `[channels, height, width]`.
+    """
+
+    arch: str
+    checkpoint: str = ""
+    sha256: str = ""
+    classes: int = Field(ge=1)
+    input: tuple[int, int, int] = (3, 32, 32)
+    normalize: str = "none"
+
+
+class DataInfo(_Strict):
+    """Which data were looked at: `name` as for `--data`, calibration `samples`, `seed`."""
+
+    name: str = "none"
+    samples: int = Field(default=512, ge=0)
+    seed: int = 0
+
+
+class DefaultSpec(_Strict):
+    """Formats of a layer that no entry names."""
+
+    weight: Spec = weight_spec(8)
+    activation: Spec = activation_spec(8)
+
+
+class LayerPolicy(_Strict):
+    """One entry of `layers`: a path or glob, and what it sets (None leaves it as it is)."""
+
+    name: str
+    weight: Spec | None = None
+    activation: Spec | None = None
+    locked: bool | None = None
+    reason: str = ""
+
+
+class Constraints(_Strict):
+    """Budgets that the search was given. Units: bits, MB (10^6 bytes), 10^9 BitOps, percent."""
+
+    effective_bits: float | None = Field(default=None, gt=0)
+    max_size_mb: float | None = Field(default=None, gt=0)
+    max_bops: float | None = Field(default=None, gt=0)
+
+
+class SearchResult(_Strict):
+    """What the search found. `bitops` is MACs x weight bits x activation bits, per image."""
+
+    effective_bits: float
+    weight_bytes: int
+    predicted_bytes: int
+    bitops: float
+    predicted_drop: float | None = None
+    solver: str = ""
+    status: str = ""
+    gap: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class LayerChoice:
+    """The resolved decision for one layer; a width of None is float."""
+
+    name: str
+    weight: QuantSpec | None
+    activation: QuantSpec | None
+    locked: bool = False
+    reason: str = ""
+
+    @property
+    def weight_bits(self) -> int | None:
+        """Width of the weights, None for float."""
+        return self.weight.bits if self.weight else None
+
+    @property
+    def activation_bits(self) -> int | None:
+        """Width of the input activations, None for float."""
+        return self.activation.bits if self.activation else None
+
+
+class Policy(_Strict):
+    """A whole policy file (DESIGN: the user's contract with every stage)."""
+
+    version: Literal[1] = 1
+    model: ModelInfo | None = None
+    data: DataInfo = DataInfo()
+    target: str = "onnxruntime-cpu"
+    default: DefaultSpec = DefaultSpec()
+    groups: list[list[str]] = []
+    layers: list[LayerPolicy] = []
+    constraints: Constraints = Constraints()
+    result: SearchResult | None = None
+    evidence: dict[str, Any] = {}
+
+    @classmethod
+    def uniform(cls, weight_bits: int, activation_bits: int | None = None) -> Policy:
+        """Every layer at the same widths; activations default to 8 bits, for W16 to 16."""
+        act = activation_bits or (16 if weight_bits == 16 else 8)
+        default = DefaultSpec(weight=weight_spec(weight_bits), activation=activation_spec(act))
+        return cls(default=default)
+
+    def resolve(self, names: Sequence[str]) -> dict[str, LayerChoice]:
+        """The decision for each layer of a network, in the order of `names`.
+
+        Raises:
+            PolicyError: a pattern or group member that names no layer, a width that the target
+                cannot store, a format that no kernel reads, or a group whose members differ in
+                their activation format.
+        """
+        weights: dict[str, QuantSpec | Float] = dict.fromkeys(names, self.default.weight)
+        acts: dict[str, QuantSpec | Float] = dict.fromkeys(names, self.default.activation)
+        locked, reasons = dict.fromkeys(names, False), dict.fromkeys(names, "")
+        for entry in self.layers:
+            for name in _match(entry.name, names, "layers"):
+                weights[name] = entry.weight or weights[name]
+                acts[name] = entry.activation or acts[name]
+                locked[name] = locked[name] if entry.locked is None else entry.locked
+                reasons[name] = entry.reason or reasons[name]
+        choices = {
+            n: LayerChoice(n, _none_if_float(weights[n]), _none_if_float(acts[n]), locked[n], r)
+            for n, r in reasons.items()
+        }
+        self._check(choices)
+        return choices
+
+    def _check(self, choices: dict[str, LayerChoice]) -> None:
+        target = get_target(self.target)
+        for choice in choices.values():
+            target.support(choice.weight_bits, choice.activation_bits)
+            _check_formats(choice)
+        for group in self.groups:
+            members = [n for pattern in group for n in _match(pattern, list(choices), "groups")]
+            formats = {str(choices[n].activation or "float") for n in members}
+            if len(formats) > 1:
+                listed = ", ".join(f"{n}: {choices[n].activation or 'float'}" for n in members)
+                raise PolicyError(
+                    f"the layers of a group read one tensor, so their activation formats must "
+                    f"agree. Got {listed}. Give them one format, or remove the group."
+                )
+
+    def to_yaml(self) -> str:
+        """The text of the file: one line per layer, so that it can be read, edited and diffed."""
+        data = self.model_dump(mode="json", exclude_none=True, exclude_defaults=False)
+        for key in ("groups", "evidence", "result", "constraints"):
+            if not data.get(key):
+                data.pop(key, None)
+        for layer in data["layers"]:
+            if not layer["reason"]:
+                del layer["reason"]
+        out = io.StringIO()
+        for key, value in data.items():
+            out.write(_section(key, value))
+        return out.getvalue()
+
+    @classmethod
+    def from_yaml(cls, text: str, where: str = "policy") -> Policy:
+        """Read the text of a policy file; `where` names it in messages.
+
+        Raises:
+            PolicyError: text that is not YAML, an unknown key, a value of the wrong form.
+        """
+        try:
+            data = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise PolicyError(f"{where} is not valid YAML: {_one_line(error)}") from None
+        if not isinstance(data, dict):
+            raise PolicyError(
+                f"{where} must be a YAML mapping that begins with `version: 1`. "
+                f"Got {type(data).__name__} instead."
+            )
+        if data.get("version") != 1:
+            raise PolicyError(f"{where}: version must be 1. Got {data.get('version')!r} instead.")
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            raise PolicyError(_explain(error, where)) from None
+
+    @classmethod
+    def load(cls, path: str | Path) -> Policy:
+        """Read a policy file.
+
+        Raises:
+            PolicyError: the file is missing, unreadable or not a policy.
+        """
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except FileNotFoundError:
+            raise PolicyError(
+                f"policy {path} does not exist. `mpq analyze MODEL` writes one."
+            ) from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise PolicyError(f"policy {path} cannot be read: {error}") from None
+        return cls.from_yaml(text, str(path))
+
+
+def _none_if_float(spec: QuantSpec | Float) -> QuantSpec | None:
+    return None if spec == "float" else spec  # type: ignore[return-value]
+
+
+def _check_formats(choice: LayerChoice) -> None:
+    """Refuse what no integer kernel reads: unsigned weights, signed or per-channel activations."""
+    weight, act = choice.weight, choice.activation
+    if weight and not weight.signed:
+        raise PolicyError(
+            f"weight of layer {choice.name} must be signed, e.g. int{weight.bits}/channel. "
+            f"Got {weight} instead."
+        )
+    if act and (act.granularity != "tensor" or act.signed != activation_spec(act.bits).signed):
+        raise PolicyError(
+            f"activation of layer {choice.name} must be {activation_spec(act.bits)} at "
+            f"{act.bits} bits. Got {act} instead."
+        )
+
+
+def _match(pattern: str, names: Sequence[str], where: str) -> list[str]:
+    if pattern in names:
+        return [pattern]
+    found = [n for n in names if fnmatch.fnmatchcase(n, pattern)]
+    if not found:
+        raise PolicyError(
+            f"{where}: {pattern!r} must name a layer of the model (a module path or a glob) but "
+            f"matches none of its {len(names)} layers{nearest(pattern, names)}"
+        )
+    return found
+
+
+def _section(key: str, value: object) -> str:
+    """One top-level key; list items and small mappings in flow style, on one line each."""
+    if isinstance(value, list) and value:
+        return f"{key}:\n" + "".join(f"  - {_flow(v)}\n" for v in value)
+    if key == "evidence" and isinstance(value, dict):
+        return f"{key}:\n" + "".join(f"  {_flow(k)}: {_flow(v)}\n" for k, v in value.items())
+    return f"{key}: {_flow(value)}\n"
+
+
+def _flow(value: object) -> str:
+    text = yaml.safe_dump(value, default_flow_style=True, width=10**6, sort_keys=False)
+    return text.removesuffix("\n").removesuffix("\n...")
+
+
+def _explain(error: ValidationError, where: str) -> str:
+    lines = []
+    for item in error.errors():
+        path = ".".join(str(p) for p in item["loc"] if not str(p).startswith("function-"))
+        if item["type"] == "extra_forbidden":
+            key = str(item["loc"][-1])
+            lines.append(f"{path} is not a known key{nearest(key, _known_keys())}")
+        elif item["type"] == "missing":
+            lines.append(f"{path} is missing.")
+        elif item["type"] == "value_error":
+            lines.append(f"{path}: {item['ctx']['error']}")
+        else:
+            lines.append(f"{path}: {item['msg']}. Got {item['input']!r} instead.")
+    return f"{where} is not a valid policy: " + " ".join(dict.fromkeys(lines))
+
+
+def _known_keys() -> Iterable[str]:
+    models = (Policy, ModelInfo, DataInfo, DefaultSpec, LayerPolicy, Constraints, SearchResult)
+    return sorted({name for m in models for name in m.model_fields})
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,85 @@
+"""`QuantSpec`: the number format of a tensor, as a value with a text form.
+
+`int4/channel` is signed and symmetric with one scale per output channel, `uint8/tensor` unsigned
+and affine (it has a zero point) with one scale. `parse` and `str` are inverses.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+Granularity = Literal["tensor", "channel"]
+WIDTHS = (2, 3, 4, 5, 6, 8, 16)
+_TEXT = re.compile(r"(u?)int(\d+)/(tensor|channel)")
+
+
+@dataclass(frozen=True, slots=True)
+class QuantSpec:
+    """Number format of a quantized tensor.
+
+    Args:
+        bits: width, one of 2, 3, 4, 5, 6, 8, 16.
+        signed: two's complement, symmetric around zero; otherwise unsigned with a zero point.
+        granularity: one scale for the tensor or one per output channel.
+
+    Raises:
+        ValueError: a width or granularity that mpq does not know.
+    """
+
+    bits: int
+    signed: bool
+    granularity: Granularity
+
+    def __post_init__(self) -> None:
+        if self.bits not in WIDTHS:
+            raise ValueError(f"bits must be one of {WIDTHS}. Got {self.bits} instead.")
+        if self.granularity not in ("tensor", "channel"):
+            raise ValueError(
+                f"granularity must be 'tensor' or 'channel'. Got {self.granularity!r} instead."
+            )
+
+    @classmethod
+    def parse(cls, text: str) -> QuantSpec:
+        """Read the text form, e.g. `int4/channel`.
+
+        Raises:
+            ValueError: text of another form.
+        """
+        match = _TEXT.fullmatch(text.strip())
+        if not match:
+            raise ValueError(
+                f"a number format must look like 'int4/channel' or 'uint8/tensor'. "
+                f"Got {text!r} instead."
+            )
+        unsigned, bits, granularity = match.groups()
+        return cls(int(bits), not unsigned, "tensor" if granularity == "tensor" else "channel")
+
+    def __str__(self) -> str:
+        return f"{'' if self.signed else 'u'}int{self.bits}/{self.granularity}"
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether the zero point is always 0: true for every signed format."""
+        return self.signed
+
+    @property
+    def qmin(self) -> int:
+        """Lowest integer."""
+        return -(1 << (self.bits - 1)) if self.signed else 0
+
+    @property
+    def qmax(self) -> int:
+        """Highest integer."""
+        return (1 << (self.bits - 1)) - 1 if self.signed else (1 << self.bits) - 1
+
+
+def weight_spec(bits: int) -> QuantSpec:
+    """The weight format at a width: signed, per output channel."""
+    return QuantSpec(bits, True, "channel")
+
+
+def activation_spec(bits: int) -> QuantSpec:
+    """The activation format at a width: unsigned and affine up to 8 bits, signed at 16."""
+    return QuantSpec(bits, bits > 8, "tensor")

@@ -1,0 +1,100 @@
+"""What a runtime stores and computes, as data: one table, read by search, annotation and export.
+
+The facts of `onnxruntime-cpu` are measured (docs/runtime.md): integer Conv and Gemm exist for 8-bit
+operands only, so narrower weights are stored packed and run at 8 bits, and 16-bit layers are stored
+in 16 bits and run in float.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from mpq.errors import PolicyError, nearest
+
+
+@dataclass(frozen=True, slots=True)
+class Support:
+    """How a layer of one width is stored and run; `reason` says why not as integers."""
+
+    storage: str
+    compute: str
+    integer: bool
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A runtime as data.
+
+    Args:
+        name: as in a policy's `target`.
+        layers: weight and activation bits to support; `None` is float.
+        integer_ops: graph operations besides layers that have an integer kernel.
+        moving_ops: operations that move or select values and run on integers unchanged.
+        bytes_per_layer: measured average cost of a layer's graph nodes in the file, in bytes.
+    """
+
+    name: str
+    layers: dict[tuple[int | None, int | None], Support]
+    integer_ops: frozenset[str]
+    moving_ops: frozenset[str]
+    bytes_per_layer: int = 0
+    notes: tuple[str, ...] = field(default=())
+
+    def support(self, weight_bits: int | None, activation_bits: int | None) -> Support:
+        """Support of a layer at these widths (None: float).
+
+        Raises:
+            PolicyError: the target cannot store such a layer.
+        """
+        try:
+            return self.layers[weight_bits, activation_bits]
+        except KeyError:
+            known = ", ".join(f"W{w or 32}A{a or 32}" for w, a in self.layers)
+            raise PolicyError(
+                f"target {self.name} has no W{weight_bits or 32}A{activation_bits or 32} layer. "
+                f"It has {known}."
+            ) from None
+
+
+_FLOAT_16 = "no 16-bit integer kernel: the stored integers are expanded to float at load"
+_FLOAT_IN = "the input is not quantized to 8 bits or fewer, so no integer kernel applies"
+_FLOAT = "kept in float by the policy"
+
+
+def _onnxruntime_layers() -> dict[tuple[int | None, int | None], Support]:
+    table: dict[tuple[int | None, int | None], Support] = {}
+    for w in (2, 3, 4, 5, 6, 8):
+        stored = f"int{w}"
+        for a in (2, 3, 4, 5, 6, 8):
+            table[w, a] = Support(stored, "int8", True)
+        for wide in (16, None):
+            table[w, wide] = Support(stored, "float", False, _FLOAT_IN)
+    for narrow in (2, 3, 4, 5, 6, 8, 16, None):
+        table[16, narrow] = Support("int16", "float", False, _FLOAT_16)
+        table[None, narrow] = Support("float", "float", False, _FLOAT)
+    return table
+
+
+ONNXRUNTIME_CPU = Target(
+    name="onnxruntime-cpu",
+    layers=_onnxruntime_layers(),
+    integer_ops=frozenset({"add", "mul", "concat", "avgpool", "global_avgpool", "sigmoid"}),
+    moving_ops=frozenset({"maxpool", "flatten", "transpose", "split", "slice", "pad"}),
+    bytes_per_layer=420,
+)
+
+TARGETS = {ONNXRUNTIME_CPU.name: ONNXRUNTIME_CPU}
+
+
+def get_target(name: str) -> Target:
+    """The target of that name.
+
+    Raises:
+        PolicyError: an unknown name.
+    """
+    if name not in TARGETS:
+        raise PolicyError(
+            f"target must be one of {', '.join(TARGETS)}. Got {name!r}{nearest(name, TARGETS)}"
+        )
+    return TARGETS[name]

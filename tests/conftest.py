@@ -1,0 +1,72 @@
+"""What every test obeys: one thread per worker, and no state left behind for the next test."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))  # helpers such as nets.py, in every import mode
+
+torch.set_num_threads(1)
+OTHERS = (
+    "PYTEST_CURRENT_TEST",
+    "TORCHINDUCTOR_CACHE_DIR",
+    "TRITON_CACHE_DIR",
+    "KMP_DUPLICATE_LIB_OK",
+    "KMP_INIT_AT_FORK",
+)
+"""Variables that pytest, torch and scikit-learn set on their own account."""
+
+
+def _state() -> dict[str, Any]:
+    env = {k: v for k, v in os.environ.items() if k not in OTHERS}
+    return {
+        "default dtype": torch.get_default_dtype(),
+        "thread count": torch.get_num_threads(),
+        "grad mode": torch.is_grad_enabled(),
+        "environment": env,
+    }
+
+
+@pytest.fixture(autouse=True)
+def no_leaks() -> Iterator[None]:
+    """Fail a test that leaves torch or the environment changed, and mend it for the next one."""
+    before = _state()
+    yield
+    after = _state()
+    leaked = [name for name in before if before[name] != after[name]]
+    if not leaked:
+        return
+    torch.set_default_dtype(before["default dtype"])
+    torch.set_num_threads(before["thread count"])
+    torch.set_grad_enabled(before["grad mode"])
+    for key in after["environment"].keys() - before["environment"].keys():
+        del os.environ[key]
+    os.environ.update(before["environment"])
+    changes = "; ".join(_change(name, before[name], after[name]) for name in leaked)
+    pytest.fail(f"the test leaves changed state behind: {changes}", pytrace=False)
+
+
+def _change(name: str, before: object, after: object) -> str:
+    if isinstance(before, dict) and isinstance(after, dict):
+        keys = [k for k in before.keys() | after.keys() if before.get(k) != after.get(k)]
+        return f"{name}: {', '.join(sorted(keys))}"
+    return f"{name}: {before} -> {after}"
+
+
+@pytest.fixture(scope="session")
+def mpq_data() -> Path:
+    """The folder of real data; relative values are relative to where pytest was started."""
+    value = os.environ.get("MPQ_DATA")
+    if not value:
+        pytest.skip("MPQ_DATA is not set, so there are no real data to test with")
+    path = Path(value).resolve()
+    if not path.is_dir():
+        pytest.skip(f"MPQ_DATA={value} is not a folder")
+    return path
