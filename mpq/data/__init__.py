@@ -1,0 +1,19 @@
+"""Images and labels by name, free of torch: `open_data("cifar10")` is the way in.
+
+- `sources`: what a split is (`Source`), a data set (`DataSet`), arrays and subsets as splits
+- `catalog`: from a name to a data set, and where it is looked for
+- `containers`, `images`, `folders`: files in a folder or zip, decoding, the image-folder layout
+- `cifar`, `digits`, `factory`: the other readers
+- `splits`: stratified hold-outs and balanced samples; `cache`: a whole split as arrays
+- `normalize`: the arithmetic between stored bytes and a network's input
+"""
+
+from __future__ import annotations
+
+from mpq.data.cache import load_arrays
+from mpq.data.catalog import open_data
+from mpq.data.normalize import Normalization
+from mpq.data.sources import DataSet, Source
+from mpq.data.splits import sample_indices
+
+__all__ = ["DataSet", "Normalization", "Source", "load_arrays", "open_data", "sample_indices"]

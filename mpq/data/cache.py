@@ -1,0 +1,126 @@
+"""A whole split as arrays, decoded once per machine.
+
+Decoded files are kept as `.npy` under `$MPQ_CACHE` or `~/.cache/mpq`, under a key of their names,
+sizes and times: a changed file is decoded again. A cache that cannot be read or written costs time,
+never the run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpq.data.containers import Container
+from mpq.data.folders import Entry, ImageSource
+from mpq.data.sources import Images, Labels, Source, Subset
+from mpq.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+CHUNK = 1024
+FORMAT = 1
+"""Part of the key: raise it when decoding changes."""
+MEMORY_SHARE = 0.8
+
+
+def load_arrays(source: Source) -> tuple[Images, Labels]:
+    """All images `[n, H, W, 3]` uint8 and labels `[n]` int64 of a split.
+
+    Subsets of one parent (train and validation) share the parent's cache file.
+
+    Raises:
+        DataError: a damaged image, or a split that does not fit into memory.
+    """
+    parent, indices = source, np.arange(len(source))
+    if isinstance(source, Subset):
+        parent, indices = source.parent, source.indices
+    if not isinstance(parent, ImageSource):
+        return parent.read(indices), source.labels
+    _check_memory(len(indices), parent.size)
+    cached = _cached(parent)
+    images = parent.read(indices) if cached is None else cached[indices]
+    return np.asarray(images), source.labels
+
+
+def cache_folder() -> Path:
+    """`$MPQ_CACHE`, or `~/.cache/mpq`."""
+    return Path(os.environ.get("MPQ_CACHE") or Path.home() / ".cache" / "mpq")
+
+
+def _check_memory(count: int, size: tuple[int, int]) -> None:
+    if not hasattr(os, "sysconf"):
+        return
+    need = count * size[0] * size[1] * 3
+    have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if need > MEMORY_SHARE * have:
+        raise DataError(
+            f"{count} images of {size[0]}x{size[1]} take {need / 2**30:.1f} GiB as arrays; this "
+            f"machine has {have / 2**30:.1f} GiB. Use fewer images or a smaller size."
+        )
+
+
+def _cached(source: ImageSource) -> NDArray[np.uint8] | None:
+    """The decoded split, mapped from its cache file; None where there can be no such file."""
+    try:
+        path = cache_folder() / f"images-{_key(source)}.npy"
+        if not _readable(path, source):
+            _write(path, source)
+        images: NDArray[np.uint8] = np.load(path, mmap_mode="r", allow_pickle=False)
+    except OSError as error:
+        logger.warning("decoded images are not cached in %s: %s", cache_folder(), error)
+        return None
+    return images
+
+
+def _readable(path: Path, source: ImageSource) -> bool:
+    if not path.exists():
+        return False
+    try:
+        images = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        logger.warning("%s is damaged and is written again: %s", path, error)
+        return False
+    return bool(images.dtype == np.uint8 and images.shape == (len(source), *source.size, 3))
+
+
+def _write(path: Path, source: ImageSource) -> None:
+    """Decode into a temporary file beside `path`, then move it there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    logger.info("decoding %d images into %s", len(source), path)
+    header = {
+        "descr": np.lib.format.dtype_to_descr(np.dtype(np.uint8)),
+        "fortran_order": False,
+        "shape": (len(source), *source.size, 3),
+    }
+    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:
+        try:
+            np.lib.format.write_array_header_1_0(file, header)
+            for start in range(0, len(source), CHUNK):
+                chunk = source.read(range(start, min(start + CHUNK, len(source))))
+                file.write(chunk.tobytes())
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(file.name, path)
+        except BaseException:
+            os.unlink(file.name)
+            raise
+
+
+def _key(source: ImageSource) -> str:
+    members: dict[Container, list[Entry]] = {}
+    for entry in source.entries:
+        members.setdefault(entry.container, []).append(entry)
+    stamps = [
+        container.stamp([entry.name for entry in entries]) for container, entries in members.items()
+    ]
+    digest = hashlib.sha256(json.dumps([FORMAT, source.size, stamps]).encode())
+    for entry in source.entries:
+        digest.update(entry.name.encode(errors="surrogateescape") + b"\n")
+    return digest.hexdigest()[:24]

@@ -1,0 +1,194 @@
+"""From a data name to a data set: which forms there are, and where they are looked for."""
+
+from __future__ import annotations
+
+import glob
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from mpq.data.cifar import CIFAR, batches_in, open_batches, open_cifar_images
+from mpq.data.containers import Folder
+from mpq.data.digits import open_digits
+from mpq.data.factory import is_factory, open_factory
+from mpq.data.folders import archive_name, open_folders
+from mpq.data.sources import DataSet
+from mpq.data.splits import Splits, divide
+from mpq.errors import DataError, nearest
+
+logger = logging.getLogger(__name__)
+
+FORMS = (
+    "digits, cifar10, cifar100, a folder or zip archive of CLASS/IMAGE or SPLIT/CLASS/IMAGE, NAME "
+    "for archives NAME-train-*.zip and NAME-test.zip, package.module:factory, or none"
+)
+USUAL_PLACES = ("data", ".", "~/.cache/torch", "~/.cache/torch/datasets", "~/data", "~/datasets")
+
+
+def open_data(
+    name: str | Path,
+    *,
+    root: str | Path | None = None,
+    size: tuple[int, int] | None = None,
+    holdout: int | None = None,
+    seed: int = 0,
+) -> DataSet:
+    """Open data by name; images are decoded later, when they are read.
+
+    Args:
+        name: `digits`, `cifar10`, `cifar100`, a folder, a zip archive, a pattern of archives
+            (`flowers-*.zip`), a name whose archives `NAME-train-*.zip` lie in a searched folder,
+            or `package.module:factory`.
+        root: where to look first; then `$MPQ_DATA` and the usual places.
+        size: height and width of the images; None keeps their own.
+        holdout: validation images taken out of train, stratified; None takes 10 %. Data with a
+            validation and a test split of their own keep them.
+        seed: of the holdout.
+
+    Raises:
+        DataError: nothing under that name, or data that are not what they must be.
+    """
+    text = str(name).strip()
+    if size is not None and (len(size) != 2 or min(size) < 1):
+        raise DataError(f"size must be height and width of at least 1. Got {size}.")
+    found = _open(text, root, size)
+    if isinstance(found, DataSet):
+        return found
+    return divide(found, name=text, holdout=holdout, seed=seed)
+
+
+def _open(name: str, root: str | Path | None, size: tuple[int, int] | None) -> Splits | DataSet:
+    if name in ("none", ""):
+        raise DataError(
+            f"data is {name or 'empty'!r}, but images are needed here. Name some with --data: "
+            f"{FORMS.removesuffix(', or none')}."
+        )
+    if name == "digits":
+        return open_digits(size)
+    if is_factory(name) and not Path(name).exists():
+        return open_factory(name, size)
+    places = search_places(root)
+    if name in CIFAR:
+        return _open_cifar(name, places, size)
+    paths = _locate(name, places)
+    if not paths:
+        raise DataError(_not_found(name, places))
+    logger.info("data %s: %s", name, ", ".join(map(str, paths)))
+    return _open_paths(paths, size)
+
+
+def search_places(root: str | Path | None) -> list[Path]:
+    """Folders to look in, first to last: `root`, `$MPQ_DATA`, the usual places that exist.
+
+    Raises:
+        DataError: `root` is no folder. A missing `$MPQ_DATA` is only told when data are not found.
+    """
+    if root is not None and not Path(root).expanduser().is_dir():
+        raise DataError(f"the data root must be an existing folder. Got {root}.")
+    given = [place for place in (root, os.environ.get("MPQ_DATA")) if place]
+    usual = [Path(place).expanduser() for place in USUAL_PLACES]
+    return [Path(place).expanduser() for place in given] + [p for p in usual if p.is_dir()]
+
+
+def _open_cifar(name: str, places: Sequence[Path], size: tuple[int, int] | None) -> Splits:
+    batches = CIFAR[name]
+    for place in places:
+        below = place / name
+        for folder in (place / batches.folder, place, below / batches.folder, below):
+            if batches_in(folder) is batches:
+                logger.info("data %s: %s", name, folder)
+                return open_batches(folder, batches, size)
+        paths = _archives_in(_named(name, place))
+        if paths:
+            logger.info("data %s: %s", name, ", ".join(map(str, paths)))
+            return open_cifar_images(name, paths, size)
+    raise DataError(
+        f"data {name} is not there. Looked for {batches.folder}/, {name}/, {name}.zip and "
+        f"{name}-train-*.zip in {_list(places)}. Name its folder with --data-root or $MPQ_DATA."
+    )
+
+
+def _open_paths(paths: Sequence[Path], size: tuple[int, int] | None) -> Splits:
+    batches = batches_in(paths[0]) if len(paths) == 1 else None
+    if batches is not None:
+        return open_batches(paths[0], batches, size)
+    return open_folders(_archives_in(paths), size)
+
+
+def _archives_in(paths: Sequence[Path]) -> Sequence[Path]:
+    """The archives of a folder that holds no images, otherwise the paths as they are.
+
+    Raises:
+        DataError: archives of several data sets.
+    """
+    if len(paths) != 1 or not paths[0].is_dir():
+        return paths
+    folder = paths[0]
+    archives = sorted(folder.glob("*.zip"))
+    if not archives or Folder(folder).names():
+        return paths
+    names = sorted({archive_name(path)[0] for path in archives})
+    if len(names) > 1:
+        raise DataError(
+            f"{folder} has archives of several data sets: {', '.join(names)}. Name one of them, "
+            f"with {folder} as --data-root."
+        )
+    return archives
+
+
+def _locate(name: str, places: Sequence[Path]) -> list[Path]:
+    """Paths of a name: itself, below a place, a pattern, or the archives of a set."""
+    expanded = Path(name).expanduser()
+    for place in (Path(), *places):
+        if (place / expanded).exists():
+            return [place / expanded]
+        if glob.has_magic(name):
+            matches = sorted(map(Path, glob.glob(str(place / expanded))))
+            if matches:
+                return matches
+        elif paths := _named(name, place):
+            return paths
+    return []
+
+
+def _named(name: str, place: Path) -> list[Path]:
+    """Folder, archive or archives of a data set in one place."""
+    for path in (place / name, place / f"{name}.zip"):
+        if path.exists():
+            return [path]
+    archives = sorted(place.glob(f"{glob.escape(name)}-*.zip")) if _plain(name) else []
+    return [path for path in archives if archive_name(path)[0] == name]
+
+
+def _plain(name: str) -> bool:
+    return not any(mark in name for mark in "/\\~")
+
+
+def _not_found(name: str, places: Sequence[Path]) -> str:
+    expanded = Path(name).expanduser()
+    if not _plain(name) or name.lower().endswith(".zip"):
+        siblings = sorted(p.name for p in expanded.parent.glob("*"))[:10_000]
+        return (
+            f"data {name} does not exist{nearest(expanded.name, siblings) or '.'} "
+            f"Also looked in {_list(places)}. Data must be {FORMS}."
+        )
+    known = sorted({"digits", "cifar10", "cifar100", "none", *_names_in(places)})
+    return (
+        f"data must be {FORMS}. Got {name!r}{nearest(name, known) or '.'} Looked in "
+        f"{_list(places)}; --data-root or $MPQ_DATA names another folder."
+    )
+
+
+def _names_in(places: Sequence[Path]) -> Iterator[str]:
+    for place in places:
+        for path in place.glob("*"):
+            if path.is_dir():
+                yield path.name
+            elif path.suffix.lower() == ".zip":
+                yield archive_name(path)[0]
+
+
+def _list(places: Sequence[Path]) -> str:
+    shown = (f"{place}/" if place.is_dir() else f"{place}/ (missing)" for place in places)
+    return ", ".join(shown)

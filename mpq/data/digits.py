@@ -1,0 +1,23 @@
+"""The embedded data set: 1797 handwritten digits of 8x8 pixels that ship with scikit-learn."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from mpq.data.images import fit_array
+from mpq.data.sources import ArraySource
+from mpq.data.splits import Splits
+
+SIZE = (16, 16)
+
+
+def open_digits(size: tuple[int, int] | None) -> Splits:
+    """All digits as one split of RGB images, bilinearly resized to `size` (16x16)."""
+    # Importing scikit-learn takes about a second, which other data need not wait for.
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    grey = np.rint(digits.images * (255 / 16)).astype(np.uint8)
+    images = fit_array(np.repeat(grey[..., None], 3, axis=-1), size or SIZE)
+    source = ArraySource(images, digits.target.astype(np.int64), size or SIZE)
+    return Splits(tuple(map(str, digits.target_names)), source, None, None, size or SIZE)

@@ -1,0 +1,152 @@
+"""What a split and a data set are, and the two splits that need no files: arrays and subsets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpq.data.images import fit_array
+from mpq.errors import DataError
+
+Images = NDArray[np.uint8]
+"""RGB images `[n, H, W, 3]`, 0..255."""
+Labels = NDArray[np.int64]
+"""Class ids `[n]`, 0..classes-1."""
+Indices = Sequence[int] | NDArray[Any]
+
+
+class Source(Protocol):
+    """A labelled split that decodes only the images it is asked for."""
+
+    @property
+    def labels(self) -> Labels:
+        """Class ids `[n]`, known without decoding."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, indices: Indices) -> Images:
+        """The images of these indices, `[len(indices), H, W, 3]`, in the order asked for."""
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """Three splits of one set of classes.
+
+    Args:
+        name: as given to `open_data`, so that a policy can name it again.
+        classes: class names; a label is an index into them.
+        train: images to fit on, without those of `validation`.
+        validation: images to choose by; may be empty.
+        test: images to report on.
+        size: height and width of every image.
+
+    Raises:
+        DataError: fewer than two classes, labels outside of them, a size below 1.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    train: Source
+    validation: Source
+    test: Source
+    size: tuple[int, int]
+
+    def __post_init__(self) -> None:
+        if len(self.classes) < 2:
+            raise DataError(
+                f"data {self.name} must have at least 2 classes. Got {list(self.classes)}."
+            )
+        if len(self.size) != 2 or min(self.size) < 1:
+            raise DataError(f"size must be height and width of at least 1. Got {self.size}.")
+        for split in ("train", "validation", "test"):
+            self._check_labels(split)
+
+    def _check_labels(self, split: str) -> None:
+        labels = getattr(self, split).labels
+        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(self.classes):
+            raise DataError(
+                f"labels of the {split} split of {self.name} must be 0..{len(self.classes) - 1}. "
+                f"Got {int(labels.min())}..{int(labels.max())}."
+            )
+
+    def require_classes(self, count: int, *, of: str = "the model") -> None:
+        """Check that a network with `count` outputs can be measured on this data.
+
+        Raises:
+            DataError: the counts differ.
+        """
+        if count != len(self.classes):
+            raise DataError(
+                f"{of} has {count} classes, but data {self.name} has {len(self.classes)} "
+                f"({', '.join(self.classes[:3])}, ...). Give the data it was trained on."
+            )
+
+
+def as_indices(indices: Indices, length: int) -> NDArray[np.int64]:
+    """Indices as an int64 array; a mask is an index list too.
+
+    Raises:
+        DataError: an index outside of 0..length-1.
+    """
+    array = np.asarray(indices)
+    array = np.flatnonzero(array) if array.dtype == bool else array.astype(np.int64)
+    if array.size and not 0 <= int(array.min()) <= int(array.max()) < length:
+        raise DataError(
+            f"indices must be in 0..{length - 1}. Got {int(array.min())}..{int(array.max())}."
+        )
+    return array
+
+
+@dataclass(frozen=True, eq=False)
+class ArraySource:
+    """A split held in memory.
+
+    Args:
+        images: `[n, h, w, 3]` uint8.
+        labels: `[n]` int64.
+        size: height and width to give out; images of another size are resized when read.
+    """
+
+    images: Images
+    labels: Labels
+    size: tuple[int, int]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def read(self, indices: Indices) -> Images:
+        """See `Source.read`."""
+        chosen = self.images[as_indices(indices, len(self))]
+        return chosen if chosen.shape[1:3] == self.size else fit_array(chosen, self.size)
+
+
+@dataclass(frozen=True, eq=False)
+class Subset:
+    """Some images of another split, in the order of `indices`; made by `subset`."""
+
+    parent: Source
+    indices: NDArray[np.int64]
+
+    @property
+    def labels(self) -> Labels:
+        """Class ids `[n]`."""
+        return self.parent.labels[self.indices]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def read(self, indices: Indices) -> Images:
+        """See `Source.read`."""
+        return self.parent.read(self.indices[as_indices(indices, len(self))])
+
+
+def subset(source: Source, indices: Indices) -> Subset:
+    """A view of some images; a subset of a subset refers to the first parent."""
+    chosen = as_indices(indices, len(source))
+    if isinstance(source, Subset):
+        return Subset(source.parent, source.indices[chosen])
+    return Subset(source, chosen)
