@@ -1,0 +1,162 @@
+"""`torch.load` and `torch.save` for files that people hand over.
+
+No file can run code unless it is trusted, none is left half-written, and of one that cannot be
+read the message says what it is instead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import pickle
+import re
+import warnings
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mpq.errors import CheckpointError, nearest
+from mpq.zoo.builder import working_directory
+
+# Beside tensors, what training scripts save and what cannot run code when it is unpickled.
+_NUMPY_SCALAR = np.float64(0).__reduce__()[0]
+_HARMLESS: list[Any] = [
+    argparse.Namespace,
+    np.dtype,
+    (_NUMPY_SCALAR, "numpy.core.multiarray.scalar"),
+    (_NUMPY_SCALAR, "numpy._core.multiarray.scalar"),
+    *(type(np.dtype(name)) for name in ("float32", "float64", "int32", "int64", "bool")),
+]
+
+_MAGIC = (
+    (b"\x89HDF", "an HDF5 file, as Keras writes it"),
+    (b"\x93NUMPY", "a NumPy array"),
+    (b"\x1f\x8b", "a gzip archive: unpack it first"),
+    (b"version https://git-lfs", "a Git LFS pointer: fetch the real file with `git lfs pull`"),
+    (b"<", "a web page or XML file: the download went wrong"),
+    (b"{", "a JSON file"),
+)
+
+
+def load_safe(path: str | Path, *, trust_pickle: bool = False) -> Any:
+    """`torch.load` to the CPU, without running code from the file unless that is trusted.
+
+    Raises:
+        CheckpointError: the file is missing, empty, truncated, not of torch, or would run code.
+    """
+    path = Path(path)
+    _check_file(path)
+    try:
+        imports = working_directory() if trust_pickle else contextlib.nullcontext()
+        with torch.serialization.safe_globals(_HARMLESS), imports, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's remarks on old formats are of no use here
+            return torch.load(path, map_location="cpu", weights_only=not trust_pickle)
+    except Exception as error:  # unpickling may raise anything
+        raise CheckpointError(_explain(path, error, trust_pickle=trust_pickle)) from error
+
+
+def save_atomic(obj: Any, path: str | Path) -> None:
+    """`torch.save` to a temporary file beside `path`, then rename: all or nothing.
+
+    Raises:
+        CheckpointError: the folder is missing or not writable, the disk is full.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            torch.save(obj, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch's zip writer turns the first into the second
+        why = getattr(error, "strerror", None) or error
+        raise CheckpointError(
+            f"{path} cannot be written: {why}. Its folder must exist, be writable and have room."
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _check_file(path: Path) -> None:
+    try:
+        if not path.exists():
+            around = path.parent.iterdir() if path.parent.is_dir() else ()
+            hint = nearest(path.name, [p.name for p in around])
+            raise CheckpointError(f"the checkpoint {path} does not exist{hint}")
+        if path.is_dir():
+            raise CheckpointError(f"the checkpoint {path} must be a file. Got a folder instead.")
+        what = _other_kind(path)
+    except OSError as error:
+        raise CheckpointError(f"the checkpoint {path} cannot be read: {error}") from error
+    if what:
+        raise CheckpointError(
+            f"the checkpoint {path} must be a file that torch.save wrote (.pth, .pt). "
+            f"This one is {what}."
+        )
+
+
+def _explain(path: Path, error: Exception, *, trust_pickle: bool) -> str:
+    first = str(error).strip().partition("\n")[0] or "it ends too early"
+    if trust_pickle and isinstance(error, AttributeError | ImportError):
+        return (
+            f"the checkpoint {path} needs code that cannot be imported here: {first}. Run from the "
+            f"folder of that code, or save `model.state_dict()` there and pass --model."
+        )
+    blocked = re.search(r"GLOBAL (\S+)", str(error))
+    if isinstance(error, pickle.UnpicklingError) and blocked:
+        return (
+            f"the checkpoint {path} holds Python objects ({blocked[1]}), such as a whole pickled "
+            f"module; loading them can run any code, so it is refused. Save `model.state_dict()` "
+            f"instead, or, if you trust the file's origin, pass --trust-pickle."
+        )
+    return (
+        f"the checkpoint {path} ({path.stat().st_size} bytes) is damaged, truncated or not a file "
+        f"that torch.save wrote: {type(error).__name__}: {first}. Fetch or save it again."
+    )
+
+
+def _other_kind(path: Path) -> str | None:
+    """What the file is instead of a torch checkpoint; None if it may be one."""
+    with path.open("rb") as file:
+        head = file.read(4096)
+    if not head:
+        return "empty (0 bytes)"
+    if head.startswith(b"PK"):
+        return _zip(path)
+    for magic, what in _MAGIC:
+        if head.lstrip().startswith(magic):
+            return what
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 100_000_000:
+        return "a safetensors file: save its tensors with torch.save first"
+    if path.suffix == ".onnx" or (head[0] == 8 and b"\x12" in head[1:4]):
+        return "an ONNX file: mpq starts from the PyTorch weights that it was exported from"
+    return "a text file" if _is_text(head) else None
+
+
+def _zip(path: Path) -> str | None:
+    if not zipfile.is_zipfile(path):
+        return "truncated: it begins as a torch archive but its end is missing; fetch it again"
+    with zipfile.ZipFile(path) as archive:
+        names = [name.partition("/")[2] for name in archive.namelist()]
+    if "constants.pkl" in names:
+        return (
+            "a TorchScript archive: load it with torch.jit.load where it was made and save its "
+            "state_dict() with torch.save"
+        )
+    return None if "data.pkl" in names else "a zip archive, but not one that torch.save wrote"
+
+
+def _is_text(head: bytes) -> bool:
+    try:
+        text = head.decode("utf-8")
+    except UnicodeDecodeError as error:
+        if error.start < len(head) - 4:  # else a letter cut in two at the end
+            return False
+        text = head[: error.start].decode("utf-8")
+    return all(c.isprintable() or c in "\t\n\r\f" for c in text)

@@ -1,0 +1,273 @@
+"""Networks in files: read any checkpoint, write ours.
+
+Our own files are a dict with `format: mpq/model`, a version, what the network is, what it was
+trained on and how well it did, and its `state`. Foreign files may hold a state dict at the top or
+under `state_dict`, `model` and the like; their architecture is found from the weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from mpq._torchfile import load_safe, save_atomic
+from mpq.errors import CheckpointError
+from mpq.policy import ModelInfo
+from mpq.zoo.builder import build, input_size
+from mpq.zoo.detection import classes_in, match, mismatch, place, strip
+
+__all__ = [
+    "Loaded",
+    "load_model",
+    "load_safe",
+    "read_state",
+    "save_atomic",
+    "save_model",
+    "weights_hash",
+]
+
+logger = logging.getLogger(__name__)
+
+FORMAT = "mpq/model"
+VERSION = 1
+_NESTS = ("state_dict", "model_state_dict", "model", "net", "state", "network", "weights")
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A network from a file.
+
+    Args:
+        module: the network, float32, on the CPU, in evaluation mode.
+        info: what it is; `normalize` is empty when the file does not say.
+        data: name of the data it was trained on; None for a foreign file.
+        metrics: what was measured when it was saved, empty for a foreign file.
+    """
+
+    module: nn.Module
+    info: ModelInfo
+    data: str | None = None
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+
+def load_model(
+    path: str | Path,
+    *,
+    arch: str | None = None,
+    classes: int | None = None,
+    trust_pickle: bool = False,
+) -> Loaded:
+    """Load a network.
+
+    Args:
+        path: a file of `save_model`, or any state dict that `torch.save` wrote.
+        arch: an architecture by name or `package.module:factory`; default: what the weights fit.
+        classes: number of outputs that the caller expects; default: what the weights have.
+        trust_pickle: run the code inside the file if it has some (a pickled module).
+
+    Raises:
+        CheckpointError: the file is missing, damaged, of another kind, not trusted, has a weight
+            that is not finite, or does not fit the architecture.
+        UsageError: an unknown architecture, a factory that fails.
+    """
+    path = Path(path)
+    content = load_safe(path, trust_pickle=trust_pickle)
+    saved = _saved_info(content, path)
+    state = _checked(_find_state(content, path), path)
+    module = _find_module(content)
+    if module is not None:
+        module, info = module.float(), _info_of_module(module, state, arch)
+        _check_classes(path, info.classes, classes)
+    else:
+        arch = arch or (saved.arch if saved else _detect(state, path))
+        module, info = _assemble(path, state, arch, classes, saved)
+    update = {"checkpoint": str(path), "sha256": weights_hash(module.state_dict())}
+    info = info.model_copy(update=update)
+    if saved is None:
+        return Loaded(module.eval(), info)
+    return Loaded(module.eval(), info, str(content.get("data", "")), content.get("metrics", {}))
+
+
+def save_model(
+    path: str | Path,
+    module: nn.Module,
+    *,
+    info: ModelInfo,
+    data: str = "",
+    metrics: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a network so that `load_model` needs no further word.
+
+    Raises:
+        CheckpointError: the file cannot be written; one that was there stays as it was.
+    """
+    if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        module = module.module
+    state = {name: tensor.detach().cpu() for name, tensor in module.state_dict().items()}
+    info = info.model_copy(update={"sha256": weights_hash(state)})
+    content = {
+        "format": FORMAT,
+        "version": VERSION,
+        "info": info.model_dump(mode="json"),
+        "data": data,
+        "metrics": dict(metrics or {}),
+        "state": state,
+    }
+    save_atomic(content, path)
+
+
+def read_state(path: str | Path, *, trust_pickle: bool = False) -> dict[str, Tensor]:
+    """The weights in a file, under the names they have there, floats as float32, all finite.
+
+    Raises:
+        CheckpointError: as for `load_model`.
+    """
+    path = Path(path)
+    return _checked(_find_state(load_safe(path, trust_pickle=trust_pickle), path), path)
+
+
+def weights_hash(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, types, shapes and bytes of a state dict, in the order of names.
+
+    A prefix that all names share (`module.`) and counters (`num_batches_tracked`) do not count.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(strip(state).items()):
+        tensor = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _saved_info(content: Any, path: Path) -> ModelInfo | None:
+    """The header of a file of ours; None for a foreign file."""
+    form = content.get("format") if isinstance(content, Mapping) else None
+    if not isinstance(form, str) or not form.startswith("mpq/"):
+        return None
+    if form != FORMAT or content.get("version") != VERSION:
+        raise CheckpointError(
+            f"the checkpoint {path} must have the format {FORMAT}, version {VERSION}. Got {form}, "
+            f"version {content.get('version')} instead."
+        )
+    try:
+        return ModelInfo.model_validate(content.get("info"))
+    except ValidationError as error:
+        raise CheckpointError(f"the header of the checkpoint {path} is damaged: {error}") from None
+
+
+def _find_module(content: Any) -> nn.Module | None:
+    """The module in a trusted file: the content itself or an entry of it."""
+    if isinstance(content, nn.DataParallel):
+        content = content.module
+    if isinstance(content, nn.Module):
+        return content
+    if not isinstance(content, Mapping):
+        return None
+    nested = (_find_module(content[key]) for key in _NESTS if key in content)
+    return next((module for module in nested if module is not None), None)
+
+
+def _find_state(content: Any, path: Path) -> dict[str, Tensor]:
+    """The tensors of a file, from where training scripts put them."""
+    module = _find_module(content)
+    if module is not None:
+        return module.state_dict()
+    if isinstance(content, Mapping):
+        for key in _NESTS:
+            if isinstance(content.get(key), Mapping):
+                return _find_state(content[key], path)
+        state = {str(k): v for k, v in content.items() if isinstance(v, Tensor)}
+        if state:
+            dropped = [str(k) for k in content if str(k) not in state]
+            if dropped:
+                logger.info("%s: entries that are no tensors are left out: %s", path, dropped)
+            return state
+    got = f"the keys {[str(k) for k in content][:8]}" if isinstance(content, Mapping) else ""
+    raise CheckpointError(
+        f"the checkpoint {path} must hold a state dict, at the top or under one of "
+        f"{', '.join(_NESTS)}. Got {got or f'an object of type {type(content).__name__}'} instead."
+    )
+
+
+def _checked(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """Floats as float32; refuse weights that are quantized already or not finite."""
+    halves = {str(t.dtype) for t in state.values() if t.is_floating_point()} - {"torch.float32"}
+    if halves:
+        logger.info("%s: weights of type %s become float32", path, ", ".join(sorted(halves)))
+    checked = {}
+    for name, tensor in state.items():
+        if tensor.is_quantized:
+            raise CheckpointError(
+                f"{name} of the checkpoint {path} must be a float tensor, but is quantized "
+                f"({tensor.dtype}). mpq starts from the float network."
+            )
+        tensor = tensor.detach().float() if tensor.is_floating_point() else tensor.detach()
+        bad = tensor.numel() - int(torch.isfinite(tensor).sum())
+        if bad:
+            raise CheckpointError(
+                f"{name} of the checkpoint {path} must be finite, but {bad} of its "
+                f"{tensor.numel()} values are NaN or infinite. The training that wrote it diverged "
+                f"or the file is damaged; take an earlier one."
+            )
+        checked[name] = tensor
+    return checked
+
+
+def _detect(state: Mapping[str, Tensor], path: Path) -> str:
+    try:
+        return match(state).arch
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+
+
+def _assemble(
+    path: Path,
+    state: Mapping[str, Tensor],
+    arch: str,
+    classes: int | None,
+    saved: ModelInfo | None,
+) -> tuple[nn.Module, ModelInfo]:
+    """Build the network and put the weights in."""
+    found = classes_in(state, arch)
+    if ":" not in arch and found:
+        _check_classes(path, found, classes)
+    size = saved.input if saved else input_size(arch)
+    network = build(arch, found or classes or 10, in_channels=size[0])
+    own = place(state, network)
+    if own is None:
+        raise CheckpointError(
+            f"the weights in {path} must be those of {arch}, but differ: "
+            f"{mismatch(state, network)}. Leave --model away to have the network found, or give "
+            f"the function that builds it with --model package.module:factory."
+        )
+    network.load_state_dict({**network.state_dict(), **own})
+    outputs = classes_in(network.state_dict(), arch) or 1
+    _check_classes(path, outputs, classes)
+    normalize = saved.normalize if saved else ""
+    return network, ModelInfo(arch=arch, classes=outputs, input=size, normalize=normalize)
+
+
+def _info_of_module(module: nn.Module, state: Mapping[str, Tensor], arch: str | None) -> ModelInfo:
+    """What a pickled module is: known by its weights only if its class is a known one."""
+    kind = type(module)
+    if arch is None and kind.__module__.startswith(("mpq.zoo.", "torchvision.models.")):
+        arch = match(state).arch
+    size = input_size(arch) if arch else (3, 32, 32)
+    arch = arch or f"{kind.__module__}:{kind.__qualname__}"
+    return ModelInfo(arch=arch, classes=classes_in(state, arch) or 1, input=size, normalize="")
+
+
+def _check_classes(path: Path, found: int, wanted: int | None) -> None:
+    if wanted is not None and wanted != found:
+        raise CheckpointError(
+            f"the network in {path} must have {wanted} classes. Its last layer has {found} "
+            f"outputs instead. Give the data set that it was trained on."
+        )

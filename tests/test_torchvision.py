@@ -1,0 +1,50 @@
+"""torchvision beside a CPU-only torch. Imports are tried in fresh processes: they leave traces."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import torch
+
+from mpq import _torchvision
+
+
+def _python(code: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_models_and_transforms_work():
+    models, transforms = _torchvision.models(), _torchvision.transforms_v2()
+    assert "mobilenet_v3_small" in models.list_models(module=models)
+    image = torch.zeros(3, 8, 8, dtype=torch.uint8)
+    assert transforms.Resize(4)(image).shape == (3, 4, 4)
+
+
+def test_schemas_exist_afterwards_and_are_declared_once():
+    _torchvision.models()
+    for name in ("nms", "qnms"):
+        assert hasattr(torch.ops.torchvision, name)
+    assert _torchvision._declare_missing() is _torchvision._declare_missing()
+
+
+def test_nothing_is_declared_where_the_operators_exist():
+    code = """
+import torch
+from mpq import _torchvision
+_torchvision._load_library()
+if not hasattr(torch.ops.torchvision, "nms"):  # else the library itself has brought them
+    library = torch.library.Library("torchvision", "DEF")
+    for name in ("nms", "qnms"):
+        library.define(name + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+assert _torchvision._declare_missing() is None
+assert _torchvision.models().resnet18
+"""
+    result = _python(code)
+    assert result.returncode == 0, result.stderr
+
+
+def test_importing_the_zoo_does_not_import_torchvision():
+    result = _python("import sys, mpq.zoo, mpq.checkpoint; assert 'torchvision' not in sys.modules")
+    assert result.returncode == 0, result.stderr

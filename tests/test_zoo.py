@@ -1,0 +1,338 @@
+from __future__ import annotations
+
+import logging
+import sys
+import time
+
+import pytest
+import torch
+from torch import fx, nn
+
+from mpq import zoo
+from mpq.errors import CheckpointError, UsageError
+from mpq.zoo.architectures import ARCHITECTURES
+from mpq.zoo.builder import torchvision_names
+from mpq.zoo.detection import _WithoutMemory, classes_in, family_key, match, place, template
+
+# Parameters for 10 classes. ResNet: He et al. 2016, table 6 (0.27, 0.46, 0.66, 0.85, 1.7 million);
+# the rest: the figures of the papers, which give two or three digits, or of the public code.
+PARAMETERS = {
+    "resnet20": 269_722,
+    "resnet32": 464_154,
+    "resnet44": 658_586,
+    "resnet56": 853_018,
+    "resnet110": 1_727_962,
+    "resnet20_conv": 272_474,
+    "resnet32_conv": 466_906,
+    "resnet44_conv": 661_338,
+    "resnet56_conv": 855_770,
+    "resnet110_conv": 1_730_714,
+    "resnet18_cifar": 11_173_962,
+    "resnet34_cifar": 21_282_122,
+    "resnet50_cifar": 23_520_842,
+    "mobilenet_v2_cifar": 2_296_922,
+    "wrn_16_4": 2_748_890,
+    "wrn_28_4": 5_849_050,
+    "wrn_28_10": 36_479_194,
+    "wrn_40_2": 2_243_546,
+    "densenet_bc_100_12": 769_162,
+    "densenet_bc_190_40": 25_624_430,
+    "densenet121_cifar": 6_956_298,
+    "resnext29_8x64d": 34_426_698,
+}
+
+
+def _empty(arch: str, classes: int) -> nn.Module:
+    """A network without memory for its weights: good for names and shapes."""
+    with _WithoutMemory():
+        return zoo.build(arch, classes)
+
+
+def _count(network: nn.Module) -> int:
+    return sum(p.numel() for p in network.parameters())
+
+
+def test_every_network_has_a_known_size():
+    assert set(PARAMETERS) == set(ARCHITECTURES)
+
+
+@pytest.mark.parametrize("arch", sorted(PARAMETERS))
+def test_parameters(arch):
+    assert _count(_empty(arch, 10)) == PARAMETERS[arch]
+
+
+def test_parameters_of_resnet18_for_100_classes():
+    assert _count(_empty("resnet18_cifar", 100)) == 11_220_132
+
+
+@pytest.mark.parametrize("arch", sorted(PARAMETERS))
+def test_traces_and_takes_32x32(arch):
+    network = _empty(arch, 7).to("meta")  # shapes only: the large ones take seconds to compute
+    assert not network.training
+    logits = fx.symbolic_trace(network)(torch.empty(2, 3, 32, 32, device="meta"))
+    assert logits.shape == (2, 7)
+
+
+@pytest.mark.parametrize(
+    "arch", ["resnet20", "resnet56_conv", "mobilenet_v2_cifar", "wrn_16_4", "densenet_bc_100_12"]
+)
+def test_trace_computes_the_same(arch):
+    network = zoo.build(arch, 7)
+    images = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logits = network(images)
+        traced = fx.symbolic_trace(network)(images)
+    assert logits.shape == (1, 7)
+    torch.testing.assert_close(traced, logits, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("arch", ["resnet20", "resnet20_conv", "resnet18_cifar", "resnet50_cifar"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_resnets_take_small_images_and_other_channels(arch, channels):
+    network = zoo.build(arch, 10, in_channels=channels)
+    assert network(torch.zeros(1, channels, 16, 16)).shape == (1, 10)
+
+
+def test_pad_shortcut_takes_every_second_pixel_and_pads_both_sides():
+    shortcut = zoo.build("resnet20", 10).get_submodule("layer2.0.downsample")
+    x = torch.arange(16 * 16.0).reshape(1, 16, 4, 4)
+    out = shortcut(x)
+    assert out.shape == (1, 32, 2, 2)
+    assert torch.equal(out[:, 8:24], x[:, :, ::2, ::2])
+    assert not out[:, :8].any()
+    assert not out[:, 24:].any()
+
+
+def test_train_step_reaches_every_parameter():
+    network = zoo.build("wrn_16_4", 10).train()
+    network(torch.randn(2, 3, 8, 8)).sum().backward()
+    assert all(p.grad is not None for p in network.parameters())
+
+
+def test_names_hold_the_zoo_and_all_torchvision_classifiers():
+    names = zoo.names()
+    assert len(names) == len(set(names))
+    assert {"resnet20", "resnet18", "resnet18_cifar", "mobilenet_v2", "vit_b_16"} <= set(names)
+    assert len(torchvision_names()) >= 80
+
+
+def test_torchvision_names_stay_torchvisions():
+    assert _count(_empty("resnet18", 1000)) == 11_689_512
+    assert _count(_empty("mobilenet_v2", 1000)) == 3_504_872
+
+
+def test_a_torchvision_network_runs():
+    network = zoo.build("mobilenet_v3_small", 10)
+    assert network(torch.zeros(1, 3, 64, 64)).shape == (1, 10)
+
+
+@pytest.mark.parametrize(
+    ("arch", "side"),
+    [
+        ("resnet20", 32),
+        ("resnet50", 224),
+        ("inception_v3", 299),
+        ("vit_h_14", 224),
+        ("efficientnet_b1", 240),
+        ("regnet_y_128gf", 224),
+        ("swin_v2_t", 256),
+    ],
+)
+def test_input_size(arch, side):
+    assert zoo.input_size(arch) == (3, side, side)
+
+
+@pytest.mark.parametrize("arch", ["resnet21", "mobilenetv2", ""])
+def test_unknown_name(arch):
+    with pytest.raises(UsageError, match=r"must be a network of the zoo.*Got"):
+        zoo.build(arch, 10)
+    with pytest.raises(UsageError, match=r"must be a network of the zoo.*Got"):
+        zoo.input_size(arch)
+
+
+def test_unknown_name_is_answered_with_the_nearest():
+    with pytest.raises(UsageError, match=r"did you mean .*resnet20"):
+        zoo.build("resnet_20", 10)
+
+
+def test_bad_numbers():
+    with pytest.raises(UsageError, match=r"classes of resnet20 must be at least 1. Got 0"):
+        zoo.build("resnet20", 0)
+    with pytest.raises(UsageError, match=r"resnet18 .* takes 3 image channels. Got 1"):
+        zoo.build("resnet18", 10, in_channels=1)
+
+
+# Factories
+
+
+@pytest.fixture
+def factories(tmp_path, monkeypatch):
+    """A module in the working directory, under a name that nothing else has."""
+    name = "factories_of_a_user"
+    (tmp_path / f"{name}.py").write_text(
+        "from torch import nn\n"
+        "def sized(classes=4): return nn.Sequential(nn.Flatten(), nn.Linear(12, classes))\n"
+        "def numbered(num_classes): return sized(num_classes)\n"
+        "def fixed(): return nn.Linear(2, 3)\n"
+        "def broken(): raise RuntimeError('no such luck')\n"
+        "def text(): return 'not a network'\n"
+        "fixed.input_size = (1, 28, 28)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    before = list(sys.path)
+    yield name
+    assert sys.path == before
+    sys.modules.pop(name, None)
+
+
+def test_factory_is_called_with_what_it_takes(factories):
+    assert zoo.build(f"{factories}:sized", 9)[1].out_features == 9
+    assert zoo.build(f"{factories}:numbered", 9)[1].out_features == 9
+    assert zoo.build(f"{factories}:fixed", 9).out_features == 3
+
+
+def test_factory_may_state_its_input_size(factories):
+    assert zoo.input_size(f"{factories}:fixed") == (1, 28, 28)
+    assert zoo.input_size(f"{factories}:sized") == (3, 32, 32)
+
+
+@pytest.mark.parametrize(
+    ("attribute", "message"),
+    [
+        ("broken", "must build a network .*RuntimeError: no such luck"),
+        ("text", r"must return a torch.nn.Module. Got str"),
+        ("size", r"no callable 'size'; did you mean sized\?"),
+        ("", "no callable ''"),
+    ],
+)
+def test_bad_factory(factories, attribute, message):
+    with pytest.raises(UsageError, match=message):
+        zoo.build(f"{factories}:{attribute}", 10)
+
+
+@pytest.mark.parametrize("module", ["no_such_package.module", "", ".relative"])
+def test_factory_in_a_module_that_cannot_be_imported(module):
+    with pytest.raises(UsageError, match="must be importable from the working directory"):
+        zoo.build(f"{module}:net", 10)
+
+
+# Detection
+
+
+@pytest.mark.parametrize("arch", [*sorted(ARCHITECTURES), "mobilenet_v2", "resnet18", "vit_b_32"])
+@pytest.mark.parametrize("classes", [2, 1000])
+def test_detect(arch, classes):
+    assert zoo.detect(_empty(arch, classes).state_dict()) == (arch, classes)
+
+
+def test_detect_one_of_each_torchvision_family():
+    # That the members of a family differ is what test_no_two_architectures... says.
+    first = {family_key(arch): arch for arch in reversed(torchvision_names())}
+    assert len(first) >= 17
+    for arch in first.values():
+        assert zoo.detect(_empty(arch, 12).state_dict()) == (arch, 12)
+
+
+def test_no_two_architectures_share_names_and_shapes():
+    shapes = [tuple(sorted(template(arch).shapes.items())) for arch in zoo.names()]
+    assert len(shapes) == len(set(shapes))
+
+
+def test_every_torchvision_network_has_the_tensor_of_its_family():
+    lacking = [a for a in torchvision_names() if family_key(a) not in template(a).shapes]
+    assert lacking == []
+
+
+def test_detection_is_fast_and_does_not_depend_on_the_order_of_names():
+    state = _empty("mobilenet_v3_large", 5).state_dict()
+    shuffled = dict(sorted(state.items()))
+    template.cache_clear()
+    start = time.perf_counter()
+    assert zoo.detect(shuffled) == ("mobilenet_v3_large", 5)
+    assert time.perf_counter() - start < 5
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "net."])
+def test_detect_through_prefixes(prefix):
+    state = _empty("resnet20", 10).state_dict()
+    assert zoo.detect({prefix + k: v for k, v in state.items()}) == ("resnet20", 10)
+
+
+def test_counters_of_other_tools_do_not_matter():
+    state = _empty("resnet20", 10).state_dict()
+    state = {k: v for k, v in state.items() if "num_batches" not in k}
+    state["conv1.total_ops"] = torch.zeros(1)
+    assert zoo.detect(state) == ("resnet20", 10)
+
+
+def test_another_spelling_is_renamed():
+    state = _empty("resnet18_cifar", 100).state_dict()
+    other = {
+        k.replace("downsample", "shortcut").replace("fc.", "linear."): v for k, v in state.items()
+    }
+    found = match(other)
+    assert (found.arch, found.classes) == ("resnet18_cifar", 100)
+    assert set(found.state) == {k for k in state if "num_batches" not in k}
+    assert classes_in(other, "resnet18_cifar") == 100
+
+
+def test_old_spelling_of_densenet():
+    state = _empty("densenet121", 10).state_dict()
+    old = {
+        k.replace(".norm1.", ".norm.1.").replace(".conv2.", ".conv.2."): v for k, v in state.items()
+    }
+    assert old.keys() != state.keys()
+    assert zoo.detect(old) == ("densenet121", 10)
+
+
+def test_auxiliary_heads_are_dropped():
+    state = dict(_empty("googlenet", 10).state_dict())
+    state["aux1.fc2.weight"] = torch.zeros(10, 1024)
+    assert zoo.detect(state) == ("googlenet", 10)
+
+
+def test_place_gives_the_networks_own_names():
+    network = nn.Sequential()
+    network.add_module("net", nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)))
+    state = {k.replace("net.", "module."): v for k, v in network.state_dict().items()}
+    own = place(state, network)
+    assert own is not None
+    assert set(own) == {k for k in network.state_dict() if "num_batches" not in k}
+    assert place({"0.weight": torch.zeros(1)}, network) is None
+
+
+def test_no_match_names_the_nearest_and_what_differs():
+    state = dict(_empty("resnet32", 10).state_dict())
+    state["conv1.weight"] = torch.zeros(24, 3, 3, 3)
+    del state["layer1.0.bn1.bias"]
+    state["extra.weight"] = torch.zeros(1)
+    with pytest.raises(CheckpointError) as caught:
+        zoo.detect(state)
+    message = str(caught.value)
+    for part in (
+        "Nearest: resnet32: 1 missing (layer1.0.bn1.bias)",
+        "1 not expected (extra.weight)",
+        "conv1.weight is [24, 3, 3, 3], must be [16, 3, 3, 3]",
+        "--model NAME",
+        "--model package.module:factory",
+    ):
+        assert part in message
+
+
+@pytest.mark.parametrize("state", [{}, {"a": torch.zeros(())}, {"fc.weight": torch.zeros(3, 2)}])
+def test_no_match_for_odd_states(state):
+    with pytest.raises(CheckpointError, match=r"fit none. Nearest: "):
+        zoo.detect(state)
+
+
+def test_a_match_is_logged_and_so_is_an_ambiguity(caplog, monkeypatch):
+    caplog.set_level(logging.INFO, "mpq.zoo.detection")
+    state = _empty("wrn_16_4", 10).state_dict()
+    assert zoo.detect(state) == ("wrn_16_4", 10)
+    assert "fits wrn_16_4 with 10 classes" in caplog.text
+    twice = {**ARCHITECTURES, "wrn_16_4_other_strides": ARCHITECTURES["wrn_16_4"]}
+    monkeypatch.setattr("mpq.zoo.detection.ARCHITECTURES", twice)
+    monkeypatch.setattr("mpq.zoo.builder.ARCHITECTURES", twice)
+    assert zoo.detect(state) == ("wrn_16_4", 10)
+    assert "fits wrn_16_4, taken, but also wrn_16_4_other_strides" in caplog.text
+    template.cache_clear()
