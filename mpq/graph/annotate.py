@@ -1,0 +1,204 @@
+"""Decide where quantizers go: from policy and target, onto the graph as `sites` and `plans`.
+
+Insertion reads the result and knows no policy. The rules follow what an integer runtime needs:
+
+- a layer with an integer kernel reads a quantized tensor, and a convolution also writes one (after
+  the ReLU it absorbs); a matrix product may write floats, so it writes integers only on demand;
+- add, mul, concat, pooling and sigmoid run as integers when their inputs are quantized and some
+  reader wants an integer; a small float factor (a squeeze-excite gate) is quantized for their sake;
+- operations that move values (max pooling, flatten, slice, zero padding) pass the grid through;
+- everything else is a float island, and a quantizer stands behind it where a layer reads it.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from torch import fx, nn
+
+from mpq.graph.ir import LayerPlan, QuantGraph, Site
+from mpq.graph.kinds import kind_of
+from mpq.policy import LayerChoice, Policy
+from mpq.spec import QuantSpec, activation_spec
+from mpq.target import Support, Target, get_target
+
+logger = logging.getLogger(__name__)
+ABSORBED = ("relu", "relu6")
+JOINS = ("add", "mul", "concat")
+_TRANSPOSED = "no integer kernel for transposed convolution"
+
+
+def annotate(qg: QuantGraph, policy: Policy) -> int:
+    """Fill `qg.sites` and `qg.plans`; return the number of sites.
+
+    Raises:
+        PolicyError: the policy does not fit the network or the target.
+    """
+    target = get_target(policy.target)
+    choices = policy.resolve(list(qg.layers))
+    work = _Annotator(qg, target, choices)
+    work.place()
+    qg.sites = {site.name: site for site in work.sites.values()}
+    qg.plans = {name: work.plan(name) for name in choices}
+    return len(qg.sites)
+
+
+def reading_groups(qg: QuantGraph) -> list[list[str]]:
+    """Layers that read one tensor and must therefore agree on its format."""
+    work = _Annotator(qg, get_target("onnxruntime-cpu"), {})
+    groups: dict[fx.Node, list[str]] = {}
+    for node in work.nodes:
+        if work.kinds[node] == "layer":
+            groups.setdefault(work.source(node.args[0]), []).append(str(node.target))
+    return [names for names in groups.values() if len(names) > 1]
+
+
+class _Annotator:
+    """The state of one annotation: which tensors are on a grid, and of which format."""
+
+    def __init__(self, qg: QuantGraph, target: Target, choices: dict[str, LayerChoice]) -> None:
+        self.qg, self.target, self.choices = qg, target, choices
+        self.modules: dict[str, nn.Module] = dict(qg.module.named_modules())
+        self.nodes = [n for n in qg.module.graph.nodes]
+        self.kinds = {n: kind_of(n, self.modules) for n in self.nodes}
+        self.sites: dict[fx.Node, Site] = {}
+
+    # -- questions ---------------------------------------------------------------------------
+
+    def moves(self, node: fx.Node) -> bool:
+        """Whether a node only moves or selects values of its first input."""
+        kind = self.kinds[node]
+        if kind not in self.target.moving_ops or not isinstance(node.args[0], fx.Node):
+            return False
+        if kind == "slice":
+            # x[..., ::2] selects values; x[0] does so only where x is what a split returned.
+            return not isinstance(node.args[1], (int, str)) or self.kinds[node.args[0]] == "split"
+        if kind == "pad":
+            value = node.args[3] if len(node.args) > 3 else node.kwargs.get("value")
+            mode = node.args[2] if len(node.args) > 2 else node.kwargs.get("mode", "constant")
+            return mode == "constant" and value in (None, 0, 0.0)
+        return True
+
+    def source(self, node: object) -> fx.Node:
+        """The tensor whose values a tensor holds, looking through moves."""
+        assert isinstance(node, fx.Node)
+        while self.moves(node):
+            node = node.args[0]
+            assert isinstance(node, fx.Node)
+        return node
+
+    def readers(self, node: fx.Node) -> list[fx.Node]:
+        """The nodes that read a tensor's values, looking through moves; its shape is no value."""
+        found: list[fx.Node] = []
+        for user in self.users(node):
+            found.extend(self.readers(user) if self.moves(user) else [user])
+        return found
+
+    def users(self, node: fx.Node) -> list[fx.Node]:
+        """The nodes that take a tensor, leaving out those that ask for its shape."""
+        return [user for user in node.users if self.kinds[user] != "shape"]
+
+    def integer_layer(self, node: fx.Node) -> bool:
+        """Whether a node is a layer that the target runs as integers at the chosen widths."""
+        if self.kinds[node] != "layer" or str(node.target) not in self.choices:
+            return False
+        choice = self.choices[str(node.target)]
+        kind = self.qg.layers[choice.name].kind
+        support = self.target.support(choice.weight_bits, choice.activation_bits)
+        return support.integer and kind != "conv_transpose"
+
+    def tail(self, node: fx.Node) -> fx.Node:
+        """The node itself, or the ReLU after it when nothing else reads it."""
+        users = self.users(node)
+        if len(users) == 1 and self.kinds[users[0]] in ABSORBED:
+            return users[0]
+        return node
+
+    def wanted(self, node: fx.Node) -> bool:
+        """Whether some reader of a tensor could use integers."""
+        return any(
+            self.integer_layer(r) or self.kinds[r] in self.target.integer_ops
+            for r in self.readers(node)
+        )
+
+    # -- decisions ---------------------------------------------------------------------------
+
+    def place(self) -> None:
+        """Walk the graph once; every decision looks at what was decided before it."""
+        for node in self.nodes:
+            if self.integer_layer(node):
+                self.quantize(self.source(node.args[0]), "demand")
+                tail = self.tail(node)
+                linear = self.qg.layers[str(node.target)].kind == "linear"
+                if self.wanted(tail) or not (linear or self.only_output(tail)):
+                    self.quantize(tail, "layer")
+            elif self.kinds[node] in self.target.integer_ops:
+                self.place_op(node)
+
+    def only_output(self, node: fx.Node) -> bool:
+        """Whether a tensor goes nowhere but out."""
+        return all(self.kinds[r] == "output" for r in self.readers(node))
+
+    def place_op(self, node: fx.Node) -> None:
+        """Run an operation as integers if its inputs are, and someone wants its output so."""
+        inputs = _data_inputs(node, self.kinds[node])
+        if not inputs or not self.wanted(self.tail(node)):
+            return
+        on_grid = [n for n in inputs if self.source(n) in self.sites]
+        off_grid = [n for n in inputs if self.source(n) not in self.sites]
+        if not on_grid or any(self.kinds[self.source(n)] == "layer" for n in off_grid):
+            return  # a 16-bit or float layer's output keeps its precision
+        if off_grid and self.kinds[node] not in JOINS:
+            return
+        for n in off_grid:
+            self.quantize(self.source(n), "demand")
+        self.quantize(self.tail(node), "op")
+
+    def quantize(self, node: fx.Node, role: str) -> None:
+        """Put a quantizer behind a node, once."""
+        if node in self.sites:
+            return
+        readers = [r for r in self.readers(node) if self.integer_layer(r)]
+        specs = [self.choices[str(r.target)].activation for r in readers]
+        placed = Site(
+            name=f"quantizers.{node.name}",
+            node=node.name,
+            role="input" if node.op == "placeholder" else role,  # type: ignore[arg-type]
+            spec=_widest([s for s in specs if s is not None]),
+            ceiling=6.0 if self.kinds[node] == "relu6" else None,
+            readers=tuple(str(r.target) for r in readers),
+        )
+        self.sites[node] = placed
+
+    def plan(self, name: str) -> LayerPlan:
+        """What becomes of a layer, with the reasons that belong in a report."""
+        choice = self.choices[name]
+        support = self.target.support(choice.weight_bits, choice.activation_bits)
+        notes = [choice.reason] if choice.reason else []
+        if support.integer and self.qg.layers[name].kind == "conv_transpose":
+            support = Support(support.storage, "float", False, _TRANSPOSED)
+        node = next((n for n in self.nodes if n.op == "call_module" and n.target == name), None)
+        if node is None:
+            notes.append("inside a module that cannot be traced: quantized on its own")
+        if not support.integer:
+            notes.append(support.reason)
+        if node is None or not support.integer:
+            return LayerPlan(choice, support, None, tuple(notes))
+        site = self.sites[self.source(node.args[0])]
+        if choice.activation and site.spec.bits != choice.activation.bits:
+            notes.append(f"reads a tensor that another layer needs at {site.spec.bits} bits")
+        return LayerPlan(choice, support, site.name, tuple(notes))
+
+
+def _data_inputs(node: fx.Node, kind: str) -> list[fx.Node]:
+    """Tensor inputs of an operation; empty where a number takes part (scaling stays float)."""
+    args: tuple[object, ...] = node.args[:1]
+    if kind in JOINS:
+        args = tuple(node.args[0]) if kind == "concat" else node.args[:2]  # type: ignore[arg-type]
+    nodes = [a for a in args if isinstance(a, fx.Node) and a.op != "get_attr"]
+    return nodes if len(nodes) == len(args) else []
+
+
+def _widest(specs: list[QuantSpec]) -> QuantSpec:
+    narrow = [s for s in specs if s.bits <= 8]
+    return max(narrow, key=lambda s: s.bits) if narrow else activation_spec(8)

@@ -1,0 +1,83 @@
+"""Find the layers and measure them: one forward of one image with hooks on every layer."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from torch import Tensor, fx, nn
+
+from mpq.errors import GraphError
+from mpq.graph.ir import QuantGraph
+from mpq.graph.shapes import run_example
+from mpq.layers import LayerInfo, LayerKind
+from mpq.quant.layer import LAYERS, LayerOp, refuse
+
+logger = logging.getLogger(__name__)
+_CONTAINERS = (nn.Module, nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+
+def describe(qg: QuantGraph) -> int:
+    """Fill `qg.layers` in execution order; return how many there are.
+
+    Raises:
+        GraphError: the model cannot run on the example, or has no layer to quantize.
+    """
+    found: dict[str, LayerInfo] = {}
+    handles = []
+    for name, module in qg.module.named_modules():
+        if type(module) in LAYERS and not refuse(module) and not _inside_of_torch(qg, name):
+            handles.append(module.register_forward_hook(_recorder(name, found)))
+    try:
+        run_example(qg, fx.Interpreter(qg.module))
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not found:
+        raise GraphError("the model has no Conv or Linear layer, so there is nothing to quantize.")
+    qg.layers = found
+    return len(found)
+
+
+def _inside_of_torch(qg: QuantGraph, name: str) -> bool:
+    """Whether a module of torch's own (an encoder layer) owns the layer and reads its weight."""
+    for end in (i for i, letter in enumerate(name) if letter == "."):
+        owner = type(qg.module.get_submodule(name[:end]))
+        if owner.__module__.startswith("torch.nn.modules.") and owner not in _CONTAINERS:
+            logger.warning("%s stays in float: %s reads its weight", name, owner.__name__)
+            return True
+    return False
+
+
+def _recorder(
+    name: str, found: dict[str, LayerInfo]
+) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+    def hook(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+        found.setdefault(name, _info(name, module, args[0], out))
+
+    return hook
+
+
+def _kind(module: nn.Module) -> LayerKind:
+    op = LayerOp.of(module)
+    if op.kind != "conv":
+        return op.kind
+    return "depthwise" if op.groups > 1 and op.groups == module.in_channels else "conv"
+
+
+def _info(name: str, module: nn.Module, x: Tensor, out: Tensor) -> LayerInfo:
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    op = LayerOp.of(module)
+    channels = out.shape[-1] if op.kind == "linear" else out.shape[1]
+    positions = (x if op.kind == "conv_transpose" else out).numel() // out.shape[0]
+    width = x.shape[1] if op.kind == "conv_transpose" else channels
+    return LayerInfo(
+        name=name,
+        kind=_kind(module),
+        weight_shape=tuple(weight.shape),
+        out_channels=int(channels),
+        bias=module.bias is not None,
+        macs=weight.numel() * positions // width,
+        in_elements=x.numel() // x.shape[0],
+        out_elements=out.numel() // out.shape[0],
+    )

@@ -1,0 +1,77 @@
+"""`QuantGraph`: the one thing that every pass takes and changes."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import Tensor, fx
+
+from mpq.layers import LayerInfo
+from mpq.policy import LayerChoice
+from mpq.spec import QuantSpec
+from mpq.target import Support
+
+Stage = Literal["traced", "float", "annotated", "prepared", "frozen"]
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """One activation quantizer.
+
+    Args:
+        name: module path of the quantizer, `quantizers.<node>`.
+        node: name of the graph node whose output it rounds.
+        role: what made it necessary: `input`, `layer`, `op`, `demand`.
+        spec: its format.
+        ceiling: 6.0 where it absorbs a ReLU6.
+        readers: layers that read the tensor, possibly through operations that only move values.
+    """
+
+    name: str
+    node: str
+    role: Literal["input", "layer", "op", "demand"]
+    spec: QuantSpec
+    ceiling: float | None = None
+    readers: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class LayerPlan:
+    """What becomes of one layer: the policy's choice, the target's answer, the input's quantizer.
+
+    `site` is the name of the quantizer whose grid the input lies on, or None.
+    """
+
+    choice: LayerChoice
+    support: Support
+    site: str | None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass
+class QuantGraph:
+    """A traced network on its way from float to frozen.
+
+    Args:
+        module: the graph; module paths are those of the original model.
+        example: one input batch `[N, C, H, W]`.
+        layers: quantizable layers in execution order, by module path.
+        sites: quantizers by module path, filled by annotation.
+        plans: what becomes of each layer, filled by annotation.
+        islands: module paths of untraceable leaves, with the reason.
+        stage: where in the pipeline the graph is; every pass states the stage it needs.
+    """
+
+    module: fx.GraphModule
+    example: Tensor
+    layers: dict[str, LayerInfo] = field(default_factory=dict)
+    sites: dict[str, Site] = field(default_factory=dict)
+    plans: dict[str, LayerPlan] = field(default_factory=dict)
+    islands: dict[str, str] = field(default_factory=dict)
+    stage: Stage = "traced"
+
+    def copy(self) -> QuantGraph:
+        """An independent copy, parameters included."""
+        return copy.deepcopy(self)

@@ -1,0 +1,116 @@
+"""What a graph node does, in the words of the target's table: the one place that knows op names."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from mpq.quant.layer import LAYERS, refuse
+
+MODULES: dict[type[nn.Module], str] = {
+    nn.ReLU: "relu",
+    nn.ReLU6: "relu6",
+    nn.MaxPool1d: "maxpool",
+    nn.MaxPool2d: "maxpool",
+    nn.AvgPool1d: "avgpool",
+    nn.AvgPool2d: "avgpool",
+    nn.Flatten: "flatten",
+    nn.Sigmoid: "sigmoid",
+    nn.Dropout: "identity",
+    nn.Dropout1d: "identity",
+    nn.Dropout2d: "identity",
+    nn.Dropout3d: "identity",
+    nn.Identity: "identity",
+    nn.BatchNorm1d: "batch_norm",
+    nn.BatchNorm2d: "batch_norm",
+    nn.BatchNorm3d: "batch_norm",
+}
+
+FUNCTIONS: dict[Callable[..., Any], str] = {
+    F.relu: "relu",
+    torch.relu: "relu",
+    torch.relu_: "relu",
+    F.relu6: "relu6",
+    operator.add: "add",
+    operator.iadd: "add",
+    torch.add: "add",
+    operator.mul: "mul",
+    operator.imul: "mul",
+    torch.mul: "mul",
+    torch.cat: "concat",
+    torch.concat: "concat",
+    F.max_pool1d: "maxpool",
+    F.max_pool2d: "maxpool",
+    torch.max_pool2d: "maxpool",
+    F.avg_pool1d: "avgpool",
+    F.avg_pool2d: "avgpool",
+    F.adaptive_avg_pool2d: "adaptive_avgpool",
+    torch.mean: "mean",
+    torch.flatten: "flatten",
+    torch.reshape: "flatten",
+    torch.squeeze: "flatten",
+    torch.unsqueeze: "flatten",
+    torch.transpose: "transpose",
+    torch.permute: "transpose",
+    torch.chunk: "split",
+    torch.split: "split",
+    torch.sigmoid: "sigmoid",
+    F.sigmoid: "sigmoid",
+    F.pad: "pad",
+    operator.getitem: "slice",
+    getattr: "shape",
+    F.dropout: "identity",
+    F.conv1d: "functional_conv",
+    F.conv2d: "functional_conv",
+    F.linear: "functional_linear",
+}
+
+METHODS: dict[str, str] = {
+    "relu": "relu",
+    "relu_": "relu",
+    "add": "add",
+    "add_": "add",
+    "mul": "mul",
+    "mul_": "mul",
+    "mean": "mean",
+    "flatten": "flatten",
+    "view": "flatten",
+    "reshape": "flatten",
+    "squeeze": "flatten",
+    "unsqueeze": "flatten",
+    "transpose": "transpose",
+    "permute": "transpose",
+    "chunk": "split",
+    "split": "split",
+    "sigmoid": "sigmoid",
+    "contiguous": "flatten",
+    "size": "shape",
+    "dim": "shape",
+}
+
+
+def kind_of(node: fx.Node, modules: dict[str, nn.Module]) -> str:
+    """The kind of a node; `other` for what has no name here, `layer` for quantizable layers."""
+    if node.op in ("placeholder", "output", "get_attr"):
+        return node.op
+    if node.op == "call_module":
+        module = modules[str(node.target)]
+        if type(module) in LAYERS:
+            return "other" if refuse(module) else "layer"
+        if type(module) is nn.AdaptiveAvgPool2d:
+            return "global_avgpool" if module.output_size in (1, (1, 1)) else "adaptive_avgpool"
+        return MODULES.get(type(module), "other")
+    if node.op == "call_method":
+        return METHODS.get(str(node.target), "other")
+    assert callable(node.target)
+    kind = FUNCTIONS.get(node.target, "other")
+    if kind == "shape" and node.args[1] not in ("shape", "ndim", "dtype", "device"):
+        return "other"  # x.T and the like are values
+    if kind == "other" and getattr(node.target, "__name__", "") == "stochastic_depth":
+        return "identity"  # torchvision's: the identity in eval mode
+    return kind

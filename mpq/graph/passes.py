@@ -1,0 +1,120 @@
+"""The pipeline of graph passes, as lists, and the one runner that checks them all.
+
+    trace -> [normalize, fold_bn, describe] -> float -> [annotate, insert] -> prepared -> freeze
+
+The runner, not the passes, checks the stage, lints, recompiles, logs the count, and wraps what goes
+wrong with the name of the pass.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor, fx, nn
+
+from mpq.errors import GraphError, MpqError
+from mpq.graph.annotate import annotate
+from mpq.graph.describe import describe
+from mpq.graph.fold_bn import fold_bn
+from mpq.graph.freeze import freeze as freeze_pass
+from mpq.graph.insert import insert
+from mpq.graph.ir import QuantGraph, Stage
+from mpq.graph.normalize import normalize
+from mpq.graph.trace import trace
+from mpq.policy import Policy
+
+logger = logging.getLogger(__name__)
+Pass = Callable[[QuantGraph], int]
+TO_FLOAT: tuple[Pass, ...] = (normalize, fold_bn, describe)
+
+
+def run(qg: QuantGraph, passes: tuple[Pass, ...], *, needs: Stage, gives: Stage) -> QuantGraph:
+    """Run passes in order on `qg`, in place.
+
+    Raises:
+        GraphError: the graph is in another stage, or a pass fails (its name is in the message).
+    """
+    if qg.stage != needs:
+        raise GraphError(f"these passes need a graph in stage {needs!r}. Got {qg.stage!r} instead.")
+    for one in passes:
+        name = getattr(one, "__name__", None) or getattr(one, "func", one).__name__
+        try:
+            count = one(qg)
+            qg.module.graph.lint()
+            qg.module.recompile()
+            qg.module.eval()  # what a pass adds begins in training mode
+        except MpqError:
+            raise
+        except Exception as error:
+            raise GraphError(f"pass {name} failed: {error}") from error
+        logger.info("%s: %d", name, count)
+    qg.stage = gives
+    return qg
+
+
+def to_float(model: nn.Module, example: Tensor) -> QuantGraph:
+    """Trace, normalize and fold: the float graph that analysis and preparation start from.
+
+    The model is not changed: the graph works on a copy of its parameters.
+
+    Args:
+        model: a trained network, one tensor in, one tensor out.
+        example: an input batch `[N, C, H, W]`.
+
+    Raises:
+        GraphError: the model cannot be traced or run, or has no layers.
+    """
+    qg = trace(model, example.detach().clone())
+    return run(qg, TO_FLOAT, needs="traced", gives="float")
+
+
+def prepare(
+    model: nn.Module | QuantGraph, policy: Policy, example: Tensor | None = None
+) -> QuantGraph:
+    """Insert fake quantizers as a policy says; ready for calibration and training.
+
+    Args:
+        model: a module, or a graph in stage `float` (which is copied, not changed).
+        policy: widths per layer.
+        example: an input batch, needed for a module.
+
+    Returns:
+        A graph in stage `prepared`; train its `.module`.
+
+    Raises:
+        GraphError: as `to_float`.
+        PolicyError: the policy does not fit the network.
+    """
+    if isinstance(model, QuantGraph):
+        qg = model.copy()
+    elif example is None:
+        raise GraphError("prepare needs an example input batch to trace a module.")
+    else:
+        qg = to_float(model, example)
+    named = partial(annotate, policy=policy)
+    run(qg, (named,), needs="float", gives="annotated")
+    return run(qg, (insert,), needs="annotated", gives="prepared")
+
+
+def freeze(qg: QuantGraph) -> QuantGraph:
+    """A frozen copy of a prepared graph: integer weights, constant scales, ready for export."""
+    return run(qg.copy(), (freeze_pass,), needs="prepared", gives="frozen")
+
+
+@torch.no_grad()
+def outputs(qg: QuantGraph, names: list[str], images: Tensor) -> dict[str, Tensor]:
+    """Outputs of the named modules for a batch of images, by name."""
+    wanted, found = set(names), {}
+
+    class Catch(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> object:
+            out = super().run_node(n)
+            if n.op == "call_module" and n.target in wanted:
+                found[str(n.target)] = out
+            return out
+
+    Catch(qg.module).run(images)
+    return found

@@ -1,0 +1,41 @@
+"""Run the example through a graph: what is only known once tensors have a shape."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx
+
+from mpq.errors import GraphError
+from mpq.graph.ir import QuantGraph
+
+
+def run_example(qg: QuantGraph, interpreter: fx.Interpreter) -> None:
+    """Run one image of the example, without gradients.
+
+    Raises:
+        GraphError: the model cannot run on it.
+    """
+    try:
+        with torch.no_grad():
+            interpreter.run(qg.example[:1])
+    except Exception as error:
+        shape, why = list(qg.example.shape[1:]), str(error).partition("\n")[0]
+        raise GraphError(
+            f"the model must run on an input of shape {shape} but fails: {why}. "
+            "Give the shape that it was made for."
+        ) from error
+
+
+def ranks(qg: QuantGraph) -> dict[str, int]:
+    """The number of dimensions of each node's tensor, by node name."""
+    found: dict[str, int] = {}
+
+    class Record(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> object:
+            out = super().run_node(n)
+            if isinstance(out, Tensor):
+                found[n.name] = out.ndim
+            return out
+
+    run_example(qg, Record(qg.module))
+    return found

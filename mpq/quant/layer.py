@@ -1,0 +1,264 @@
+"""`QuantLayer`: a Conv or Linear with quantized weights, and its frozen form.
+
+A layer with a `source` (the quantizer of its input) multiplies integers; one without runs in float
+on weights that are stored as integers. Both are exact statements of what the exported file does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mpq.numerics import TINY, choose_qparams, quantize
+from mpq.quant import ops
+from mpq.quant.fake_quant import FakeQuant, FrozenQuant
+from mpq.quant.lsq import learned_fake_quantize
+from mpq.spec import QuantSpec
+
+CONVS: dict[type[nn.Module], Callable[..., Tensor]] = {
+    nn.Conv1d: F.conv1d,
+    nn.Conv2d: F.conv2d,
+    nn.Conv3d: F.conv3d,
+}
+TRANSPOSED: dict[type[nn.Module], Callable[..., Tensor]] = {
+    nn.ConvTranspose1d: F.conv_transpose1d,
+    nn.ConvTranspose2d: F.conv_transpose2d,
+}
+LAYERS = (*CONVS, *TRANSPOSED, nn.Linear)
+
+
+def refuse(module: nn.Module) -> str:
+    """Why a Conv or Linear module cannot be quantized, or an empty string."""
+    if type(module) not in LAYERS:
+        return f"{type(module).__name__} is not a layer that mpq quantizes"
+    if getattr(module, "padding_mode", "zeros") != "zeros":
+        return f"padding_mode={module.padding_mode!r} has no counterpart in an ONNX Conv"
+    padding = getattr(module, "padding", 0)
+    if padding == "same" and _same_padding(module) is None:
+        return "padding='same' with an even kernel pads unevenly"
+    return ""
+
+
+def _same_padding(module: nn.Module) -> tuple[int, ...] | None:
+    totals = [d * (k - 1) for k, d in zip(module.kernel_size, module.dilation, strict=True)]  # type: ignore[arg-type]
+    return None if any(t % 2 for t in totals) else tuple(t // 2 for t in totals)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerOp:
+    """Which operation a layer is, and its attributes."""
+
+    kind: Literal["conv", "conv_transpose", "linear"]
+    stride: tuple[int, ...] = ()
+    padding: tuple[int, ...] = ()
+    output_padding: tuple[int, ...] = ()
+    dilation: tuple[int, ...] = ()
+    groups: int = 1
+
+    @classmethod
+    def of(cls, module: nn.Module) -> LayerOp:
+        """Read the attributes of a torch layer."""
+        if isinstance(module, nn.Linear):
+            return cls("linear")
+        assert isinstance(module, nn.modules.conv._ConvNd)
+        padding = module.padding
+        if isinstance(padding, str):
+            padding = (
+                (0,) * len(module.stride) if padding == "valid" else (_same_padding(module) or ())
+            )
+        kind: Literal["conv", "conv_transpose"] = (
+            "conv_transpose" if type(module) in TRANSPOSED else "conv"
+        )
+        return cls(
+            kind,
+            tuple(module.stride),
+            tuple(padding),
+            tuple(module.output_padding),
+            tuple(module.dilation),
+            module.groups,
+        )
+
+    @property
+    def axis(self) -> int:
+        """The weight dimension that carries the scales: output channels where they are one."""
+        return 1 if self.kind == "conv_transpose" and self.groups == 1 else 0
+
+    def float(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The float operation."""
+        if self.kind == "linear":
+            return F.linear(x, weight, bias)
+        rank = weight.ndim - 2
+        if self.kind == "conv":
+            function = list(CONVS.values())[rank - 1]
+            return function(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+        function = list(TRANSPOSED.values())[rank - 1]
+        return function(
+            x,
+            weight,
+            bias,
+            self.stride,
+            self.padding,
+            self.output_padding,
+            self.groups,
+            self.dilation,
+        )
+
+    def integer(
+        self, x: Tensor, x_scale: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        """The integer operation on an input that lies on the grid of `x_scale`."""
+        out: Tensor
+        if self.kind == "linear":
+            out = ops.linear(x, x_scale, weight, scale, bias)
+        else:
+            window = (self.stride, self.padding, self.dilation, self.groups)
+            out = ops.conv(x, x_scale, weight, scale, bias, *window)
+        return out
+
+
+def integer_bias(bias: Tensor, scale: Tensor) -> Tensor:
+    """The int32 bias with scale `s_x * s_w` that integer kernels add to the accumulator."""
+    limit = 2**31 - 1
+    return torch.round(bias.double() / scale.double()).clamp(-limit, limit).to(torch.int32)
+
+
+class QuantLayer(nn.Module):
+    """A Conv, ConvTranspose or Linear with learned weight steps.
+
+    Args:
+        layer: the float layer; its parameters are taken over, not copied.
+        spec: signed weight format.
+        source: the quantizer of the input, for integer arithmetic; None for float arithmetic.
+    """
+
+    def __init__(self, layer: nn.Module, spec: QuantSpec, source: FakeQuant | None) -> None:
+        super().__init__()
+        self.op, self.spec = LayerOp.of(layer), spec
+        self.weight: nn.Parameter = layer.weight  # type: ignore[assignment]
+        self.bias: nn.Parameter | None = layer.bias  # type: ignore[assignment]
+        self.enabled = True
+        self._source = (source,)  # in a tuple: a reference, not a child module
+        flat = self._channels(self.weight.detach())
+        scale, _ = choose_qparams(flat.amin(1), flat.amax(1), spec)
+        self.scale = nn.Parameter(scale if spec.granularity == "channel" else scale.amax())
+
+    @property
+    def source(self) -> FakeQuant | None:
+        """The quantizer of the input, if the layer runs as integers."""
+        return self._source[0]
+
+    def _channels(self, weight: Tensor) -> Tensor:
+        return weight.transpose(0, self.op.axis).flatten(1)
+
+    def step(self) -> Tensor:
+        """The effective weight scales: positive."""
+        return self.scale.abs().clamp(min=TINY)
+
+    def integers(self) -> Tensor:
+        """The weights as stored: int8, or int16 at 16 bits."""
+        scale = self.step().detach()
+        zero = torch.zeros_like(scale)
+        q = quantize(self.weight.detach(), scale, zero, self.spec, self.op.axis)
+        return q.to(torch.int16 if self.spec.bits > 8 else torch.int8)
+
+    def frozen(self) -> FrozenLayer:
+        """This layer as constants."""
+        return FrozenLayer(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Training: learned fake quantization. Eval: exactly what the frozen layer does."""
+        if not self.enabled:
+            return self.op.float(x, self.weight, self.bias)
+        if self.training:
+            scale = self.step()
+            weight = learned_fake_quantize(
+                self.weight,
+                scale,
+                torch.zeros_like(scale),
+                self.spec,
+                axis=self.op.axis,
+                count=self.weight.numel() // scale.numel(),
+            )
+            return self.op.float(x, weight, self.bias)
+        scale = self.step().detach()
+        source = self.source
+        if source is None or not source.enabled:
+            weight = ops.dequantize(self.integers(), scale, self.op.axis)
+            return self.op.float(x, weight, self.bias)
+        x_scale = source.step().detach()
+        bias = None if self.bias is None else integer_bias(self.bias.detach(), x_scale * scale)
+        return self.op.integer(x, x_scale, self.integers(), scale, bias)
+
+    def extra_repr(self) -> str:
+        """The operation and format, for `print(module)`."""
+        return f"{self.op.kind}, {self.spec}, {'integer' if self.source else 'float'} arithmetic"
+
+
+class FrozenLayer(nn.Module):
+    """A `QuantLayer` as constants: integer weights, scales, and an int32 bias where it runs so."""
+
+    weight: Tensor
+    scale: Tensor
+    bias: Tensor | None
+    x_scale: Tensor | None
+
+    def __init__(self, layer: QuantLayer) -> None:
+        super().__init__()
+        self.op, self.spec = layer.op, layer.spec
+        scale = layer.step().detach().clone()
+        x_scale = None if layer.source is None else layer.source.step().detach().clone()
+        bias = None if layer.bias is None else layer.bias.detach().clone()
+        if bias is not None and x_scale is not None:
+            bias = integer_bias(bias, x_scale * scale)
+        self.register_buffer("weight", layer.integers())
+        self.register_buffer("scale", scale)
+        self.register_buffer("bias", bias)
+        self.register_buffer("x_scale", x_scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Integer arithmetic if the input is quantized, else float on expanded weights."""
+        if self.x_scale is not None:
+            return self.op.integer(x, self.x_scale, self.weight, self.scale, self.bias)
+        weight = ops.dequantize(self.weight, self.scale, self.op.axis)
+        return self.op.float(x, weight, self.bias)
+
+
+class IslandLayer(nn.Module):
+    """A quantized layer inside a module that cannot be traced: it brings its own quantizers.
+
+    Args:
+        layer: the float layer.
+        spec: weight format.
+        activation: input format, None for float arithmetic; a convolution's output takes it too,
+            because the integer kernel writes integers.
+    """
+
+    def __init__(self, layer: nn.Module, spec: QuantSpec, activation: QuantSpec | None) -> None:
+        super().__init__()
+        self.input: nn.Module = FakeQuant(activation) if activation else nn.Identity()
+        source = self.input if isinstance(self.input, FakeQuant) else None
+        self.layer: nn.Module = QuantLayer(layer, spec, source)
+        wants_output = activation is not None and not isinstance(layer, nn.Linear)
+        self.output: nn.Module = (
+            FakeQuant(activation) if activation is not None and wants_output else nn.Identity()
+        )
+
+    def frozen(self) -> IslandLayer:
+        """This layer as constants, in place."""
+        for name in ("input", "output"):
+            part = getattr(self, name)
+            if isinstance(part, FakeQuant):
+                setattr(self, name, FrozenQuant(part))
+        assert isinstance(self.layer, QuantLayer)
+        self.layer = self.layer.frozen()
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Quantize, run, quantize."""
+        out: Tensor = self.output(self.layer(self.input(x)))
+        return out

@@ -1,0 +1,130 @@
+"""The operators of a frozen graph, as torch custom ops: training promises, export translates.
+
+`mpq::fake_quantize` is QuantizeLinear followed by DequantizeLinear. `mpq::conv` and `mpq::linear`
+multiply integers: the input lies on the grid of its quantizer, so `x / s_x` are integers; the
+accumulator is their sum with the integer weights plus an integer bias of scale `s_x * s_w`, as in
+Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only
+Inference", 2018. The sums are kept in float32, which is exact up to 2^24: more than trained layers
+reach, and beyond it the error is one part in 2^24, that of any float32 result.
+`mpq::dequantize` expands stored weights of a layer that runs in float.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mpq.numerics import per_axis
+
+
+def _fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
+    """`x` rounded to the grid of a per-tensor quantizer; scale and zero point have shape `[]`."""
+    z = zero_point.to(x.dtype)
+    return ((x / scale).round_().add_(z).clamp_(qmin, qmax)).sub_(z).mul_(scale)
+
+
+def _fake_quantize_shape(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _dequantize(weight: Tensor, scale: Tensor, axis: int) -> Tensor:
+    """Float weights of integer `weight`, one scale per slice of `axis`."""
+    return weight.to(scale.dtype) * per_axis(scale, weight.ndim, axis)
+
+
+def _dequantize_shape(weight: Tensor, scale: Tensor, axis: int) -> Tensor:
+    return torch.empty(weight.shape, dtype=scale.dtype, device=weight.device)
+
+
+def _requantize(acc: Tensor, bias: Tensor | None, scale: Tensor, channel_dim: int) -> Tensor:
+    """`(acc + bias) * scale` with per-channel bias and scale along `channel_dim`."""
+    if bias is not None:
+        acc = acc + per_axis(bias.to(acc.dtype), acc.ndim, channel_dim)
+    return acc * per_axis(scale, acc.ndim, channel_dim)
+
+
+def _conv(
+    x: Tensor,
+    x_scale: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """Integer convolution in 1 to 3 dimensions: `weight` int8 `[O, I/groups, *K]`, `bias` int32."""
+    functions = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+    acc = functions[len(stride)](
+        (x / x_scale).round_(),
+        weight.to(x.dtype),
+        None,
+        list(stride),
+        list(padding),
+        list(dilation),
+        groups,
+    )
+    return _requantize(acc, bias, x_scale * scale, 1)
+
+
+def _conv_shape(
+    x: Tensor,
+    x_scale: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    shape = [x.shape[0], weight.shape[0]]
+    for i, (s, p, d) in enumerate(zip(stride, padding, dilation, strict=True)):
+        shape.append((x.shape[2 + i] + 2 * p - d * (weight.shape[2 + i] - 1) - 1) // s + 1)
+    return x.new_empty(shape)
+
+
+def _linear(
+    x: Tensor, x_scale: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None
+) -> Tensor:
+    """Integer matrix product over the last dimension: `weight` int8 `[O, I]`, `bias` int32."""
+    acc = F.linear((x / x_scale).round_(), weight.to(x.dtype))
+    return _requantize(acc, bias, x_scale * scale, acc.ndim - 1)
+
+
+def _linear_shape(x: Tensor, x_scale: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty([*x.shape[:-1], weight.shape[0]])
+
+
+# Defined by schema rather than by `torch.library.custom_op`: the same operators, but the first call
+# of one made that way imports torch's compiler, two seconds that no command of ours needs.
+_LIBRARY = torch.library.Library("mpq", "DEF")
+_QUANTIZED = "Tensor x, Tensor x_scale, Tensor weight, Tensor scale, Tensor? bias"
+_OPERATORS: tuple[tuple[str, Callable[..., Tensor], Callable[..., Tensor]], ...] = (
+    (
+        "fake_quantize(Tensor x, Tensor scale, Tensor zero_point, int qmin, int qmax)",
+        _fake_quantize,
+        _fake_quantize_shape,
+    ),
+    ("dequantize(Tensor weight, Tensor scale, int axis)", _dequantize, _dequantize_shape),
+    (
+        f"conv({_QUANTIZED}, int[] stride, int[] padding, int[] dilation, int groups)",
+        _conv,
+        _conv_shape,
+    ),
+    (f"linear({_QUANTIZED})", _linear, _linear_shape),
+)
+for _schema, _kernel, _shape in _OPERATORS:
+    _LIBRARY.define(f"{_schema} -> Tensor")
+    _name = _schema.partition("(")[0]
+    _LIBRARY.impl(_name, _kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"mpq::{_name}", _shape, lib=_LIBRARY)
+
+fake_quantize = torch.ops.mpq.fake_quantize.default
+dequantize = torch.ops.mpq.dequantize.default
+conv = torch.ops.mpq.conv.default
+linear = torch.ops.mpq.linear.default
