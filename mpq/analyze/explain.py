@@ -1,0 +1,181 @@
+"""From an allocation to a policy file: entries, evidence, and a reason for every decision."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mpq.analyze.cost import Widths
+from mpq.analyze.search import Allocation
+from mpq.analyze.sensitivity import PARTS, Sensitivity
+from mpq.layers import LayerInfo
+from mpq.policy import (
+    Constraints,
+    DataInfo,
+    DefaultSpec,
+    LayerPolicy,
+    ModelInfo,
+    Policy,
+    SearchResult,
+    Spec,
+)
+from mpq.spec import activation_spec, weight_spec
+from mpq.target import ONNXRUNTIME_CPU
+
+TOP = 3
+"""How many layers a reason ranks by name of place."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Trade:
+    """What the weights of a layer trade, between the narrowest and the widest width scored."""
+
+    loss: float
+    bytes: int
+
+    @property
+    def per_byte(self) -> float:
+        return self.loss / max(self.bytes, 1)
+
+
+def locked_widths(policy: Policy, layers: Mapping[str, LayerInfo]) -> dict[str, Widths]:
+    """Widths of the layers that a policy locks, for `allocate`.
+
+    Raises:
+        PolicyError: the policy does not fit the layers.
+    """
+    choices = policy.resolve(list(layers)).values()
+    return {c.name: (c.weight_bits, c.activation_bits) for c in choices if c.locked}
+
+
+def build_policy(
+    allocation: Allocation,
+    sensitivity: Sensitivity,
+    *,
+    model: ModelInfo | None = None,
+    data: DataInfo | None = None,
+    constraints: Constraints | None = None,
+    target: str = ONNXRUNTIME_CPU.name,
+    base: Policy | None = None,
+) -> Policy:
+    """A policy with one entry for each layer that differs from the default or is locked.
+
+    Args:
+        allocation: the configuration.
+        sensitivity: what it was solved from; the evidence.
+        model: which network.
+        data: which images.
+        constraints: the budgets, for the record.
+        target: name of the target.
+        base: the policy that locked entries and the default formats come from.
+    """
+    default = base.default if base else DefaultSpec()
+    names = list(allocation.widths)
+    held = {c.name: c for c in base.resolve(names).values() if c.locked} if base else {}
+    reasons = reasons_for(allocation, sensitivity)
+    entries = []
+    for name, (weight_bits, activation_bits) in allocation.widths.items():
+        weight: Spec = "float" if weight_bits is None else weight_spec(weight_bits)
+        act: Spec = "float" if activation_bits is None else activation_spec(activation_bits)
+        if name in held:
+            weight, act = held[name].weight or "float", held[name].activation or "float"
+            reasons[name] = held[name].reason or "locked"
+        if name in held or (weight, act) != (default.weight, default.activation):
+            entries.append(
+                LayerPolicy(
+                    name=name,
+                    weight=None if weight == default.weight else weight,
+                    activation=None if act == default.activation else act,
+                    locked=True if name in held else None,
+                    reason=reasons[name],
+                )
+            )
+    return Policy(
+        model=model,
+        data=data or DataInfo(),
+        target=target,
+        default=default,
+        groups=[list(group) for group in sensitivity.groups],
+        layers=entries,
+        constraints=constraints or Constraints(),
+        result=_result(allocation),
+        evidence={
+            layer.name: _evidence(layer, sensitivity, reasons[layer.name])
+            for layer in sensitivity.layers
+        },
+    )
+
+
+def reasons_for(allocation: Allocation, sensitivity: Sensitivity) -> dict[str, str]:
+    """One line per layer: why its weights have their width."""
+    trades = {layer.name: _trade(layer, sensitivity) for layer in sensitivity.layers}
+    order = sorted(trades, key=lambda n: trades[n].per_byte, reverse=True)
+    loss = sum(t.loss for t in trades.values()) or 1.0
+    params = sum(layer.params for layer in sensitivity.layers)
+    narrow, wide = min(sensitivity.bits("weight")), max(sensitivity.bits("weight"))
+    reasons = {}
+    for layer in sensitivity.layers:
+        trade, place = trades[layer.name], order.index(layer.name)
+        share = f"{_percent(layer.params / params)} of the weights"
+        at_stake = f"{_percent(trade.loss / loss)} of the loss at {narrow} bits"
+        bits = allocation.widths[layer.name][0]
+        if bits is None or narrow == wide:
+            text = share
+        elif bits == narrow:
+            text = f"{share}, {at_stake}"
+        elif place < TOP:
+            text = f"{_ORDINALS[place]} loss per byte saved: {at_stake}, {share}"
+        else:
+            text = f"kept: {at_stake}, {share}"
+        reasons[layer.name] = text
+    return reasons
+
+
+_ORDINALS = ("most", "second most", "third most")
+
+
+def _trade(layer: LayerInfo, sensitivity: Sensitivity) -> _Trade:
+    widths = sensitivity.bits("weight")
+    wide, narrow = max(widths), min(widths)
+    scores = [sensitivity.score(layer.name, "weight", b) for b in (narrow, wide)]
+    saved = layer.weight_bytes(wide) - layer.weight_bytes(narrow)
+    return _Trade(max(scores[0] - scores[1], 0.0), saved)
+
+
+def _percent(share: float) -> str:
+    return f"{share:.0%}" if share >= 0.01 else f"{share:.1%}" if share >= 0.001 else "< 0.1%"
+
+
+def _result(allocation: Allocation) -> SearchResult:
+    return SearchResult(
+        effective_bits=round(allocation.effective_bits, 4),
+        weight_bytes=allocation.weight_bytes,
+        predicted_bytes=allocation.bytes,
+        bitops=allocation.bitops,
+        predicted_drop=_short(allocation.objective),
+        solver="highs",
+        status=allocation.status,
+        gap=allocation.gap,
+    )
+
+
+def _evidence(layer: LayerInfo, sensitivity: Sensitivity, reason: str) -> dict[str, Any]:
+    scores = {
+        part: {
+            str(bits): _short(sensitivity.score(layer.name, part, bits))
+            for bits in sensitivity.bits(part)
+        }
+        for part in PARTS
+    }
+    return {
+        "score": scores["weight"],
+        "activation": scores["activation"],
+        "params": layer.params,
+        "macs": layer.macs,
+        "reason": reason,
+    }
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.4g}")

@@ -1,0 +1,171 @@
+"""The default score: Fisher quadratic forms per layer, from one forward and one backward pass.
+
+The KL divergence between the network's answers before and after a small change of its parameters is
+`1/2 dz' F dz` with `dz` the change of the logits and `F = diag(p) - p p'` the Fisher information of
+the softmax (S. Amari, "Natural Gradient Works Efficiently in Learning", 1998). For a random `v` of
+covariance `F`, `E (v' dz)^2 = dz' F dz`, and to first order `v' dz = sum(g dY)`: `g` the gradient
+of `v' z` at a layer's output and `dY = conv(x, Q_b(W) - W)`, or at a tensor with `dY = Q_b(x) - x`.
+So a single backward pass gives, for image i and every layer l and width b at once,
+
+    u_i(l, b) = sum(g dY)        block form (the score)     1/2 mean_i u_i^2
+    e_i(l, b) = sum((g dY)^2)    diagonal form              1/2 mean_i e_i
+
+The diagonal form is what ModelOpt calls its gradient score, and in spirit FIT (B. Zandonati et al.,
+2022); the block form keeps the correlations within a layer, which ranks configurations better on
+every network tried (benchmarks/sensitivity.py). `U'U / 2N` holds the interactions between layers
+too (compare CLADO: Z. Deng et al., 2023), positive semidefinite by construction.
+
+`v = sqrt(p) e - p (sqrt(p)' e)` with random signs `e` has covariance `F` exactly, without the
+variance of a sampled label. Training images are predicted with too much confidence, so `p` is the
+softmax at temperature 2: it ranks far better than 1 where the network knows its training images by
+heart and hardly worse elsewhere, and its sums are within a factor of 2 of true divergences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from mpq.analyze.perturb import Column, Perturbations, Progress
+from mpq.analyze.watch import Watch, require_finite
+from mpq.errors import GraphError
+from mpq.quant.layer import LayerOp
+
+TEMPERATURE = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class FisherTerms:
+    """Both forms before the mean over images, float64 `[N, candidates]` on the CPU.
+
+    A candidate without noise has zeros.
+    """
+
+    block: Tensor
+    diagonal: Tensor
+
+    def scores(self) -> tuple[Tensor, Tensor]:
+        """Predicted divergence of each candidate in nats, block and diagonal form."""
+        return self.block.square().mean(0) / 2, self.diagonal.mean(0) / 2
+
+
+def fisher_terms(
+    candidates: Perturbations,
+    columns: Sequence[Column],
+    images: Tensor,
+    *,
+    seed: int = 0,
+    batch: int = 64,
+    temperature: float = TEMPERATURE,
+    progress: Progress | None = None,
+) -> FisherTerms:
+    """`u` and `e` of every image and candidate.
+
+    Args:
+        candidates: what quantization would do to each tensor.
+        columns: candidates to score.
+        images: `[N, C, H, W]`, normalised.
+        seed: of the random signs.
+        batch: images per pass; bounds the memory.
+        temperature: >= 1, softens the predicted probabilities.
+        progress: called with (images done, images).
+
+    Raises:
+        GraphError: the network's output is not `[N, classes]` with at least two classes.
+        DataError: NaN or infinity, with the layer where it begins.
+    """
+    recorder = _Recorder(candidates, columns, len(images))
+    generator = torch.Generator().manual_seed(seed)
+    try:
+        for start in range(0, len(images), batch):
+            part = images[start : start + batch]
+            recorder.rows = slice(start, start + len(part))
+            logits = recorder.run(part)
+            require_finite(logits, candidates.graph, part)
+            (logits * _direction(logits.detach(), temperature, generator)).sum().backward()  # type: ignore[no-untyped-call]
+            if progress:
+                progress(start + len(part), len(images))
+    finally:
+        recorder.close()
+    require_finite(recorder.terms.diagonal, candidates.graph, images[:batch])
+    return recorder.terms
+
+
+def _direction(logits: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
+    """`v` with mean 0 and covariance `diag(p) - p p'`, one per image."""
+    if logits.ndim != 2 or logits.shape[1] < 2:
+        raise GraphError(
+            "the metric fisher needs a network that returns [N, classes] with two classes or more. "
+            f"Got an output of shape {list(logits.shape)}."
+        )
+    p = (logits.float() / temperature).softmax(1)
+    signs = torch.randint(0, 2, p.shape, generator=generator).to(p) * 2 - 1
+    spread = p.sqrt() * signs
+    return spread - p * spread.sum(1, keepdim=True)
+
+
+class _Recorder:
+    """Runs the network with hooks that fill `terms` during the backward pass."""
+
+    def __init__(self, candidates: Perturbations, columns: Sequence[Column], count: int) -> None:
+        self.candidates = candidates
+        empty = torch.zeros(count, len(columns), dtype=torch.float64)
+        self.terms = FisherTerms(empty, empty.clone())
+        self.rows = slice(0, 0)
+        self.weights: dict[str, list[tuple[int, int]]] = {}
+        self.tensors: dict[str, dict[int, list[int]]] = {}
+        for index, (layer, part, bits) in enumerate(columns):
+            if part == "weight":
+                self.weights.setdefault(layer, []).append((index, bits))
+            elif (tensor := candidates.tensor_of(layer)) and (tensor, bits) in candidates.grids:
+                self.tensors.setdefault(tensor, {}).setdefault(bits, []).append(index)
+        self.watch = Watch(candidates.graph, list(self.tensors), self._see_tensor)
+        self.handles = [
+            candidates.graph.module.get_submodule(n).register_forward_hook(self._see_layer(n))
+            for n in self.weights
+        ]
+
+    def run(self, images: Tensor) -> Tensor:
+        """Logits, with a graph that reaches back to the images."""
+        # The images ask for a gradient so that the first layer's output has one.
+        logits: Tensor = self.watch.run(images.detach().clone().requires_grad_(True))
+        return logits
+
+    def close(self) -> None:
+        """Remove all hooks."""
+        self.watch.close()
+        for handle in self.handles:
+            handle.remove()
+
+    def _see_layer(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+            op, x = LayerOp.of(module), args[0].detach()
+
+            def backward(grad: Tensor) -> None:
+                for index, bits in self.weights[name]:
+                    noise = op.float(x, self.candidates.weights[name, bits], None)
+                    self._record(index, grad, noise)
+
+            out.register_hook(backward)  # type: ignore[no-untyped-call]
+
+        return hook
+
+    def _see_tensor(self, name: str, x: Tensor) -> Tensor:
+        value = x.detach()
+
+        def backward(grad: Tensor) -> None:
+            for bits, indices in self.tensors[name].items():
+                noise = self.candidates.grids[name, bits].noise(value)
+                for index in indices:
+                    self._record(index, grad, noise)
+
+        x.register_hook(backward)  # type: ignore[no-untyped-call]
+        return x
+
+    def _record(self, index: int, grad: Tensor, noise: Tensor) -> None:
+        product = (grad * noise).flatten(1)
+        self.terms.block[self.rows, index] = product.sum(1).double().cpu()
+        self.terms.diagonal[self.rows, index] = product.square_().sum(1).double().cpu()

@@ -1,0 +1,213 @@
+"""What quantization would do to each tensor: the perturbations that all metrics score.
+
+Weights: `dW = Q_b(W) - W` with scales as post-training quantization chooses them. Activations: the
+quantizers that `prepare` places for an all-8-bit policy, ranges from the first images; a layer's
+activation is the tensor whose grid it reads. Quantizers that no layer reads cost the same under
+every policy and are left out.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mpq.analyze.sensitivity import Part
+from mpq.analyze.watch import Watch, require_finite
+from mpq.errors import GraphError
+from mpq.graph.annotate import annotate
+from mpq.graph.ir import QuantGraph
+from mpq.numerics import choose_qparams, fake_quantize, sqnr_db
+from mpq.policy import Policy
+from mpq.quant.layer import LayerOp
+from mpq.quant.ranges import activation_range, weight_scales
+from mpq.spec import QuantSpec, activation_spec, weight_spec
+
+Progress = Callable[[int, int], None]
+"""Called with (done, total)."""
+Column = tuple[str, Part, int]
+"""A candidate: layer, part, bits."""
+
+RANGE_IMAGES = 128
+"""Images that activation ranges are taken from."""
+RANGE_VALUES = 100_000
+"""Values of a tensor that a range search looks at."""
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """An activation quantizer with its range."""
+
+    scale: Tensor
+    zero: Tensor
+    spec: QuantSpec
+    sqnr: float
+
+    def noise(self, x: Tensor) -> Tensor:
+        """`Q(x) - x`."""
+        return fake_quantize(x, self.scale, self.zero, self.spec) - x
+
+
+@dataclass(frozen=True)
+class Perturbations:
+    """All candidates of a network.
+
+    Args:
+        graph: a private copy in stage `float`, without in-place operations, in eval mode and
+            without gradients to weights; metrics may hook into it and change it.
+        weights: `dW` per layer and width.
+        grids: activation quantizers per tensor and width; a tensor is the name of a graph node, or
+            the path of a layer inside a module that cannot be traced (its input).
+        readers: layers that read each of those tensors.
+    """
+
+    graph: QuantGraph
+    weights: dict[tuple[str, int], Tensor]
+    grids: dict[tuple[str, int], Grid]
+    readers: dict[str, tuple[str, ...]]
+
+    def tensor_of(self, layer: str) -> str | None:
+        """The tensor that a layer reads quantized, None if it computes in float."""
+        return next((t for t, names in self.readers.items() if layer in names), None)
+
+    def weight(self, layer: str) -> Tensor:
+        """The float weights of a layer."""
+        return module_weight(self.graph.module, layer)
+
+    def sqnr(self, column: Column) -> float | None:
+        """SQNR in dB of a candidate, None where there is no noise or nothing was seen."""
+        layer, part, bits = column
+        if part == "activation":
+            tensor = self.tensor_of(layer)
+            grid = None if tensor is None else self.grids.get((tensor, bits))
+            value = float("inf") if grid is None else grid.sqnr
+        else:
+            weight = self.weight(layer)
+            value = sqnr_db(weight, weight + self.weights[layer, bits])
+        return None if value in (float("inf"), float("-inf")) else value
+
+
+def module_weight(module: nn.Module, layer: str) -> Tensor:
+    """The weight tensor of a layer, detached."""
+    weight = module.get_submodule(layer).weight
+    assert isinstance(weight, Tensor)
+    return weight.detach()
+
+
+def perturb(
+    qg: QuantGraph,
+    images: Tensor | None,
+    *,
+    weight_bits: Sequence[int],
+    activation_bits: Sequence[int],
+    batch: int = 64,
+) -> Perturbations:
+    """Quantize every tensor of a float graph at every width, on paper.
+
+    Args:
+        qg: a graph in stage `float`; it is not changed.
+        images: `[N, C, H, W]`, normalised; None scores weights only.
+        weight_bits: widths to try on weights.
+        activation_bits: widths to try on activations; 16 bits are taken as exact.
+        batch: images per forward pass.
+
+    Raises:
+        GraphError: the graph is in another stage; a layer has weights that are not finite.
+        DataError: an activation is not finite.
+    """
+    if qg.stage != "float":
+        raise GraphError(f"analysis needs a graph in stage 'float'. Got {qg.stage!r} instead.")
+    graph = _private_copy(qg)
+    if images is not None:
+        graph.module.to(images.device)
+    weights = {(n, b): _weight_noise(graph, n, b) for n in graph.layers for b in weight_bits}
+    readers = _readers(graph)
+    widths = [b for b in activation_bits if b <= 8]
+    grids: dict[tuple[str, int], Grid] = {}
+    if images is not None and widths:
+        for tensor, values in _observe(graph, readers, images[:RANGE_IMAGES], batch).items():
+            grids |= {(tensor, b): _grid(values, activation_spec(b)) for b in widths}
+    return Perturbations(graph, weights, grids, readers)
+
+
+def _private_copy(qg: QuantGraph) -> QuantGraph:
+    graph = qg.copy()
+    graph.module.eval().requires_grad_(False)
+    for module in graph.module.modules():
+        if getattr(module, "inplace", False):
+            module.inplace = False  # type: ignore[assignment]
+    functions: dict[Any, Any] = {
+        operator.iadd: operator.add,
+        operator.imul: operator.mul,
+        torch.relu_: torch.relu,
+    }
+    for node in graph.module.graph.nodes:
+        if node.op == "call_function":
+            node.target = functions.get(node.target, node.target)
+        elif node.op == "call_method" and str(node.target).endswith("_"):
+            node.target = str(node.target).removesuffix("_")
+        if node.kwargs.get("inplace"):
+            node.kwargs = {**node.kwargs, "inplace": False}
+    graph.module.recompile()
+    return graph
+
+
+def _weight_noise(graph: QuantGraph, name: str, bits: int) -> Tensor:
+    weight, spec = module_weight(graph.module, name), weight_spec(bits)
+    if not bool(torch.isfinite(weight).all()):
+        raise GraphError(
+            f"the weights of layer {name} must be finite but hold NaN or infinity. "
+            "The checkpoint is damaged or its training diverged."
+        )
+    axis = LayerOp.of(graph.module.get_submodule(name)).axis
+    scale = weight_scales(weight, spec, axis)
+    zero = torch.zeros_like(scale)
+    return fake_quantize(weight, scale, zero, spec, axis) - weight
+
+
+def _readers(graph: QuantGraph) -> dict[str, tuple[str, ...]]:
+    """Layers by the tensor whose grid they read, of an all-8-bit policy."""
+    annotate(graph, Policy.uniform(8))
+    nodes = {site.name: site.node for site in graph.sites.values()}
+    found: dict[str, tuple[str, ...]] = {}
+    for name, plan in graph.plans.items():
+        if not plan.support.integer:
+            continue  # computes in float even at 8 bits: its input keeps its precision
+        tensor = name if plan.site is None else nodes[plan.site]
+        found[tensor] = (*found.get(tensor, ()), name)
+    return found
+
+
+def _observe(
+    graph: QuantGraph, readers: dict[str, tuple[str, ...]], images: Tensor, batch: int
+) -> dict[str, Tensor]:
+    """A sample of each tensor's values, its extremes included."""
+    found: dict[str, list[Tensor]] = {name: [] for name in readers}
+    quota = max(RANGE_VALUES * batch // max(len(images), 1), 1000)
+
+    def see(name: str, x: Tensor) -> Tensor:
+        low, high = torch.aminmax(x)
+        step = max(x.numel() // quota, 1)
+        # An odd step walks through all channels and positions of a tensor of even sizes.
+        found[name] += [x.flatten()[:: step | 1].float(), torch.stack((low, high)).float()]
+        return x
+
+    watch = Watch(graph, list(readers), see)
+    with torch.no_grad():
+        for part in torch.split(images, batch):
+            watch.run(part)
+    watch.close()
+    joined = {name: torch.cat(values) for name, values in found.items() if values}
+    for name, values in joined.items():
+        require_finite(values, graph, images, otherwise=readers[name][0])
+    return joined
+
+
+def _grid(values: Tensor, spec: QuantSpec) -> Grid:
+    scale, zero = choose_qparams(*activation_range(values, spec), spec)
+    sqnr = sqnr_db(values, fake_quantize(values, scale, zero, spec))
+    return Grid(scale, zero, spec, sqnr)
