@@ -1,0 +1,9 @@
+"""Training and distillation of float and of prepared models: `loop.fit` is the way in.
+
+- `recipe` (and `recipes/*.yaml`): every hyper-parameter of a run
+- `loop`: `fit`; `engine`: one epoch of it; `resume`, `metrics`: what a run leaves in its folder
+- `optim`: parameter groups, schedule, moving average; `diagnose`: where a NaN begins
+- `objective`: the loss of a recipe; `losses`, `weighting`: its parts, as functions over logits
+- `ensemble`: teachers as one module and one file; `evaluate`: logits and accuracy
+- `augment`, `trivial`: random changes of a batch of images
+"""

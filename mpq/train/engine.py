@@ -1,0 +1,241 @@
+"""One epoch of training: batches, losses, steps.
+
+Images stay uint8 in memory (on the device, if they fit) and are augmented batch by batch. Every
+random number of an epoch derives from (seed, epoch), so that an epoch can be repeated at will.
+Processes and gradient exchange are accelerate's: under `accelerate launch` each process takes its
+share of every batch. Autocast is entered here and not by accelerate, which would rewrap the
+model's forward: a prepared `fx.GraphModule` must stay what it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from mpq.data import Normalization
+from mpq.errors import DataError, TrainError, UsageError
+from mpq.train.augment import Targets, augment, epoch_rng, mix
+from mpq.train.diagnose import first_nonfinite
+from mpq.train.ensemble import Ensemble
+from mpq.train.evaluate import Images, Labels, as_tensor, normalize_unit
+from mpq.train.metrics import Record, Totals
+from mpq.train.objective import Objective
+from mpq.train.optim import Ema, build_optimizer, learning_rate
+from mpq.train.recipe import Recipe
+from mpq.train.resume import State, fingerprint, structure
+from mpq.train.weighting import Weighting
+
+RESIDENT_BYTES = 2**32
+"""Images up to this size are kept on the accelerator."""
+
+CHECK_EVERY = 16
+"""Steps between looks at the loss on an accelerator, where each look would stall the queue."""
+
+OnStep = Callable[[int, int, int, float], None]
+"""(epoch, step, steps per epoch, loss), all from 0; on an accelerator every 16th step."""
+
+
+class Engine:
+    """A model, its data and its optimizer on one device.
+
+    Attributes:
+        state: what a checkpoint holds.
+
+    The arguments are those of `fit`. Raises `UsageError` for a device that is not there.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        train: tuple[Images, Labels],
+        *,
+        normalize: Normalization,
+        recipe: Recipe,
+        teacher: Ensemble | None,
+        weighting: Weighting | None,
+        seed: int,
+        device: str,
+    ) -> None:
+        self.recipe, self.normalize, self.seed = recipe, normalize, seed
+        self.accelerator, self.device = _accelerator(device)
+        layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
+        self.layout = layout
+        self.model = model.to(device=self.device, memory_format=layout)  # type: ignore[call-overload]
+        self.teacher = teacher
+        if teacher is not None:
+            teacher.to(device=self.device, memory_format=layout)  # type: ignore[call-overload]
+        self.objective = Objective(recipe, weighting)
+        resident = self.device if train[0].nbytes <= RESIDENT_BYTES else torch.device("cpu")
+        self.images = as_tensor(train[0]).to(resident)
+        self.labels = as_tensor(train[1].astype(np.int64)).to(resident)
+        ranks = self.accelerator.num_processes
+        self.rank, self.ranks = self.accelerator.process_index, ranks
+        self.network = (
+            self.accelerator.prepare_model(model, device_placement=False) if ranks > 1 else model
+        )
+        self.classes = int(train[1].max()) + 1
+        self.steps = max(1, len(self.images) // recipe.batch)
+        identity = {
+            "recipe": recipe.model_dump(),
+            "seed": seed,
+            "data": fingerprint(*train),
+            "model": structure(model),
+            "normalize": str(normalize),
+            "teacher": teacher.names if teacher is not None else [],
+            "weighting": getattr(weighting, "__qualname__", type(weighting).__name__),
+            "processes": ranks,
+        }
+        ema = Ema(model, recipe.ema) if recipe.ema else None
+        self.state = State(model, build_optimizer(model, recipe), ema, identity)
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes the files."""
+        return bool(self.accelerator.is_main_process)
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """What is measured: the average if there is one."""
+        return self.state.ema.module if self.state.ema else self.model
+
+    @contextmanager
+    def environment(self) -> Iterator[None]:
+        """Leave the caller's random state and cuDNN settings as they were."""
+        cuda = [torch.cuda.current_device()] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=cuda):
+            before = torch.backends.cudnn.benchmark
+            torch.backends.cudnn.benchmark = True
+            try:
+                yield
+            finally:
+                torch.backends.cudnn.benchmark = before
+
+    def train_epoch(self, epoch: int, on_step: OnStep | None) -> Record:
+        """Train for one epoch; the record lacks only validation and time."""
+        self.model.train()
+        order = torch.from_numpy(epoch_rng(self.seed, epoch).permutation(len(self.images)))
+        order = order.to(self.images.device)
+        rng = epoch_rng(self.seed, epoch, 1 + self.rank)
+        torch.manual_seed(int(rng.integers(2**62)))  # for dropout and the like
+        totals = Totals()
+        for step in range(self.steps):
+            index = order[step * self.recipe.batch : (step + 1) * self.recipe.batch]
+            loss = self._step(epoch, step, index[self.rank :: self.ranks], rng, totals)
+            if on_step and self._look(step):
+                on_step(epoch, step, self.steps, float(loss))
+        lr = learning_rate(self.recipe, (epoch + 1) * self.steps - 1, self.steps)
+        return {"epoch": epoch, "lr": lr, **totals.record(self.accelerator), "val_top1": None}
+
+    def _look(self, step: int) -> bool:
+        """Whether the loss of this step is read back from the device."""
+        return self.device.type == "cpu" or step % CHECK_EVERY == 0 or step == self.steps - 1
+
+    def _step(
+        self, epoch: int, step: int, index: Tensor, rng: np.random.Generator, totals: Totals
+    ) -> Tensor:
+        """One optimizer step over the images of `index`, in `accumulate` parts."""
+        optimizer, recipe = self.state.optimizer, self.recipe
+        rate = learning_rate(recipe, epoch * self.steps + step, self.steps)
+        for group in optimizer.param_groups:
+            group["lr"] = rate * group["factor"]
+        progress = (epoch * self.steps + step) / max(1, recipe.epochs * self.steps - 1)
+        optimizer.zero_grad(set_to_none=True)
+        parts = [p for p in index.tensor_split(recipe.accumulate) if len(p)]
+        loss = torch.zeros((), device=self.device)
+        for number, part in enumerate(parts):
+            images, targets = self._batch(part, rng)
+            share = len(part) / len(index)
+            if number < len(parts) - 1:
+                with self.accelerator.no_sync(self.network):
+                    loss += self._backward(images, targets, progress, share, totals)
+            else:
+                loss += self._backward(images, targets, progress, share, totals)
+            if self._look(step) and not bool(torch.isfinite(loss)):
+                raise TrainError(self._explain(epoch, step, images))
+        if recipe.clip_norm:
+            nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip_norm)
+        optimizer.step()
+        if self.state.ema:
+            self.state.ema.update(self.model)
+        return loss
+
+    def _batch(self, index: Tensor, rng: np.random.Generator) -> tuple[Tensor, Targets]:
+        """Augmented images in 0..1, and their labels, on the device."""
+        images = self.images[index].to(self.device, non_blocking=True)
+        labels = self.labels[index].to(self.device, non_blocking=True)
+        return mix(augment(images, self.recipe, rng), labels, self.recipe, rng)
+
+    def _backward(
+        self, images: Tensor, targets: Targets, progress: float, share: float, totals: Totals
+    ) -> Tensor:
+        """Forward and backward of one part; returns its contribution to the step's loss."""
+        with self._autocast():
+            student = self.network(self._input(images))
+            teachers = self._teach(images)
+        self._check_logits(student, teachers)
+        labels = targets.for_classes(student.shape[1])
+        parts = self.objective(student, teachers, labels, progress=progress)
+        self.accelerator.backward(parts.loss * share)
+        totals.add(parts, student.detach(), labels)
+        return parts.loss.detach() * share
+
+    def _check_logits(self, student: Tensor, teachers: Tensor | None) -> None:
+        if student.ndim != 2 or student.shape[1] < self.classes:
+            raise DataError(
+                f"the model must give logits [B, C] with C >= {self.classes}, the number of "
+                f"classes in the labels. Got {list(student.shape)}."
+            )
+        if teachers is not None and teachers.shape[1:] != student.shape:
+            raise DataError(
+                f"teachers must give logits [B, C] like the model, {list(student.shape)}. "
+                f"Got {list(teachers.shape[1:])}: they know other classes."
+            )
+
+    def _input(self, images: Tensor) -> Tensor:
+        return normalize_unit(images, self.normalize).contiguous(memory_format=self.layout)
+
+    def _teach(self, images: Tensor) -> Tensor | None:
+        if self.teacher is None:
+            return None
+        with torch.no_grad():
+            logits: Tensor = self.teacher(images)
+        return logits
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(
+            self.device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16"
+        )
+
+    def _explain(self, epoch: int, step: int, images: Tensor) -> str:
+        """Who made the loss of this batch infinite or NaN."""
+        with self._autocast():
+            culprit = first_nonfinite(self.model, lambda: self.model(self._input(images)))
+            if not culprit and self.teacher is not None:
+                culprit = first_nonfinite(self.teacher, lambda: self._teach(images))
+                culprit = culprit and f"teacher {culprit}"
+        return (
+            f"the loss became non-finite in epoch {epoch}, step {step}. First non-finite output: "
+            f"{culprit or 'none: the loss itself overflowed on finite logits'}. "
+            f"Try a lower lr (now {self.recipe.lr:g}), clip_norm (now {self.recipe.clip_norm:g})"
+            f"{', precision float32' if self.recipe.precision == 'bf16' else ''}; the checkpoint "
+            "of the last finished epoch is intact."
+        )
+
+
+def _accelerator(device: str) -> tuple[Accelerator, torch.device]:
+    """The processes as accelerate sees them, and the device of this one."""
+    if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
+        has = "cpu or cuda" if torch.cuda.is_available() else "cpu (this torch sees no CUDA device)"
+        raise UsageError(f"device must be {has}. Got {device!r} instead.")
+    try:
+        accelerator = Accelerator(cpu=device == "cpu", mixed_precision="no")
+    except ValueError:  # the process has one already, with other settings: ours are our own
+        accelerator = Accelerator()
+    if accelerator.num_processes > 1:
+        return accelerator, accelerator.device
+    return accelerator, torch.device(device)

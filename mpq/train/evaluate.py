@@ -1,0 +1,124 @@
+"""Logits and accuracy of a model on uint8 images, in batches, in eval mode."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from mpq.data import Normalization
+from mpq.errors import DataError
+
+Images = NDArray[np.uint8]
+Labels = NDArray[np.int64]
+
+
+def as_tensor(values: NDArray[Any]) -> Tensor:
+    """The array as a tensor that shares its memory, or a copy of an array that is read-only."""
+    return torch.from_numpy(values if values.flags.writeable else values.copy())
+
+
+def to_unit(images: Tensor) -> Tensor:
+    """Float32 `[B, 3, H, W]` in 0..1 of uint8 `[B, H, W, 3]`."""
+    return images.permute(0, 3, 1, 2).contiguous().float().div_(255)
+
+
+def normalize_unit(images: Tensor, normalize: Normalization) -> Tensor:
+    """`(x - mean) / std` per channel of images `[B, 3, H, W]` in 0..1."""
+    mean, std = _constants(normalize, images.device)
+    return (images - mean) / std
+
+
+@cache
+def _constants(normalize: Normalization, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Kept, since copying them for each batch would make an accelerator wait."""
+    mean, std = torch.tensor(normalize.mean), torch.tensor(normalize.std)
+    return mean.view(-1, 1, 1).to(device), std.view(-1, 1, 1).to(device)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients; each module's own mode is restored afterwards."""
+    modes = [(m, m.training) for m in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def predict(
+    model: nn.Module, images: Images, normalize: Normalization, *, batch: int = 250
+) -> Tensor:
+    """Logits `[n, C]`, float32 on the CPU, of images `[n, H, W, 3]`, on the model's device.
+
+    Raises:
+        DataError: images of another shape or type.
+    """
+    return predict_units(model, lambda x: model(normalize_unit(x, normalize)), images, batch)
+
+
+def predict_units(
+    model: nn.Module, forward: Callable[[Tensor], Any], images: Images, batch: int
+) -> Tensor:
+    """As `predict`, with `forward` mapping images in 0..1 to logits `[..., B, C]`; joined in B."""
+    check_images(images)
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    parts = []
+    with evaluating(model):
+        for start in range(0, len(images), batch):
+            part = as_tensor(images[start : start + batch])
+            logits: Tensor = forward(to_unit(part.to(device)))
+            parts.append(logits.float().cpu())
+    return torch.cat(parts, dim=-2)
+
+
+def accuracy(
+    model: nn.Module,
+    images: Images,
+    labels: Labels,
+    normalize: Normalization,
+    *,
+    batch: int = 250,
+) -> float:
+    """Top-1 accuracy in percent.
+
+    Raises:
+        DataError: images of another shape or type, or not one label for each.
+    """
+    check_images(images, labels)
+    return top1(predict(model, images, normalize, batch=batch), labels)
+
+
+def top1(logits: Tensor, labels: Labels) -> float:
+    """Percent of rows of `[n, C]` whose largest entry is the label."""
+    return 100 * float((logits.argmax(1) == as_tensor(labels)).double().mean())
+
+
+def check_images(images: Images, labels: Labels | None = None) -> None:
+    """Refuse what the loop and the evaluation cannot take.
+
+    Raises:
+        DataError: not uint8 `[n, H, W, 3]` with n >= 1, or labels that are not int `[n]`, >= 0.
+    """
+    if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8 or not len(images):
+        raise DataError(
+            "images must be uint8 [n, H, W, 3] with at least one image. "
+            f"Got {images.dtype} {list(images.shape)}."
+        )
+    if labels is None:
+        return
+    if labels.shape != (len(images),) or labels.dtype.kind not in "iu" or labels.min() < 0:
+        raise DataError(
+            f"labels must be {len(images)} class ids (integers >= 0), one for each image. "
+            f"Got {labels.dtype} {list(labels.shape)}"
+            + (f", smallest {labels.min()}." if labels.size else ".")
+        )

@@ -1,0 +1,72 @@
+"""What is measured in an epoch, and the file it goes to."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from mpq.train.objective import Parts
+
+METRICS = "metrics.jsonl"
+
+Record = dict[str, Any]
+"""One epoch: epoch, lr, train_loss, train_label_loss, train_top1, val_top1 (None without
+validation), seconds; with teachers also train_distill_loss and teacher_weights (a mean each)."""
+
+
+class Totals:
+    """Sums over an epoch, kept on the device so that adding does not wait for it."""
+
+    def __init__(self) -> None:
+        self.sums: Tensor | None = None
+        self.members = 0
+
+    def add(self, parts: Parts, student: Tensor, labels: Tensor) -> None:
+        """Add one batch of logits `[B, C]`; mixed labels count as their larger half."""
+        truth = labels if labels.ndim == 1 else labels.argmax(1)
+        hits = (student.argmax(1) == truth).sum()
+        zero = torch.zeros_like(parts.label)
+        values = [
+            parts.loss.detach(),
+            parts.label,
+            zero if parts.distill is None else parts.distill,
+        ]
+        weights = [] if parts.weights is None else list(parts.weights.unbind())
+        self.members = len(weights)
+        count = len(student)
+        row = torch.stack([torch.ones_like(zero), *values, hits / count, *weights]).double() * count
+        self.sums = row if self.sums is None else self.sums + row
+
+    def record(self, accelerator: Accelerator) -> Record:
+        """Means over all processes."""
+        assert self.sums is not None, "an epoch has at least one step"
+        count, *sums = accelerator.reduce(self.sums, reduction="sum").tolist()
+        loss, label, distill, hits, *weights = (v / count for v in sums)
+        record: Record = {"train_loss": loss, "train_label_loss": label}
+        if self.members:
+            record["train_distill_loss"] = distill
+            record["teacher_weights"] = weights
+        return {**record, "train_top1": 100 * hits}
+
+
+def write_metrics(path: Path, history: Sequence[Record]) -> None:
+    """Replace `metrics.jsonl`: one JSON object a line, one line an epoch."""
+    text = "".join(json.dumps(record) + "\n" for record in history)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

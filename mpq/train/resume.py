@@ -1,0 +1,129 @@
+"""What a run leaves in its folder: `checkpoint.pth` and `metrics.jsonl`.
+
+Both are replaced whole, so a killed run leaves the state of its last finished epoch. All randomness
+of an epoch derives from (seed, epoch), hence weights, optimizer, average and history are the full
+state, and a resumed run equals an uninterrupted one bit for bit on a CPU.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mpq.checkpoint import load_safe, save_atomic
+from mpq.errors import TrainError
+from mpq.train.evaluate import Images, Labels
+from mpq.train.metrics import METRICS, Record, write_metrics
+from mpq.train.optim import Ema
+
+FORMAT, VERSION = "mpq/training", 1
+CHECKPOINT = "checkpoint.pth"
+
+
+@dataclass
+class State:
+    """The moving parts of a run.
+
+    Args:
+        model: the student, not wrapped.
+        optimizer: its optimizer.
+        ema: its moving average, if any.
+        identity: what must be equal for a run to be continued.
+        epoch: epochs done.
+        history: a record for each of them.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    ema: Ema | None
+    identity: Mapping[str, Any]
+    epoch: int = 0
+    history: list[Record] = field(default_factory=list)
+
+    def save(self, folder: Path) -> None:
+        """Replace the checkpoint, then the metrics."""
+        content = {
+            "format": FORMAT,
+            "version": VERSION,
+            "identity": dict(self.identity),
+            "epoch": self.epoch,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "ema": self.ema.module.state_dict() if self.ema else None,
+            "ema_updates": self.ema.updates if self.ema else 0,
+            "history": self.history,
+        }
+        save_atomic(content, folder / CHECKPOINT)
+        write_metrics(folder / METRICS, self.history)
+
+    def load(self, folder: Path) -> None:
+        """Take over the checkpoint of `folder`.
+
+        Raises:
+            TrainError: it belongs to another run: recipe, seed, data, model or teacher differ.
+            CheckpointError: it is damaged.
+        """
+        path = folder / CHECKPOINT
+        content = load_safe(path)
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            raise TrainError(f"{path} must be a training checkpoint of mpq, but is none.")
+        if content.get("version") != VERSION:
+            raise TrainError(
+                f"{path}: version must be {VERSION}. Got {content.get('version')!r} instead."
+            )
+        missing = {"identity", "epoch", "model", "optimizer", "ema", "history"} - set(content)
+        if missing:
+            raise TrainError(f"{path} must hold {', '.join(sorted(missing))}, but does not.")
+        refuse_other_run(path, content["identity"], self.identity)
+        self.model.load_state_dict(content["model"])
+        self.optimizer.load_state_dict(content["optimizer"])
+        if self.ema:
+            self.ema.module.load_state_dict(content["ema"])
+            self.ema.updates = content["ema_updates"]
+        self.epoch, self.history = content["epoch"], list(content["history"])
+        write_metrics(folder / METRICS, self.history)
+
+
+def fingerprint(images: Images, labels: Labels) -> str:
+    """Short text that differs for different data."""
+    return (
+        f"{len(images)} images {zlib.crc32(images.tobytes()):08x}{zlib.crc32(labels.tobytes()):08x}"
+    )
+
+
+def structure(model: nn.Module) -> str:
+    """Short text that differs for models with other modules, widths, parameters or buffers."""
+    names = ";".join(f"{k}{tuple(v.shape)}" for k, v in model.state_dict().items())
+    return f"{type(model).__name__} {zlib.crc32(f'{names} {model!r}'.encode()):08x}"
+
+
+def refuse_other_run(path: Path, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Name what differs between a checkpoint and the run that would continue it.
+
+    Raises:
+        TrainError: anything differs.
+    """
+    old, new = _flat(saved), _flat(wanted)
+    changed = [k for k in dict.fromkeys([*old, *new]) if old.get(k) != new.get(k)]
+    if changed:
+        listed = "; ".join(f"{k} was {old.get(k)!r}, is {new.get(k)!r}" for k in changed[:5])
+        raise TrainError(
+            f"{path} must be of the same run to be resumed, but {listed}. "
+            "Use the old settings, another folder, or start anew without resuming."
+        )
+
+
+def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            out.update({f"{key}.{k}": v for k, v in value.items()})
+        else:
+            out[key] = value
+    return out

@@ -1,0 +1,191 @@
+"""TrivialAugmentWide for a batch: one random operation of random strength for each image.
+
+Source: Müller and Hutter, TrivialAugment: Tuning-free Yet State-of-the-Art Data Augmentation, ICCV
+2021, with the wide space as torchvision defines it (31 strengths, nearest-neighbour geometry, black
+outside). The images of a batch are grouped by operation and each group is computed at once, on
+float32 `[B, 3, H, W]` in 0..1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+BINS = 31
+GREY = (0.2989, 0.587, 0.114)
+"""Luma weights of RGB."""
+
+Operation = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(images `[N, 3, H, W]`, strength `[N]` in 0..1, sign `[N]` of -1 or 1) -> images."""
+
+
+def trivial_augment(images: Tensor, rng: np.random.Generator) -> Tensor:
+    """Apply one random operation to each image of `[B, 3, H, W]` in 0..1."""
+    names = list(OPERATIONS)
+    choice = rng.integers(len(names), size=len(images))
+    strength = rng.integers(BINS, size=len(images)) / (BINS - 1)
+    sign = rng.integers(2, size=len(images)) * 2 - 1
+    order = np.argsort(choice, kind="stable")
+    device = images.device
+    index = torch.from_numpy(order).to(device, non_blocking=True)
+    strengths = torch.from_numpy(strength[order].astype(np.float32)).to(device, non_blocking=True)
+    signs = torch.from_numpy(sign[order].astype(np.float32)).to(device, non_blocking=True)
+    sizes = np.bincount(choice, minlength=len(names)).tolist()
+    parts = [torch.split(t, sizes) for t in (images[index], strengths, signs)]  # type: ignore[no-untyped-call]
+    groups = zip(names, *parts, strict=True)
+    done = [OPERATIONS[n](x, s, g) if len(x) else x for n, x, s, g in groups]
+    out = torch.empty_like(images)
+    out[index] = torch.cat(done)
+    return out
+
+
+def _column(values: Tensor) -> Tensor:
+    return values.view(-1, 1, 1, 1)
+
+
+def _blend(images: Tensor, other: Tensor, factor: Tensor) -> Tensor:
+    """`factor` 1 keeps the image, 0 gives `other`, above 1 moves away from it."""
+    return (other + (images - other) * _column(factor)).clamp(0, 1)
+
+
+def _grey(images: Tensor) -> Tensor:
+    return sum(
+        (w * images[:, i : i + 1] for i, w in enumerate(GREY)), torch.zeros_like(images[:, :1])
+    )
+
+
+def _affine(images: Tensor, matrix: Tensor) -> Tensor:
+    """Sample with `[N, 2, 3]` from output to input, in pixels from the centre; black outside."""
+    height, width = images.shape[2:]
+    relative = matrix.clone()  # affine_grid counts in half sides
+    relative[:, 0, 1] *= height / width
+    relative[:, 1, 0] *= width / height
+    relative[:, 0, 2] /= width / 2
+    relative[:, 1, 2] /= height / 2
+    grid = F.affine_grid(relative, list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, mode="nearest", align_corners=False)
+
+
+def _matrix(a: Tensor, b: Tensor, c: Tensor, d: Tensor, e: Tensor, f: Tensor) -> Tensor:
+    """`[[a b c], [d e f]]` for each image."""
+    return torch.stack([a, b, c, d, e, f], dim=1).view(-1, 2, 3)
+
+
+def shear_x(images: Tensor, strength: Tensor, sign: Tensor) -> Tensor:
+    """Rows shifted in proportion to their distance from the top, by up to 0.99 of it."""
+    level = 0.99 * strength * sign
+    one, zero = torch.ones_like(level), torch.zeros_like(level)
+    return _affine(images, _matrix(one, level, level * images.shape[2] / 2, zero, one, zero))
+
+
+def shear_y(images: Tensor, strength: Tensor, sign: Tensor) -> Tensor:
+    """Columns shifted in proportion to their distance from the left, by up to 0.99 of it."""
+    level = 0.99 * strength * sign
+    one, zero = torch.ones_like(level), torch.zeros_like(level)
+    return _affine(images, _matrix(one, zero, zero, level, one, level * images.shape[3] / 2))
+
+
+def translate_x(images: Tensor, strength: Tensor, sign: Tensor) -> Tensor:
+    """Shift by up to 32 pixels, at most the width."""
+    level = (min(32, images.shape[3]) * strength).floor() * sign
+    one, zero = torch.ones_like(level), torch.zeros_like(level)
+    return _affine(images, _matrix(one, zero, -level, zero, one, zero))
+
+
+def translate_y(images: Tensor, strength: Tensor, sign: Tensor) -> Tensor:
+    """Shift by up to 32 pixels, at most the height."""
+    level = (min(32, images.shape[2]) * strength).floor() * sign
+    one, zero = torch.ones_like(level), torch.zeros_like(level)
+    return _affine(images, _matrix(one, zero, zero, zero, one, -level))
+
+
+def rotate(images: Tensor, strength: Tensor, sign: Tensor) -> Tensor:
+    """Rotate about the centre by up to 135 degrees."""
+    angle = torch.deg2rad(135 * strength * sign)
+    zero = torch.zeros_like(angle)
+    cos, sin = angle.cos(), angle.sin()
+    return _affine(images, _matrix(cos, -sin, zero, sin, cos, zero))
+
+
+def brightness(images: Tensor, strength: Tensor, sign: Tensor) -> Tensor:
+    """Towards black, or away from it."""
+    return _blend(images, torch.zeros_like(images), 1 + 0.99 * strength * sign)
+
+
+def color(images: Tensor, strength: Tensor, sign: Tensor) -> Tensor:
+    """Towards grey, or away from it."""
+    return _blend(images, _grey(images), 1 + 0.99 * strength * sign)
+
+
+def contrast(images: Tensor, strength: Tensor, sign: Tensor) -> Tensor:
+    """Towards the mean luma, or away from it."""
+    return _blend(images, _grey(images).mean((2, 3), keepdim=True), 1 + 0.99 * strength * sign)
+
+
+def sharpness(images: Tensor, strength: Tensor, sign: Tensor) -> Tensor:
+    """Towards a 3x3 blur, or away from it; the border stays."""
+    if min(images.shape[2:]) <= 2:
+        return images
+    kernel = torch.ones(3, 1, 3, 3, device=images.device) / 13
+    kernel[:, :, 1, 1] = 5 / 13
+    blurred = images.clone()
+    blurred[:, :, 1:-1, 1:-1] = F.conv2d(images, kernel, groups=3)
+    return _blend(images, blurred, 1 + 0.99 * strength * sign)
+
+
+def posterize(images: Tensor, strength: Tensor, sign: Tensor) -> Tensor:
+    """Keep 8 down to 2 bits of each channel."""
+    levels = _column(torch.exp2((8 - 6 * strength).round()))
+    return (images * levels).floor().clamp(min=0).minimum(levels - 1) / levels
+
+
+def solarize(images: Tensor, strength: Tensor, sign: Tensor) -> Tensor:
+    """Invert what is at or above a threshold of 1 down to 0."""
+    return torch.where(images >= _column(1 - strength), 1 - images, images)
+
+
+def autocontrast(images: Tensor, strength: Tensor, sign: Tensor) -> Tensor:
+    """Stretch each channel to 0..1; a constant channel stays."""
+    low, high = images.amin((2, 3), keepdim=True), images.amax((2, 3), keepdim=True)
+    span = high - low
+    return torch.where(span > 0, (images - low) / span.clamp(min=1e-12), images).clamp(0, 1)
+
+
+def equalize(images: Tensor, strength: Tensor, sign: Tensor) -> Tensor:
+    """Flatten the histogram of each channel (256 levels, rounding as in Pillow's ImageOps)."""
+    level = (images * 255.999).long().clamp(0, 255).flatten(2)
+    counts = torch.zeros(*level.shape[:2], 256, dtype=torch.long, device=images.device)
+    counts.scatter_add_(2, level, torch.ones_like(level))
+    top = counts.gather(2, level.amax(2, keepdim=True))
+    step = (level.shape[2] - top) // 255
+    below = counts.cumsum(2) - counts
+    table = ((below + step // 2) // step.clamp(min=1)).clamp(max=255)
+    flat = table.gather(2, level).float() / 255
+    return torch.where(step > 0, flat, images.flatten(2)).view_as(images)
+
+
+def identity(images: Tensor, strength: Tensor, sign: Tensor) -> Tensor:
+    """No change."""
+    return images
+
+
+OPERATIONS: dict[str, Operation] = {
+    "identity": identity,
+    "shear_x": shear_x,
+    "shear_y": shear_y,
+    "translate_x": translate_x,
+    "translate_y": translate_y,
+    "rotate": rotate,
+    "brightness": brightness,
+    "color": color,
+    "contrast": contrast,
+    "sharpness": sharpness,
+    "posterize": posterize,
+    "solarize": solarize,
+    "autocontrast": autocontrast,
+    "equalize": equalize,
+}
