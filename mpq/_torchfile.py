@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 import pickle
 import re
 import warnings
@@ -20,6 +19,7 @@ import numpy as np
 import torch
 
 from mpq.errors import CheckpointError, nearest
+from mpq.files import atomic_file
 from mpq.zoo.builder import working_directory
 
 # Beside tensors, what training scripts save and what cannot run code when it is unpickled.
@@ -66,21 +66,14 @@ def save_atomic(obj: Any, path: str | Path) -> None:
         CheckpointError: the folder is missing or not writable, the disk is full.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
+        with atomic_file(path) as file:
             torch.save(obj, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch's zip writer turns the first into the second
         why = getattr(error, "strerror", None) or error
         raise CheckpointError(
             f"{path} cannot be written: {why}. Its folder must exist, be writable and have room."
         ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
 
 
 def _check_file(path: Path) -> None:

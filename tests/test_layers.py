@@ -16,6 +16,7 @@ import mpq.export
 ROOTS = {"mpq": Path(mpq.__file__).parent, "mpq.export": Path(mpq.export.__file__).parent}
 LAYERS = {
     "mpq.errors": 0,
+    "mpq.files": 1,
     "mpq.spec": 1,
     "mpq.policy": 2,
     "mpq.target": 2,
@@ -37,6 +38,7 @@ LAYERS = {
     "mpq.pipeline": 8,
     "mpq.rundir": 8,
     "mpq.cli": 9,
+    "mpq.__main__": 9,
 }
 SIBLINGS = {"mpq.analyze", "mpq.ptq", "mpq.train"}
 

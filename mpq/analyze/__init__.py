@@ -19,9 +19,9 @@ __all__ = [
     "Row",
     "Sensitivity",
     "allocate",
-    "score_layers",
     "build_policy",
     "candidates",
     "locked_widths",
     "pareto_front",
+    "score_layers",
 ]

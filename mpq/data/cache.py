@@ -11,7 +11,6 @@ import hashlib
 import json
 import logging
 import os
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +20,7 @@ from mpq.data.containers import Container
 from mpq.data.folders import Entry, ImageSource
 from mpq.data.sources import Images, Labels, Source, Subset
 from mpq.errors import DataError
+from mpq.files import atomic_file
 
 logger = logging.getLogger(__name__)
 
@@ -99,18 +99,11 @@ def _write(path: Path, source: ImageSource) -> None:
         "fortran_order": False,
         "shape": (len(source), *source.size, 3),
     }
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:
-        try:
-            np.lib.format.write_array_header_1_0(file, header)
-            for start in range(0, len(source), CHUNK):
-                chunk = source.read(range(start, min(start + CHUNK, len(source))))
-                file.write(chunk.tobytes())
-            file.flush()
-            os.fsync(file.fileno())
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
+    with atomic_file(path) as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        for start in range(0, len(source), CHUNK):
+            chunk = source.read(range(start, min(start + CHUNK, len(source))))
+            file.write(chunk.tobytes())
 
 
 def _key(source: ImageSource) -> str:

@@ -26,7 +26,9 @@ def _fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax
     return ((x / scale).round_().add_(z).clamp_(qmin, qmax)).sub_(z).mul_(scale)
 
 
-def _fake_quantize_shape(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
+def _fake_quantize_shape(
+    x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int
+) -> Tensor:
     return torch.empty_like(x)
 
 
@@ -96,13 +98,15 @@ def _linear(
     return _requantize(acc, bias, x_scale * scale, acc.ndim - 1)
 
 
-def _linear_shape(x: Tensor, x_scale: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+def _linear_shape(
+    x: Tensor, x_scale: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None
+) -> Tensor:
     return x.new_empty([*x.shape[:-1], weight.shape[0]])
 
 
 # Defined by schema rather than by `torch.library.custom_op`: the same operators, but the first call
 # of one made that way imports torch's compiler, two seconds that no command of ours needs.
-_LIBRARY = torch.library.Library("mpq", "DEF")
+_LIBRARY = torch.library.Library("mpq", "DEF")  # type: ignore[no-untyped-call]
 _QUANTIZED = "Tensor x, Tensor x_scale, Tensor weight, Tensor scale, Tensor? bias"
 _OPERATORS: tuple[tuple[str, Callable[..., Tensor], Callable[..., Tensor]], ...] = (
     (
@@ -119,9 +123,9 @@ _OPERATORS: tuple[tuple[str, Callable[..., Tensor], Callable[..., Tensor]], ...]
     (f"linear({_QUANTIZED})", _linear, _linear_shape),
 )
 for _schema, _kernel, _shape in _OPERATORS:
-    _LIBRARY.define(f"{_schema} -> Tensor")
+    _LIBRARY.define(f"{_schema} -> Tensor")  # type: ignore[no-untyped-call]
     _name = _schema.partition("(")[0]
-    _LIBRARY.impl(_name, _kernel, "CompositeExplicitAutograd")
+    _LIBRARY.impl(_name, _kernel, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"mpq::{_name}", _shape, lib=_LIBRARY)
 
 fake_quantize = torch.ops.mpq.fake_quantize.default

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from mpq.files import write_text
 from mpq.train.objective import Parts
 
 METRICS = "metrics.jsonl"
@@ -60,13 +59,4 @@ class Totals:
 def write_metrics(path: Path, history: Sequence[Record]) -> None:
     """Replace `metrics.jsonl`: one JSON object a line, one line an epoch."""
     text = "".join(json.dumps(record) + "\n" for record in history)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    write_text(path, text)
