@@ -1,0 +1,186 @@
+"""Activation ranges: watch each quantizer's input on calibration images, then choose a range.
+
+`minmax` takes the extremes, `percentile` leaves out the outermost 0.01 % of the values at each end,
+`mse` takes the range whose quantization error over the observed histogram is least, and `kl` the
+one whose quantized histogram has the least Kullback-Leibler divergence (Migacz, "8-bit inference
+with TensorRT", 2017).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from mpq.errors import GraphError, UsageError
+from mpq.graph.ir import QuantGraph
+from mpq.numerics import choose_qparams, fake_quantize
+from mpq.quant.fake_quant import FakeQuant
+from mpq.quant.layer import QuantLayer
+from mpq.spec import QuantSpec
+
+Method = Literal["minmax", "percentile", "mse", "kl"]
+METHODS: tuple[str, ...] = get_args(Method)
+BINS = 2048
+PERCENTILE = 1e-4
+RATIOS = torch.linspace(1.0, 0.2, 81)
+Progress = Callable[[int, int], None]
+
+
+@dataclass
+class Histogram:
+    """Counts of a tensor's values over `BINS` equal bins between its extremes."""
+
+    low: float = 0.0
+    high: float = 0.0
+    counts: Tensor = field(default_factory=lambda: torch.zeros(BINS, dtype=torch.float64))
+
+    def widen(self, x: Tensor) -> None:
+        """First pass: the extremes."""
+        self.low = min(self.low, float(x.min()))
+        self.high = max(self.high, float(x.max()))
+
+    def count(self, x: Tensor) -> None:
+        """Second pass: the counts."""
+        width = max(self.high - self.low, 1e-30)
+        self.counts += torch.histc(x.float(), BINS, self.low, self.low + width).double().cpu()
+
+    @property
+    def centers(self) -> Tensor:
+        """Middle of each bin."""
+        width = (self.high - self.low) / BINS
+        return self.low + width * (torch.arange(BINS) + 0.5)
+
+
+@torch.no_grad()
+def calibrate(
+    qg: QuantGraph,
+    images: Tensor,
+    *,
+    method: Method = "mse",
+    batch: int = 128,
+    progress: Progress | None = None,
+) -> int:
+    """Set the range of every activation quantizer of a prepared graph, in place.
+
+    Args:
+        qg: a graph in stage `prepared`.
+        images: normalized `[N, C, H, W]`; a few hundred suffice.
+        method: how to choose a range.
+        batch: images at a time.
+        progress: told (batches done, batches in all).
+
+    Returns:
+        The number of quantizers.
+
+    Raises:
+        UsageError: an unknown method, or no images.
+        GraphError: the graph is not prepared, or an activation is not finite.
+    """
+    if method not in METHODS:
+        raise UsageError(f"calibration must be one of {', '.join(METHODS)}. Got {method!r}.")
+    if qg.stage != "prepared":
+        raise GraphError(f"calibration needs a prepared graph. Got stage {qg.stage!r}.")
+    if len(images) == 0:
+        raise UsageError("calibration needs at least one image. Got none.")
+    sites = {n: m for n, m in qg.module.named_modules() if isinstance(m, FakeQuant)}
+    histograms = {name: Histogram() for name in sites}
+    parts = torch.split(images, batch)
+    passes: tuple[Callable[[Histogram, Tensor], None], ...] = (Histogram.widen,)
+    if method != "minmax":
+        passes = (Histogram.widen, Histogram.count)
+    done, total = 0, len(parts) * len(passes)
+    qg.module.eval()
+    with switched_off(qg.module):
+        for look in passes:
+            handles = [m.register_forward_pre_hook(_watch(n, histograms[n], look))
+                       for n, m in sites.items()]  # fmt: skip
+            try:
+                for part in parts:
+                    qg.module(part)
+                    done += 1
+                    if progress:
+                        progress(done, total)
+            finally:
+                for handle in handles:
+                    handle.remove()
+    for name, quantizer in sites.items():
+        low, high = choose_range(histograms[name], quantizer.spec, method)
+        quantizer.set_range(torch.tensor(low), torch.tensor(high))
+    return len(sites)
+
+
+class switched_off:  # a context manager, used like a function
+    """All quantizers of a module pass floats through inside the block."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.parts = [m for m in module.modules() if isinstance(m, (FakeQuant, QuantLayer))]
+
+    def __enter__(self) -> None:
+        for part in self.parts:
+            part.enabled = False
+
+    def __exit__(self, *_: object) -> None:
+        for part in self.parts:
+            part.enabled = True
+
+
+def _watch(
+    name: str, histogram: Histogram, look: Callable[[Histogram, Tensor], None]
+) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        x = args[0]
+        if not bool(torch.isfinite(x).all()):
+            raise GraphError(
+                f"the input of {name} must be finite but holds NaN or infinity. "
+                "Check the weights of the layer before it and the normalization of the images."
+            )
+        assert isinstance(module, FakeQuant)
+        look(histogram, x if module.ceiling is None else x.clamp(max=module.ceiling))
+
+    return hook
+
+
+def choose_range(histogram: Histogram, spec: QuantSpec, method: Method) -> tuple[float, float]:
+    """The range (low <= 0 <= high) for one quantizer."""
+    low, high = histogram.low, histogram.high
+    if method == "minmax" or high <= low:
+        return low, high
+    if method == "percentile":
+        share = histogram.counts.cumsum(0) / histogram.counts.sum()
+        centers = histogram.centers
+        first = int((share > PERCENTILE).nonzero()[0])
+        last = int((share >= 1 - PERCENTILE).nonzero()[0])
+        return (float(centers[first]) if low < 0 else low), float(centers[last])
+    score = _squared_error if method == "mse" else _divergence
+    costs = [score(histogram, low * float(r), high * float(r), spec) for r in RATIOS]
+    best = float(RATIOS[int(torch.tensor(costs).argmin())])
+    return low * best, high * best
+
+
+def _squared_error(histogram: Histogram, low: float, high: float, spec: QuantSpec) -> float:
+    scale, zero = choose_qparams(torch.tensor(low), torch.tensor(high), spec)
+    x = histogram.centers
+    error = (fake_quantize(x, scale, zero, spec) - x).double().pow(2)
+    return float((error * histogram.counts).sum())
+
+
+def _divergence(histogram: Histogram, low: float, high: float, spec: QuantSpec) -> float:
+    """KL(p || q): p the clipped histogram, q the same spread evenly over each step's bins."""
+    x, counts = histogram.centers, histogram.counts
+    inside = x.clamp(low, high)
+    index = ((inside - histogram.low) / (histogram.high - histogram.low) * BINS).long()
+    p = torch.zeros_like(counts).index_add_(0, index.clamp(0, BINS - 1), counts)
+    used = (x >= low) & (x <= high)
+    scale, zero = choose_qparams(torch.tensor(low), torch.tensor(high), spec)
+    level = (torch.round(x / scale) + zero).clamp(spec.qmin, spec.qmax).long() - spec.qmin
+    alive = used & (counts > 0)
+    size = spec.qmax - spec.qmin + 1
+    mass = torch.zeros(size, dtype=torch.float64).index_add_(0, level[used], counts[used])
+    bins = torch.zeros(size, dtype=torch.float64).index_add_(0, level[alive], counts[alive] * 0 + 1)
+    q = torch.where(alive, mass[level] / bins[level].clamp(min=1), 0.0)
+    p, q = p / p.sum(), q / q.sum().clamp(min=1e-30)
+    return float((p * ((p + 1e-12) / (q + 1e-12)).log())[p > 0].sum())

@@ -1,0 +1,132 @@
+"""Choose integer weights for one layer so that its output, not its weights, changes least.
+
+The output error of a row `w` on inputs with second moment `H = X X^T / n` is `(w - q)^T H (w - q)`.
+Scales are chosen by that error over a grid of clipping ratios. Rounding is sequential: each column
+is rounded to nearest and the rest of the row is moved to make up for it, in the order and with the
+factors of the Cholesky factor of `H^-1` (Frantar et al., "OPTQ: Accurate Quantization for
+Generative Pre-trained Transformers", 2023). If the layer's input in the quantized network
+(`X_q`) differs from the one in the float network (`X`), the target is the least-squares weight
+`W X X_q^T (X_q X_q^T)^-1` (as in Lybrand and Saab, "A Greedy Algorithm for Quantizing Neural
+Networks", 2021, the error of earlier layers is then made up for too).
+
+Weights have shape `[G, O, K]`: groups, outputs per group, inputs per group.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mpq.numerics import choose_qparams
+from mpq.quant.layer import LayerOp
+from mpq.spec import QuantSpec
+
+DAMPING = 0.01
+"""Share of H's mean diagonal that is added to it: keeps the inverse tame."""
+PULL = 0.05
+"""The same for the least-squares target, which follows noise in H more readily."""
+RATIOS = torch.linspace(1.0, 0.4, 31)
+BLOCK = 128
+"""Columns that are rounded before the rest of the matrix hears of it."""
+MAX_COLUMNS = 32768
+"""About how many input vectors of a layer are looked at; more hardly change the result."""
+
+
+@dataclass
+class Moments:
+    """Accumulated second moments of a layer's input vectors: `[G, K, K]` each."""
+
+    quantized: Tensor
+    cross: Tensor
+    count: int = 0
+
+    @classmethod
+    def empty(cls, groups: int, size: int) -> Moments:
+        """Nothing seen yet."""
+        return cls(torch.zeros(groups, size, size), torch.zeros(groups, size, size))
+
+    def add(self, x_q: Tensor, x: Tensor) -> None:
+        """Add vectors `[G, K, P]` of the quantized network and of the float one."""
+        self.quantized += x_q @ x_q.transpose(1, 2)
+        self.cross += x @ x_q.transpose(1, 2)
+        self.count += x_q.shape[-1]
+
+
+def input_vectors(op: LayerOp, weight: Tensor, x: Tensor, *, thin: int) -> Tensor:
+    """The vectors that a layer multiplies its weights with: `[G, K, P]`.
+
+    Of the positions of a convolution every `thin`-th is taken in each direction, of the rows of a
+    matrix product every `thin ** 2`-th.
+    """
+    if op.kind == "linear":
+        return x.reshape(-1, x.shape[-1])[:: thin * thin].T.unsqueeze(0)
+    x = F.pad(x, [p for size in reversed(op.padding) for p in (size, size)]).transpose(0, 1)
+    taps = []
+    for offset in itertools.product(*(range(k) for k in weight.shape[2:])):
+        window = [slice(None), slice(None)]
+        for axis, o in enumerate(offset):
+            start, step = o * op.dilation[axis], op.stride[axis] * thin
+            reach = op.dilation[axis] * (weight.shape[2 + axis] - 1 - o)
+            window.append(slice(start, x.shape[2 + axis] - reach, step))
+        taps.append(x[tuple(window)])
+    columns = torch.stack(taps, dim=1)  # [C, taps, N, *positions]
+    return columns.reshape(op.groups, columns.shape[0] // op.groups * len(taps), -1)
+
+
+def grouped(op: LayerOp, weight: Tensor) -> Tensor:
+    """Weights as `[G, O, K]`."""
+    groups = op.groups if op.kind == "conv" else 1
+    return weight.reshape(groups, weight.shape[0] // groups, -1)
+
+
+def scales_by_output(w: Tensor, h: Tensor, spec: QuantSpec) -> Tensor:
+    """Per-row scales `[G, O]` with the least output error among clipping ratios."""
+    best = torch.full(w.shape[:2], torch.inf)
+    chosen = torch.ones(w.shape[:2])
+    for ratio in RATIOS:
+        scale, _ = choose_qparams(w.amin(-1) * ratio, w.amax(-1) * ratio, spec)
+        q = torch.round(w / scale[..., None]).clamp(spec.qmin, spec.qmax) * scale[..., None]
+        error = ((q - w) @ h * (q - w)).sum(-1)
+        better = error < best
+        best, chosen = torch.where(better, error, best), torch.where(better, scale, chosen)
+    return chosen
+
+
+def target_weights(w: Tensor, moments: Moments) -> Tensor:
+    """The weights that reproduce the float output best on the quantized input."""
+    h = _damped(moments.quantized, PULL)
+    # W X Xq^T + pull * W, times (Xq Xq^T + pull)^-1: exact when both inputs agree.
+    rhs = w @ (moments.cross + (h - moments.quantized))
+    solved: Tensor = torch.linalg.solve(h, rhs, left=False)
+    return solved
+
+
+def round_rows(w: Tensor, scale: Tensor, h: Tensor, spec: QuantSpec) -> Tensor:
+    """Integers `[G, O, K]` by sequential rounding with error feedback.
+
+    The feedback to columns beyond the next `BLOCK` is gathered and applied in one product.
+    """
+    order = h.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True)  # what matters most first
+    h = h.take_along_dim(order[:, :, None], 1).take_along_dim(order[:, None, :], 2)
+    work = w.take_along_dim(order[:, None, :], 2)
+    upper = torch.linalg.cholesky(torch.linalg.inv(_damped(h, DAMPING)), upper=True)
+    q, error = torch.empty_like(work), torch.empty_like(work)
+    for start in range(0, w.shape[2], BLOCK):
+        stop = min(start + BLOCK, w.shape[2])
+        for j in range(start, stop):
+            column, rest = work[:, :, j], slice(j + 1, stop)
+            q[:, :, j] = torch.round(column / scale).clamp(spec.qmin, spec.qmax)
+            error[:, :, j] = (column - q[:, :, j] * scale) / upper[:, None, j, j]
+            work[:, :, rest] -= error[:, :, j, None] * upper[:, None, j, rest]
+        block = slice(start, stop)
+        work[:, :, stop:] -= error[:, :, block] @ upper[:, block, stop:]
+    return q.take_along_dim(order.argsort(dim=1)[:, None, :], 2)
+
+
+def _damped(h: Tensor, share: float) -> Tensor:
+    mean = h.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-12)
+    return h + share * mean[:, None, None] * torch.eye(h.shape[-1])
