@@ -1,0 +1,297 @@
+"""Accuracy, latency, size and memory of model files, side by side.
+
+Latency is interleaved: every round runs each file once, in an order that rotates from round to
+round, so that a busy machine slows all of them alike; the first rounds are dropped. The ratio is
+the median over rounds of `t_float / t_file`, so that what a round suffers cancels. Memory is the
+high water mark of a process of its own that loads the file and runs it once.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpq.data import Normalization
+from mpq.errors import DataError, PolicyError, UsageError
+from mpq.export import runtime
+from mpq.export.meta import from_metadata
+
+logger = logging.getLogger(__name__)
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Latency:
+    """Milliseconds for one batch: median, 10th and 90th percentile over the rounds."""
+
+    median: float
+    p10: float
+    p90: float
+
+
+@dataclass(frozen=True, slots=True)
+class BenchRow:
+    """One line of `bench.jsonl`.
+
+    Args:
+        file: as it was named.
+        bytes: on disk, external data included.
+        top1: percent, None without labels.
+        n: images that `top1` was measured on.
+        latency_ms: of one batch.
+        ratio_to_float: times faster than the float file; None without one.
+        threads: threads inside an operation.
+        batch: images at a time for latency and memory.
+        peak_mb: resident memory (10^6 bytes) of a process that loads and runs the file, the
+            interpreter and the runtime included; None where it could not be measured.
+    """
+
+    file: str
+    bytes: int
+    top1: float | None
+    n: int
+    latency_ms: Latency
+    ratio_to_float: float | None
+    threads: int
+    batch: int
+    peak_mb: float | None
+
+    def to_json(self) -> str:
+        """The row as one line of JSON."""
+        return json.dumps(asdict(self))
+
+
+@dataclass(frozen=True, slots=True)
+class FileInfo:
+    """What a file says of itself in its metadata; None where it says nothing."""
+
+    normalize: str | None = None
+    input: tuple[int, int, int] | None = None
+    classes: int | None = None
+    data: str | None = None
+
+
+def file_info(path: Path) -> FileInfo:
+    """Read the policy that travels in a model file; a foreign file only tells its input size.
+
+    Raises:
+        UsageError: there is no such file.
+        ExportError: the runtime cannot load it.
+        DataError: it does not take images.
+    """
+    loaded = runtime.session(path)
+    takes = runtime.model_input(loaded)
+    size = (takes.channels, takes.height, takes.width) if takes.height and takes.width else None
+    try:
+        policy = from_metadata(runtime.metadata(loaded), str(path))
+    except PolicyError as error:  # of a later mpq, perhaps: it can be measured all the same
+        logger.warning("%s", error)
+        policy = None
+    if policy is None:
+        return FileInfo(input=size)
+    if policy.model is None:
+        return FileInfo(input=size, data=policy.data.name)
+    model = policy.model
+    return FileInfo(model.normalize, size or model.input, model.classes, policy.data.name)
+
+
+def bench(
+    files: Sequence[Path],
+    *,
+    images: Array | None,
+    labels: Array | None = None,
+    float_file: Path | None = None,
+    normalize: Normalization | None = None,
+    threads: int = 1,
+    batch: int = 1,
+    runs: int = 200,
+    progress: Callable[[str], None] | None = None,
+) -> list[BenchRow]:
+    """Measure model files against each other and against the float model.
+
+    Args:
+        files: ONNX files; the float file becomes the first row, named here or not.
+        images: uint8 `[n, H, W, 3]`; None measures latency, size and memory only.
+        labels: int64 `[n]`, or None.
+        float_file: what `ratio_to_float` refers to.
+        normalize: for every file that takes floats. None: what each file says of itself, else what
+            another of the files says.
+        threads: threads inside an operation.
+        batch: images at a time for latency and memory.
+        runs: rounds that count; a tenth of them (at least 5) runs before as warm-up.
+        progress: told what is being measured.
+
+    Raises:
+        UsageError: no file, a missing file, a number out of range.
+        DataError: images, labels or normalization that do not fit a file.
+    """
+    if min(threads, batch, runs) < 1:
+        raise UsageError(
+            f"threads, batch and runs must be at least 1. Got {threads}, {batch} and {runs}."
+        )
+    paths = _unique([*([float_file] if float_file else []), *files])
+    say = progress or (lambda _: None)
+    scales = _normalizations(paths, normalize)
+    top1s = [_measure_top1(p, images, labels, scales[p], say) for p in paths]
+    say("latency")
+    times = 1e3 * interleave([_runner(p, threads, batch) for p in paths], runs=runs)
+    return [
+        BenchRow(
+            file=str(path),
+            bytes=file_bytes(path),
+            top1=top1,
+            n=0 if top1 is None or images is None else len(images),
+            latency_ms=Latency(*(round(float(v), 4) for v in np.percentile(t, (50, 10, 90)))),
+            ratio_to_float=round(float(np.median(times[0] / t)), 3) if float_file else None,
+            threads=threads,
+            batch=batch,
+            peak_mb=peak_mb(path, batch=batch, threads=threads),
+        )
+        for path, top1, t in zip(paths, top1s, times, strict=True)
+    ]
+
+
+def interleave(
+    runners: Sequence[Callable[[], object]], *, runs: int, warmup: int | None = None
+) -> NDArray[np.float64]:
+    """Seconds that each runner took in each round, `[runners, runs]`.
+
+    Args:
+        runners: called once a round, in an order that rotates by one from round to round.
+        runs: rounds that count.
+        warmup: rounds before, dropped. None: a tenth of `runs`, at least 5.
+    """
+    warmup = max(5, runs // 10) if warmup is None else warmup
+    times = np.zeros((len(runners), warmup + runs))
+    collecting = gc.isenabled()
+    gc.disable()  # a collection would fall on one runner only
+    try:
+        for r in range(warmup + runs):
+            for k in range(len(runners)):
+                i = (k + r) % len(runners)
+                start = time.perf_counter()
+                runners[i]()
+                times[i, r] = time.perf_counter() - start
+    finally:
+        if collecting:
+            gc.enable()
+    return times[:, warmup:]
+
+
+def top1(path: Path, images: Array, labels: Array, normalize: Normalization | None) -> float:
+    """Percent of `images` (uint8 `[n, H, W, 3]`) that a model file puts in the class of `labels`.
+
+    Raises:
+        DataError: no normalization for a file that takes floats, or other images than it takes.
+    """
+    loaded = runtime.session(path)
+    takes = runtime.model_input(loaded)
+    hits = 0
+    for start in range(0, len(images), _CHUNK):
+        part: Array = images[start : start + _CHUNK]
+        if not takes.integer:
+            part = _normalized(part, normalize, path)
+        logits = runtime.run(loaded, part)
+        if labels.max() >= logits.shape[1]:
+            raise DataError(
+                f"{path} tells {logits.shape[1]} classes apart, but the data set has labels up to "
+                f"{labels.max()}. Name the data it was trained on with --data."
+            )
+        hits += int((logits.argmax(1) == labels[start : start + _CHUNK]).sum())
+    return 100 * hits / len(images)
+
+
+def file_bytes(path: Path) -> int:
+    """Bytes on disk of a model file together with the external data it points to."""
+    import onnx
+    from onnx.external_data_helper import uses_external_data
+
+    graph = onnx.load(path, load_external_data=False).graph
+    outside = {
+        path.parent / entry.value
+        for tensor in graph.initializer
+        if uses_external_data(tensor)
+        for entry in tensor.external_data
+        if entry.key == "location"
+    }
+    return sum(os.path.getsize(p) for p in (path, *outside))
+
+
+def peak_mb(path: Path, *, batch: int, threads: int) -> float | None:
+    """Peak resident memory in MB of a fresh process that loads the file and runs it once."""
+    command = [sys.executable, "-P", runtime.__file__, str(path), str(batch), str(threads)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        logger.warning("memory of %s could not be measured: %s", path, done.stderr.strip()[-300:])
+        return None
+    return float(json.loads(done.stdout)["peak_mb"])
+
+
+_CHUNK = 2000  # images normalized at a time
+
+
+def _unique(paths: Sequence[Path]) -> list[Path]:
+    if not paths:
+        raise UsageError("at least one model file is needed. Got none.")
+    first: dict[Path, Path] = {}
+    for path in paths:
+        first.setdefault(path.resolve(), path)
+    return list(first.values())
+
+
+def _normalizations(
+    paths: Sequence[Path], normalize: Normalization | None
+) -> dict[Path, Normalization | None]:
+    """What each file's float input is normalized with, or None where nothing is known."""
+    told = {p: file_info(p).normalize for p in paths}
+    known = [Normalization.parse(text) for text in told.values() if text]
+    other = normalize or (known[0] if known else None)
+    return {p: normalize or (Normalization.parse(t) if t else other) for p, t in told.items()}
+
+
+def _normalized(images: Array, normalize: Normalization | None, path: Path) -> Array:
+    if normalize is None:
+        raise DataError(
+            f"{path} takes normalized images but does not say how. Name it with "
+            f"--normalize imagenet|cifar10|cifar100|none|m,m,m/s,s,s."
+        )
+    return normalize.apply(images)
+
+
+def _measure_top1(
+    path: Path,
+    images: Array | None,
+    labels: Array | None,
+    normalize: Normalization | None,
+    say: Callable[[str], None],
+) -> float | None:
+    if images is None or labels is None:
+        return None
+    say(f"accuracy of {path}")
+    return round(top1(path, images, labels, normalize), 2)
+
+
+def _runner(path: Path, threads: int, batch: int) -> Callable[[], object]:
+    """One run of a loaded file on random images of a fixed seed."""
+    loaded = runtime.session(path, threads=threads)
+    takes = runtime.model_input(loaded)
+    if takes.batch and takes.batch != batch:
+        raise UsageError(f"{path} runs {takes.batch} images at a time; --batch must be that.")
+    rng, shape = np.random.default_rng(0), takes.shape(batch)
+    feed: Array = rng.standard_normal(shape, np.float32)
+    if takes.integer:
+        feed = rng.integers(0, 256, shape, np.uint8)
+    feeds = {takes.name: feed}
+    return lambda: loaded.run(None, feeds)

@@ -1,0 +1,37 @@
+"""What travels inside a file: the policy and its origin, as JSON under one metadata key."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+
+from mpq.errors import PolicyError
+from mpq.policy import Policy
+
+KEY = "mpq"
+"""Key of `metadata_props`."""
+
+
+def to_metadata(policy: Policy) -> str:
+    """The policy without evidence and reasons: what is needed to know the file, in few bytes."""
+    data = policy.model_dump(
+        mode="json",
+        exclude_none=True,
+        exclude_defaults=True,
+        exclude={"evidence": True, "groups": True, "layers": {"__all__": {"reason", "locked"}}},
+    )
+    return json.dumps({"policy": {"version": 1, **data}}, separators=(",", ":"))
+
+
+def from_metadata(props: Mapping[str, str], where: str) -> Policy | None:
+    """The policy of a file, or None if mpq did not make it.
+
+    Raises:
+        PolicyError: the entry is there but is not a policy.
+    """
+    if KEY not in props:
+        return None
+    try:
+        return Policy.model_validate(json.loads(props[KEY])["policy"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise PolicyError(f"the policy inside {where} cannot be read: {error}") from None

@@ -1,0 +1,118 @@
+"""Write one ONNX file: lower, certify, verify, and only then put it in its place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+from torch import Tensor
+
+from mpq.errors import ExportError
+from mpq.files import write_bytes
+from mpq.graph.ir import QuantGraph
+from mpq.graph.passes import freeze
+from mpq.policy import Policy
+
+from . import meta
+from .certify import Certificate, certify
+from .lower import Lowered, lower
+from .verify import VerifyReport, verify
+
+LIMIT = 2**31 - 1
+"""Largest protobuf message: one file holds no more."""
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """An exported file with its proofs; `verification` is None when no images were given."""
+
+    path: Path
+    bytes: int
+    certificate: Certificate
+    verification: VerifyReport | None
+
+
+def to_onnx(
+    qg: QuantGraph,
+    path: str | Path,
+    *,
+    policy: Policy | None = None,
+    images: Tensor | None = None,
+    allow_float_fallback: bool = False,
+) -> ExportResult:
+    """Export a quantized graph to one ONNX file that onnxruntime runs as integers.
+
+    Args:
+        qg: a graph in stage `prepared` (it is frozen on a copy) or `frozen`.
+        path: the file to write; missing folders are made.
+        policy: travels in the file's metadata.
+        images: normalized `[N, C, H, W]` to verify on; without them nothing is compared.
+        allow_float_fallback: write the file even if a layer that was promised as integer runs in
+            float.
+
+    Raises:
+        ExportError: an operation cannot be lowered, a promise is broken, or the file does not
+            answer as the graph does. Nothing is written then.
+    """
+    frozen = qg if qg.stage == "frozen" else freeze(qg)
+    lowered = lower(frozen)
+    data = serialize(lowered, policy)
+    choices = {name: plan.choice for name, plan in frozen.plans.items()}
+    certificate = certify(data, choices)
+    broken = certificate.broken()
+    if broken and not allow_float_fallback:
+        listed = "; ".join(f"{r.name}: {r.reason}" for r in broken[:5])
+        more = f" and {len(broken) - 5} more" if len(broken) > 5 else ""
+        raise ExportError(
+            f"{len(broken)} of {len(choices)} layers do not run as asked: {listed}{more}. "
+            "Set them to float or 16 bits in the policy, or pass --allow-float-fallback."
+        )
+    report = None
+    if images is not None:
+        report = verify(frozen, data, lowered.sites, images)
+        if report.failures():
+            raise ExportError(
+                "the file does not answer as the simulation does: " + "; ".join(report.failures())
+            )
+    _write(data, Path(path))
+    return ExportResult(Path(path), len(data), certificate, report)
+
+
+def float_to_onnx(qg: QuantGraph, path: str | Path) -> Path:
+    """Export a graph in stage `float`: the reference of every comparison.
+
+    Raises:
+        ExportError: as `to_onnx`.
+    """
+    _write(serialize(lower(qg), None), Path(path))
+    return Path(path)
+
+
+def serialize(lowered: Lowered, policy: Policy | None) -> bytes:
+    """The bytes of a file, the policy among its metadata.
+
+    Raises:
+        ExportError: more than 2 GB.
+    """
+    if policy is not None:
+        lowered.model.metadata_props[meta.KEY] = meta.to_metadata(policy)
+    proto: onnx.ModelProto = ir.to_proto(lowered.model)
+    # Types of inner values can be inferred; for a small network they are a tenth of the file.
+    del proto.graph.value_info[:]
+    if proto.ByteSize() > LIMIT:
+        raise ExportError(
+            f"one ONNX file holds at most 2 GB. Got {proto.ByteSize()} bytes; lower the widths."
+        )
+    data: bytes = proto.SerializeToString()
+    return data
+
+
+def _write(data: bytes, path: Path) -> None:
+    try:
+        write_bytes(path, data)
+    except OSError as error:
+        raise ExportError(
+            f"{path} cannot be written: {error.strerror}. Name a folder that can be written to."
+        ) from None

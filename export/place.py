@@ -1,0 +1,187 @@
+"""Placement passes on the ONNX graph: give each operation the form that the runtime runs best.
+
+- A mean over space becomes GlobalAveragePool: it has an integer kernel, ReduceMean has none.
+- Operations that only move values run on the integers: their DequantizeLinear sinks below them.
+- A float layer between quantized neighbours is guarded: onnxruntime would otherwise give it 8-bit
+  weights of its own. Its WeightBiasQuantization pass matches a Conv or Gemm whose output reaches a
+  QuantizeLinear directly or through Relu or Clip, and its QDQPropagation pass first moves that
+  QuantizeLinear up through moves. A Max behind the layer is outside the pattern.
+- A per-channel Gemm gets its weight zero points written out, which old runtimes need to run it and
+  new ones to fuse it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+from onnx_ir.passes import common
+
+MOVES = frozenset(
+    {"Reshape", "Flatten", "Slice", "Transpose", "MaxPool", "Squeeze", "Unsqueeze", "Split", "Pad"}
+)
+GUARDED = frozenset({"Conv", "ConvTranspose", "Gemm"})
+TRANSPARENT = MOVES | {"Relu", "Clip"}
+LOWEST = np.float32(-3.4e38)
+
+
+def place(model: ir.Model) -> int:
+    """Run all placement passes; return the number of rewrites."""
+    graph = model.graph
+    count = sum(step(graph) for step in (_pool, _sink, _guard, _gemm_zero_points))
+    common.RemoveUnusedNodesPass()(model)
+    return count
+
+
+def constant(graph: ir.Graph, array: NDArray[Any] | np.generic) -> ir.Value:
+    """An initializer with the given contents; slimming merges equal ones."""
+    tensor = ir.tensor(np.asarray(array))
+    value = ir.val(f"const.{len(graph.initializers)}", const_value=tensor)
+    while value.name in graph.initializers:
+        value.name = f"{value.name}_"
+    graph.register_initializer(value)
+    return value
+
+
+def _before(graph: ir.Graph, anchor: ir.Node, new: ir.Node) -> ir.Node:
+    graph.insert_before(anchor, new)
+    return new
+
+
+def _after(graph: ir.Graph, anchor: ir.Node, new: ir.Node) -> ir.Node:
+    graph.insert_after(anchor, new)
+    return new
+
+
+def _ints(value: ir.Value | None) -> list[int] | None:
+    if value is None or value.const_value is None:
+        return None
+    return [int(v) for v in value.const_value.numpy().reshape(-1)]
+
+
+def _pool(graph: ir.Graph) -> int:
+    count = 0
+    for node in list(graph):
+        if node.op_type != "ReduceMean" or len(node.inputs) < 2:
+            continue
+        x, axes = node.inputs[0], _ints(node.inputs[1])
+        keep = node.attributes.get("keepdims")
+        if x is None or x.shape is None or len(x.shape) != 4 or axes is None:
+            continue
+        if sorted(a % 4 for a in axes) != [2, 3] or (keep is not None and keep.as_int() != 1):
+            continue
+        new = _before(graph, node, ir.node("GlobalAveragePool", [x]))
+        _take_over(node.outputs[0], new.outputs[0])
+        graph.remove(node, safe=True)
+        count += 1
+    return count
+
+
+def _take_over(old: ir.Value, new: ir.Value) -> None:
+    new.shape, new.type = old.shape, old.type
+    ir.convenience.replace_all_uses_with(old, new)
+
+
+def _sink(graph: ir.Graph) -> int:
+    """Move each DequantizeLinear below the moves that read it, to a fixed point."""
+    count = 0
+    work = [n for n in graph if n.op_type == "DequantizeLinear"]
+    while work:
+        dq = work.pop()
+        if dq.inputs[0] is None or dq.inputs[0].is_initializer():
+            continue
+        for move, index in list(dq.outputs[0].uses()):
+            if index == 0 and _movable(move):
+                work.extend(_sink_one(graph, dq, move))
+                count += 1
+    return count
+
+
+def _movable(move: ir.Node) -> bool:
+    if move.op_type == "MaxPool":
+        return len(move.outputs) == 1  # the second are indices
+    if move.op_type != "Pad":
+        return move.op_type in MOVES
+    mode = move.attributes.get("mode")
+    if mode is not None and mode.as_string() != "constant":
+        return False
+    fill = move.inputs[2] if len(move.inputs) > 2 else None
+    if fill is None:
+        return True
+    return fill.const_value is not None and float(fill.const_value.numpy()) == 0.0
+
+
+def _sink_one(graph: ir.Graph, dq: ir.Node, move: ir.Node) -> list[ir.Node]:
+    scale, zero = dq.inputs[1], dq.inputs[2]
+    move.replace_input_with(0, dq.inputs[0])
+    if move.op_type == "Pad":
+        if len(move.inputs) < 3:
+            move.resize_inputs(3)
+        move.replace_input_with(2, zero)
+    below = []
+    for out in move.outputs:
+        new = _after(graph, move, ir.node("DequantizeLinear", [out, scale, zero]))
+        new.outputs[0].shape, new.outputs[0].type = out.shape, out.type
+        out.type = ir.TensorType(ir.DataType.UINT8)
+        readers = [(n, i) for n, i in out.uses() if n is not new]
+        for reader, i in readers:
+            reader.replace_input_with(i, new.outputs[0])
+        below.append(new)
+    return below
+
+
+def _guard(graph: ir.Graph) -> int:
+    """Keep the runtime from quantizing layers that the policy keeps in float or 16 bits."""
+    count = 0
+    for node in list(graph):
+        if node.op_type not in GUARDED or _has_integer_weights(node):
+            continue
+        out = node.outputs[0]
+        for reader, index in list(out.uses()):
+            if not _reaches_quantize(reader):
+                continue
+            relu = reader.op_type == "Relu"
+            bound = constant(graph, np.float32(0) if relu else LOWEST)
+            guarded = _before(graph, reader, ir.node("Max", [out, bound])).outputs[0]
+            if relu:
+                _take_over(reader.outputs[0], guarded)
+                graph.remove(reader, safe=True)
+            else:
+                guarded.shape, guarded.type = out.shape, out.type
+                reader.replace_input_with(index, guarded)
+            count += 1
+    return count
+
+
+def _has_integer_weights(node: ir.Node) -> bool:
+    weight = node.inputs[1]
+    producer = None if weight is None else weight.producer()
+    return producer is not None and producer.op_type == "DequantizeLinear"
+
+
+def _reaches_quantize(node: ir.Node) -> bool:
+    """Whether a node is a QuantizeLinear, or lets the runtime move one up to its input."""
+    if node.op_type == "QuantizeLinear":
+        return True
+    readers = (n for out in node.outputs for n, _ in out.uses())
+    return node.op_type in TRANSPARENT and any(_reaches_quantize(n) for n in readers)
+
+
+def _gemm_zero_points(graph: ir.Graph) -> int:
+    count = 0
+    for node in graph:
+        if node.op_type != "Gemm" or not _has_integer_weights(node):
+            continue
+        weight = node.inputs[1]
+        dq = weight.producer() if weight is not None else None
+        assert dq is not None
+        scale = dq.inputs[1]
+        if len(dq.inputs) > 2 or scale is None or scale.const_value is None:
+            continue
+        if scale.const_value.size > 1:
+            dq.resize_inputs(3)
+            dq.replace_input_with(2, constant(graph, np.zeros(scale.const_value.size, np.int8)))
+            count += 1
+    return count

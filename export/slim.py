@@ -1,0 +1,98 @@
+"""Make the file small.
+
+Only layers keep a node name, equal constants are stored once, attributes that repeat the operator's
+default go, and values get names of one or two letters.
+"""
+
+from __future__ import annotations
+
+import itertools
+import string
+from collections.abc import Iterator
+
+import onnx
+import onnx_ir as ir
+from onnx_ir.passes import common
+
+OPSET = 21
+_PER_AXIS = {"strides": 1, "dilations": 1, "pads": 0}
+
+
+def slim(model: ir.Model, layers: frozenset[str], sites: frozenset[str]) -> dict[str, str]:
+    """Shrink in place.
+
+    Args:
+        model: a packed model.
+        layers: node names to keep.
+        sites: names of the QuantizeLinear nodes whose output names are asked for.
+
+    Returns:
+        site name -> final name of its integer value.
+    """
+    common.ClearMetadataAndDocStringPass()(model)
+    common.DeduplicateInitializersPass(size_limit=1 << 30)(model)
+    common.CommonSubexpressionEliminationPass()(model)
+    common.RemoveUnusedNodesPass()(model)
+    graph = model.graph
+    _shorten(graph)
+    found: dict[str, str] = {}
+    for node in graph:
+        if node.name in sites:
+            found[str(node.name)] = str(_last_integer(node).name)
+        if node.name not in layers:
+            node.name = None
+        _drop_defaults(node)
+        for value in node.outputs:
+            if not value.is_graph_output():
+                value.shape = value.type = None
+    graph.name = "g"
+    model.producer_name, model.producer_version = "mpq", None
+    for key in list(model.metadata_props):
+        del model.metadata_props[key]
+    return found
+
+
+def _last_integer(quantize: ir.Node) -> ir.Value:
+    """The integers of a site: after the Clip of a format below 8 bits."""
+    out = quantize.outputs[0]
+    clips = [n for n, _ in out.uses() if n.op_type == "Clip"]
+    return clips[0].outputs[0] if clips else out
+
+
+def _short_names() -> Iterator[str]:
+    letters = string.ascii_letters
+    for length in itertools.count(1):
+        for parts in itertools.product(letters, repeat=length):
+            yield "".join(parts)
+
+
+def _shorten(graph: ir.Graph) -> None:
+    names = _short_names()
+    for value in list(graph.initializers.values()):
+        del graph.initializers[str(value.name)]
+        value.name = next(names)
+        graph.register_initializer(value)
+    for node in graph:
+        for value in node.outputs:
+            if not value.is_graph_output():
+                value.name = next(names)
+
+
+def _drop_defaults(node: ir.Node) -> None:
+    for name, attribute in list(node.attributes.items()):
+        if _is_default(node, name, attribute):
+            del node.attributes[name]
+
+
+def _is_default(node: ir.Node, name: str, attribute: ir.Attr) -> bool:
+    if name in _PER_AXIS:  # the schema cannot say these, they depend on the rank
+        return set(attribute.as_ints()) == {_PER_AXIS[name]}
+    if name == "axis" and node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+        scale = node.inputs[1]
+        return scale is not None and scale.shape is not None and len(scale.shape) == 0
+    if node.domain:
+        return False
+    schema = onnx.defs.get_schema(node.op_type, OPSET).attributes.get(name)
+    if schema is None or not schema.default_value.name:
+        return False
+    return bool(ir.from_proto(schema.default_value).value == attribute.value)

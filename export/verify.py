@@ -1,0 +1,179 @@
+"""Three-way verification: the simulation, onnxruntime unoptimized, onnxruntime at its defaults.
+
+End to end on all given images (does the class agree?) and site by site on some of them (how many
+integers differ, and by how many steps?). A site that differs by one step passes that difference on,
+so the steps of deep sites are those of everything before them too.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import onnx
+import torch
+from torch import Tensor, nn
+
+from mpq.errors import ExportError
+from mpq.graph.ir import QuantGraph
+from mpq.numerics import sqnr_db
+from mpq.quant.fake_quant import FrozenQuant
+
+from . import runtime
+
+LAYER_IMAGES = 32
+"""Images for the comparison site by site: integer tensors of all sites are held at once."""
+MIN_AGREEMENT = 0.99
+"""Least share of images on which class of simulation and of runtime must agree."""
+MIN_SQNR_DB = 15.0
+"""Least SQNR of any site and of the logits. A broken layer is near or below 0 dB."""
+
+
+@dataclass(frozen=True, slots=True)
+class SiteCheck:
+    """One quantizer: SQNR in dB, largest difference in steps, share of equal integers."""
+
+    name: str
+    sqnr_db: float
+    max_step: int
+    equal_fraction: float
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyReport:
+    """How the exported file answers, against the simulation.
+
+    Args:
+        n: images.
+        top1_agreement: share of images with the same class, default options.
+        top1_agreement_unoptimized: the same with optimizations off.
+        logits_sqnr_db: of the logits, default options.
+        max_step: largest difference of any site.
+        layers: one row per site.
+    """
+
+    n: int
+    top1_agreement: float
+    top1_agreement_unoptimized: float
+    logits_sqnr_db: float
+    max_step: int
+    layers: tuple[SiteCheck, ...]
+
+    def failures(self) -> list[str]:
+        """Bounds that are not met, in words."""
+        found = []
+        # One image may always differ: with few images a single tie must not fail the file.
+        least = min(MIN_AGREEMENT, 1 - 1.5 / self.n)
+        for name in ("top1_agreement", "top1_agreement_unoptimized"):
+            value = getattr(self, name)
+            if not value >= least:
+                found.append(f"{name} is {value:.4f}, must be at least {least:.4f}")
+        ratios = {"logits": self.logits_sqnr_db} | {r.name: r.sqnr_db for r in self.layers}
+        for name, ratio in ratios.items():
+            if not ratio >= MIN_SQNR_DB:  # a NaN fails too
+                found.append(f"{name}: SQNR is {ratio:.1f} dB, must be at least {MIN_SQNR_DB}")
+        return found
+
+    def to_json(self) -> str:
+        """The contents of `verify.json`."""
+        data = asdict(self)
+        for row in data["layers"]:
+            row["sqnr_db"] = min(row["sqnr_db"], 999.0)  # JSON has no infinity
+        data["logits_sqnr_db"] = min(data["logits_sqnr_db"], 999.0)
+        return json.dumps(data, indent=1)
+
+
+@torch.no_grad()
+def verify(
+    qg: QuantGraph, model: bytes, sites: dict[str, str], images: Tensor, *, batch: int = 250
+) -> VerifyReport:
+    """Compare a frozen graph with its exported file.
+
+    Args:
+        qg: the graph in stage `frozen` (or `float`, for a float file).
+        model: bytes of the file.
+        sites: site name -> name of the value that holds its integers.
+        images: normalized `[N, C, H, W]`.
+        batch: images at a time.
+
+    Raises:
+        ExportError: the runtime cannot load or run the file, or there are no images.
+    """
+    if len(images) == 0:
+        raise ExportError("verification needs at least one image.")
+    qg.module.eval()
+    parts = torch.split(images, batch)
+    simulated = torch.cat([qg.module(part) for part in parts]).flatten(1)
+    default, plain = (
+        torch.from_numpy(
+            runtime.run(runtime.session(model, optimize=on), images.numpy(), batch=batch)
+        )
+        for on in (True, False)
+    )
+    rows = _check_sites(qg, model, sites, images[:LAYER_IMAGES])
+    classes = simulated.argmax(1)
+    return VerifyReport(
+        n=len(images),
+        top1_agreement=float((default.argmax(1) == classes).double().mean()),
+        top1_agreement_unoptimized=float((plain.argmax(1) == classes).double().mean()),
+        logits_sqnr_db=sqnr_db(simulated, default),
+        max_step=max((r.max_step for r in rows), default=0),
+        layers=rows,
+    )
+
+
+def _check_sites(
+    qg: QuantGraph, model: bytes, sites: dict[str, str], images: Tensor
+) -> tuple[SiteCheck, ...]:
+    if not sites:
+        return ()
+    proto = onnx.load_from_string(model)
+    for name in sites.values():
+        proto.graph.output.append(
+            onnx.helper.make_tensor_value_info(name, onnx.TensorProto.UINT8, None)
+        )
+    values = runtime.values(proto.SerializeToString(), images.numpy(), list(sites.values()))
+    simulated = _integers(qg, list(sites), images)
+    return tuple(
+        _compare(site, simulated[site], torch.from_numpy(values[value]), _zero_point(qg, site))
+        for site, value in sites.items()
+        if site in simulated  # what runs only under a condition did not run
+    )
+
+
+def _integers(qg: QuantGraph, sites: list[str], images: Tensor) -> dict[str, Tensor]:
+    """The integers of each quantizer in the simulation, islands included."""
+    found: dict[str, Tensor] = {}
+
+    def keep(site: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+            assert isinstance(module, FrozenQuant)
+            found[site] = (torch.round(out / module.scale) + module.zero_point).to(torch.uint8)
+
+        return hook
+
+    handles = [qg.module.get_submodule(s).register_forward_hook(keep(s)) for s in sites]
+    try:
+        qg.module(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def _zero_point(qg: QuantGraph, site: str) -> float:
+    quantizer = qg.module.get_submodule(site)
+    assert isinstance(quantizer, FrozenQuant)
+    return float(quantizer.zero_point)
+
+
+def _compare(site: str, expected: Tensor, got: Tensor, zero_point: float) -> SiteCheck:
+    want, have = expected.float(), got.reshape(expected.shape).float()
+    step = (want - have).abs()
+    return SiteCheck(
+        site.removeprefix("quantizers."),
+        sqnr_db(want - zero_point, have - zero_point),
+        int(step.max()),
+        float((step == 0).double().mean()),
+    )

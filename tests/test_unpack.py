@@ -1,0 +1,39 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import mpq
+from mpq.export import to_onnx
+from mpq.export.unpack import PLANES, decode, encode
+
+
+@pytest.mark.parametrize("bits", PLANES)
+@pytest.mark.parametrize("shape", [(8,), (3, 5, 3, 3), (7, 1)])
+def test_encode_and_decode_are_inverses(bits: int, shape: tuple[int, ...]) -> None:
+    low, high = -(1 << (bits - 1)), 1 << (bits - 1)
+    weights = np.random.default_rng(bits).integers(low, high, shape).astype(np.int8)
+    planes = encode(weights, bits)
+    assert sum(p.nbytes for p in planes) == -(-weights.size // 8) * bits
+    assert np.array_equal(decode(planes, bits, shape), weights)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 5, 6])
+def test_odd_widths_are_packed_in_the_file_and_run_as_integers(bits: int, tmp_path: Path) -> None:
+    torch.manual_seed(bits)
+    net = nn.Sequential(
+        nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 32, 3), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 5),
+    ).eval()  # fmt: skip
+    images = torch.randn(32, 3, 12, 12)
+    policy = mpq.Policy.uniform(bits, 8)
+    graph = mpq.quantize_graph(mpq.prepare(net, policy, images), images)
+    result = to_onnx(graph, tmp_path / "net.onnx", policy=policy, images=images)
+    assert {row.executed for row in result.certificate.layers} == {"QLinearConv", "QGemm"}
+    assert {row.stored for row in result.certificate.layers} == {"UINT8"}
+    weights = sum(layer.params for layer in graph.layers.values())
+    assert result.bytes < weights * bits / 8 + 7_000
