@@ -1,0 +1,124 @@
+"""`Grid`: a table as data, shown on a terminal (rich) and in the HTML page alike."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from rich import box
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table
+from rich.text import Text
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """Head of a column.
+
+    Args:
+        title: the head.
+        number: flush right and never broken.
+        spare: left out where a terminal is too narrow for all columns.
+    """
+
+    title: str
+    number: bool = False
+    spare: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """A table of texts.
+
+    Args:
+        title: above the table.
+        columns: the heads.
+        rows: as many texts each as there are columns.
+        note: below the table.
+        marked: indices of rows that stand out.
+    """
+
+    title: str
+    columns: tuple[Column, ...]
+    rows: tuple[tuple[str, ...], ...]
+    note: str = ""
+    marked: frozenset[int] = frozenset()
+
+    def __post_init__(self) -> None:
+        odd = [i for i, row in enumerate(self.rows) if len(row) != len(self.columns)]
+        if odd:
+            raise ValueError(
+                f"rows of table {self.title!r} must have {len(self.columns)} texts. "
+                f"Row {odd[0]} has {len(self.rows[odd[0]])}."
+            )
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """For a terminal: spare columns go first, then texts are folded, until it fits."""
+        shown = self._fitting(options.max_width)
+        table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
+        for column in (self.columns[i] for i in shown):
+            table.add_column(
+                column.title,
+                justify="right" if column.number else "left",
+                no_wrap=column.number,
+                overflow="fold",
+            )
+        for i, row in enumerate(self.rows):
+            # Text, not markup: a layer may be called `blocks[0]`.
+            cells = [Text(row[k]) for k in shown]
+            table.add_row(*cells, style="bold" if i in self.marked else None)
+        yield Text(self.title, style="bold")
+        yield table
+        if self.note:
+            yield Text(self.note, style="dim")
+
+    def _fitting(self, width: int) -> list[int]:
+        """Indices of the columns to show on `width` characters."""
+        shown = list(range(len(self.columns)))
+        while self._width(shown) > width and any(self.columns[i].spare for i in shown):
+            shown.remove(next(i for i in shown if self.columns[i].spare))
+        return shown
+
+    def _width(self, shown: list[int]) -> int:
+        total = _GAP * (len(shown) - 1)
+        for i in shown:
+            longest = max(len(text) for text in (self.columns[i].title, *(r[i] for r in self.rows)))
+            total += longest if self.columns[i].number else min(longest, _FOLD)
+        return total
+
+
+_GAP = 2  # characters between columns
+_FOLD = 24  # texts longer than this may be folded
+
+
+def columns(*heads: str) -> tuple[Column, ...]:
+    """Columns by title; `#` before it makes a number column, `?` before that a spare one."""
+    return tuple(
+        Column(h.lstrip("?#"), number=h.lstrip("?").startswith("#"), spare=h.startswith("?"))
+        for h in heads
+    )
+
+
+def short(value: float | None) -> str:
+    """A count in three or four characters and a unit: `18.4k`, `1.18M`, `512`."""
+    if value is None:
+        return "-"
+    for limit, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= limit:
+            return f"{value / limit:.3g}{unit}"
+    return f"{value:.3g}"
+
+
+def tiny(value: float | None) -> str:
+    """A score of any magnitude: `1.2e-4`, `0.031`, `0`."""
+    if value is None:
+        return "-"
+    if value == 0 or not math.isfinite(value) or 1e-2 <= abs(value) < 1e3:
+        return f"{value:.3g}"
+    mantissa, exponent = f"{value:.1e}".split("e")
+    return f"{mantissa}e{int(exponent)}"
+
+
+def fixed(value: float | None, digits: int) -> str:
+    """A number with so many decimals, `-` for None."""
+    return "-" if value is None else f"{value:.{digits}f}"

@@ -1,0 +1,216 @@
+"""One self-contained HTML page of a run folder: whatever is there is shown, nothing is fetched.
+
+Tables and plots are made anew from the JSON files of the run, so the page cannot disagree with
+them. The template is `page.html`, beside this file.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from matplotlib.figure import Figure
+
+from mpq import files, rundir
+from mpq.errors import UsageError
+from mpq.policy import Policy
+from mpq.report import plots, tables
+from mpq.report.grid import Grid, fixed
+
+Json = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A part of the page: `pictures` are data URIs, `text` is shown as it is in the file."""
+
+    title: str
+    pictures: tuple[str, ...] = ()
+    grids: tuple[Grid, ...] = ()
+    text: str = ""
+
+
+def write_page(folder: Path) -> Path:
+    """Write `report.html` into a run folder and return its path.
+
+    Raises:
+        UsageError: no such folder, nothing of a run in it, or a file that is not what it should be.
+        PolicyError: the same of `policy.yaml`.
+    """
+    path = folder / "report.html"
+    files.write_text(path, page(folder))
+    return path
+
+
+def page(folder: Path) -> str:
+    """The HTML of a run folder (errors as of `write_page`)."""
+    if not folder.is_dir():
+        raise UsageError(f"run folder {folder} does not exist. `mpq report RUN` takes a folder.")
+    found = [make(folder) for make in SECTIONS]
+    sections = [section for section in found if section is not None]
+    if not sections:
+        known = ", ".join(rundir.FILES)
+        raise UsageError(f"{folder} must be a run folder, with at least one of {known}.")
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
+    )
+    return environment.get_template("page.html").render(
+        name=folder.resolve().name, facts=facts(folder), sections=sections, files=_files(folder)
+    )
+
+
+def facts(folder: Path) -> list[tuple[str, str]]:
+    """The figures that matter, as label and value: what stands on top of the page."""
+    found = []
+    if (folder / "policy.yaml").is_file():
+        found += _policy_facts(Policy.load(folder / "policy.yaml"))
+    rows = _lines(folder, "bench.jsonl") or []
+    found += _read(folder, "bench.jsonl", lambda: _bench_facts(rows))
+    if certificate := _json(folder, "certificate.json"):
+        found.append(("MACs that run as integers", f"{certificate['integer_macs_fraction']:.1%}"))
+    if verify := _json(folder, "verify.json"):
+        found.append(("agreement with the simulation", f"{verify['top1_agreement']:.2%}"))
+    return found
+
+
+def _policy_facts(policy: Policy) -> list[tuple[str, str]]:
+    found = []
+    if policy.model:
+        found.append(("network", policy.model.arch))
+    if policy.data.name != "none":
+        found.append(("data", policy.data.name))
+    if policy.result:
+        found.append(("effective weight bits", f"{policy.result.effective_bits:.2f}"))
+    return found
+
+
+def _bench_facts(rows: list[Json]) -> list[tuple[str, str]]:
+    named = {Path(row["file"]).name: row for row in rows}
+    model, reference = named.get("model.onnx"), named.get("float.onnx")
+    if model is None:
+        return []
+    size, top1 = f"{model['bytes']:,}", fixed(model["top1"], 2)
+    if reference is not None:
+        size += f" ({reference['bytes'] / model['bytes']:.1f} times smaller)"
+        top1 += f" (float {fixed(reference['top1'], 2)})"
+    found = [("top-1, percent", top1)] if model["top1"] is not None else []
+    found.append(("bytes", size))
+    if model["ratio_to_float"] is not None:
+        found.append(("speed", f"{model['ratio_to_float']:.2f} times float"))
+    return found
+
+
+def _bench(folder: Path) -> Section | None:
+    rows = _lines(folder, "bench.jsonl")
+    if not rows:
+        return None
+    grid = _read(folder, "bench.jsonl", lambda: tables.bench_table(rows))
+    return Section("Accuracy, size and speed", grids=(grid,))
+
+
+def _policy(folder: Path) -> Section | None:
+    path = folder / "policy.yaml"
+    return Section("Policy", text=path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def _sensitivity(folder: Path) -> Section | None:
+    name = "sensitivity.json"
+    data = _json(folder, name)
+    if data is None:
+        return _pictures(folder, "Sensitivity", "sensitivity.png", "pareto.png")
+    figures = _read(folder, name, lambda: (plots.sensitivity_plot(data), plots.pareto_plot(data)))
+    grids = _read(
+        folder, name, lambda: (tables.configurations_table(data), tables.sensitivity_table(data))
+    )
+    return Section("Sensitivity and search", tuple(map(_uri, figures)), grids)
+
+
+def _pictures(folder: Path, title: str, *names: str) -> Section | None:
+    found = [(folder / name).read_bytes() for name in names if (folder / name).is_file()]
+    return Section(title, tuple(map(_data_uri, found))) if found else None
+
+
+def _training(folder: Path) -> Section | None:
+    rows = _lines(folder, "metrics.jsonl")
+    figure = _read(folder, "metrics.jsonl", lambda: plots.curves_plot(rows or []))
+    return Section("Training", (_uri(figure),)) if figure is not None else None
+
+
+def _certificate(folder: Path) -> Section | None:
+    name = "certificate.json"
+    data = _json(folder, name)
+    if data is None:
+        return None
+    grid = _read(folder, name, lambda: tables.certificate_table(data))
+    return Section("Certificate", grids=(grid,))
+
+
+def _verify(folder: Path) -> Section | None:
+    data = _json(folder, "verify.json")
+    if data is None:
+        return None
+    grid = _read(folder, "verify.json", lambda: tables.verify_table(data))
+    return Section("Verification", grids=(grid,))
+
+
+SECTIONS: tuple[Callable[[Path], Section | None], ...] = (
+    _bench,
+    _sensitivity,
+    _training,
+    _certificate,
+    _verify,
+    _policy,
+)
+"""The page from top to bottom; each gives None where the run lacks its file."""
+
+
+def _files(folder: Path) -> list[tuple[str, str]]:
+    there = [folder / name for name in rundir.FILES if name != "report.html"]
+    return [(p.name, f"{p.stat().st_size:,}") for p in there if p.is_file()]
+
+
+def _json(folder: Path, name: str) -> Any:
+    path = folder / name
+    return _parse(path, json.loads) if path.is_file() else None
+
+
+def _lines(folder: Path, name: str) -> list[Json] | None:
+    path = folder / name
+    if not path.is_file():
+        return None
+    rows: list[Json] = _parse(path, lambda text: [json.loads(t) for t in text.splitlines() if t])
+    return rows
+
+
+def _parse(path: Path, parse: Callable[[str], Any]) -> Any:
+    try:
+        return parse(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UsageError(_not_right(path, f"It is not JSON: {error}")) from None
+
+
+def _read(folder: Path, name: str, make: Callable[[], Any]) -> Any:
+    """What `make` gives; a file that lacks what every such file has is told by name."""
+    try:
+        return make()
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        reason = f"It lacks {error}" if isinstance(error, KeyError) else str(error)
+        raise UsageError(_not_right(folder / name, reason)) from error
+
+
+def _not_right(path: Path, reason: str) -> str:
+    writer = rundir.FILES[path.name]
+    return f"{path} must be as `{writer}` writes it. {reason}. Write it again, or remove it."
+
+
+def _uri(figure: Figure) -> str:
+    return _data_uri(plots.png(figure))
+
+
+def _data_uri(picture: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(picture).decode("ascii")

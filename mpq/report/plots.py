@@ -1,0 +1,182 @@
+"""The pictures of a run, as matplotlib figures; `png` gives their bytes.
+
+Colours are those of Okabe and Ito (2008), told apart by colour-blind readers, and every width has
+a marker of its own besides. Figures are made without pyplot: no global state, no display.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from mpq.report.tables import PARTS, chosen_index
+
+Json = Mapping[str, Any]
+STYLES = {
+    16: ("#009E73", "s"),
+    8: ("#0072B2", "o"),
+    6: ("#56B4E9", "P"),
+    5: ("#CC79A7", "D"),
+    4: ("#D55E00", "^"),
+    3: ("#E69F00", "v"),
+    2: ("#000000", "X"),
+}
+"""Colour and marker of each width."""
+GREY = "#666666"
+_LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+
+
+def png(figure: Figure, *, dpi: int = 130) -> bytes:
+    """The picture as a PNG file."""
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure).print_figure(buffer, format="png", dpi=dpi)
+    return buffer.getvalue()
+
+
+def sensitivity_plot(sensitivity: Json) -> Figure:
+    """Scores on a log scale, a row for each layer; the decided width ringed."""
+    names = [layer["name"] for layer in sensitivity["layers"]]
+    parts = [p for p in PARTS if any(r["part"] == p for r in sensitivity["rows"])]
+    height = 1.5 + max(0.2 * len(names), 1.2)
+    width = 3.2 + 3.4 * len(parts)
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots(1, max(len(parts), 1), sharey=True, squeeze=False)[0]
+    for axis, part in zip(axes, parts, strict=False):
+        _score_panel(axis, sensitivity, part, names)
+    axes[0].set_yticks(range(len(names)), [_label(n) for n in names], fontsize=8)
+    axes[0].set_ylim(len(names) - 0.4, -0.6)  # the first layer on top
+    zero = "; 0 stands at the left" if any(r["score"] <= 0 for r in sensitivity["rows"]) else ""
+    told = f"{sensitivity['metric']}, {sensitivity['samples']} images"
+    figure.supxlabel(f"score ({told}): further right hurts more{zero}", fontsize=9)
+    return figure
+
+
+def _label(name: str, longest: int = 36) -> str:
+    """A layer's name, its middle left out where it would push the plot off the page."""
+    half = (longest - 3) // 2
+    return name if len(name) <= longest else f"{name[:half]}...{name[-half:]}"
+
+
+def _score_panel(axis: Axes, sensitivity: Json, part: str, names: Sequence[str]) -> None:
+    rows = [r for r in sensitivity["rows"] if r["part"] == part]
+    place = {name: i for i, name in enumerate(names)}
+    positive = [r["score"] for r in rows if r["score"] > 0]
+    floor = min(positive, default=1e-9) / 2  # where a score of 0 stands on a log scale
+    for name in names:
+        spots = [max(r["score"], floor) for r in rows if r["layer"] == name]
+        if spots:
+            axis.hlines(place[name], min(spots), max(spots), color="#dddddd", lw=1.2, zorder=1)
+    for bits in sorted({r["bits"] for r in rows}, reverse=True):
+        _score_dots(axis, [r for r in rows if r["bits"] == bits], place, floor, bits)
+    index, chosen = 0 if part == "weight" else 1, sensitivity.get("chosen") or {}
+    picked = [r for r in rows if (chosen.get(r["layer"]) or (None, None))[index] == r["bits"]]
+    if picked:
+        spots = [max(r["score"], floor) for r in picked]
+        rings = [place[r["layer"]] for r in picked]
+        axis.scatter(
+            spots, rings, s=95, facecolors="none", edgecolors="black", lw=1.1, label="decided"
+        )
+    axis.set_xscale("log")
+    axis.set_title(f"{part}s", fontsize=10)
+    _clean(axis)
+    axis.legend(
+        loc="lower center",
+        bbox_to_anchor=(0.5, 1.0 + 0.25 / max(0.2 * len(names), 1.2)),
+        ncols=4,
+        fontsize=8,
+        frameon=False,
+        handletextpad=0.2,
+        columnspacing=0.9,
+    )
+
+
+def _score_dots(
+    axis: Axes, rows: Sequence[Json], place: Mapping[str, int], floor: float, bits: int
+) -> None:
+    colour, marker = STYLES.get(bits, (GREY, "o"))
+    spots = [max(r["score"], floor) for r in rows]
+    rings = [place[r["layer"]] for r in rows]
+    axis.scatter(
+        spots, rings, s=24, color=colour, marker=marker, lw=0, label=f"{bits} bits", zorder=3
+    )
+
+
+def pareto_plot(sensitivity: Json) -> Figure:
+    """Effective weight bits against predicted drop, the chosen configuration marked."""
+    front = sorted(sensitivity["front"], key=lambda c: c["effective_bits"])
+    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+    axis = figure.subplots()
+    bits = [c["effective_bits"] for c in front]
+    drops = [c["predicted_drop"] for c in front]
+    axis.plot(bits, drops, color=STYLES[8][0], lw=1.2, marker="o", ms=3.5, label="Pareto front")
+    if drops and min(drops) > 0 and max(drops) / min(drops) > 30:
+        axis.set_yscale("log")
+    picked = chosen_index(sensitivity, front)
+    if picked is not None:
+        _mark_chosen(axis, front[picked])
+    axis.set_xlabel("effective weight bits")
+    axis.set_ylabel("predicted drop")
+    _clean(axis)
+    axis.grid(axis="y", color="#eeeeee")
+    axis.legend(loc="upper right", fontsize=8, frameon=False)
+    return figure
+
+
+def _mark_chosen(axis: Axes, chosen: Json) -> None:
+    spot = chosen["effective_bits"], chosen["predicted_drop"]
+    # Its figures stand in the legend, where they cannot cover the curve.
+    told = f"chosen: {spot[0]:.2f} bits, {chosen['bytes'] / 1e3:,.0f} kB, drop {spot[1]:.3g}"
+    axis.plot(*spot, "*", color=STYLES[4][0], ms=15, mec="black", mew=0.7, ls="", label=told)
+
+
+def curves_plot(metrics: Sequence[Json]) -> Figure | None:
+    """Losses, accuracies and learning rates over the epochs of `metrics.jsonl`; None without any.
+
+    Keys with `loss` share the first panel, those with `top1` or `acc` the second, `lr` the third.
+    """
+    panels = {"loss": ("loss",), "top-1, percent": ("top1", "acc"), "learning rate": ("lr",)}
+    keys = [k for k in dict.fromkeys(k for row in metrics for k in row) if _is_curve(metrics, k)]
+    shown = {t: [k for k in keys if any(w in k for w in words)] for t, words in panels.items()}
+    shown = {title: found for title, found in shown.items() if found}
+    if not shown:
+        return None
+    figure = Figure(figsize=(3.6 * len(shown), 3.0), layout="constrained")
+    axes = figure.subplots(1, len(shown), squeeze=False)[0]
+    for axis, (title, found) in zip(axes, shown.items(), strict=True):
+        axis.set_title(title, fontsize=10)
+        _curve_panel(axis, metrics, found)
+    return figure
+
+
+def _curve_panel(axis: Axes, metrics: Sequence[Json], keys: Sequence[str]) -> None:
+    for i, key in enumerate(keys):
+        rows = [(row.get("epoch", at), row) for at, row in enumerate(metrics)]
+        points = [(epoch, row[key]) for epoch, row in rows if _number(row.get(key))]
+        epochs, values = zip(*points, strict=True)
+        colour = _LINES[i % len(_LINES)]
+        axis.plot(epochs, values, color=colour, lw=1.4, marker="o", ms=2.5, label=key)
+    axis.set_xlabel("epoch", fontsize=9)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _clean(axis)
+    axis.grid(axis="y", color="#eeeeee")
+    axis.legend(fontsize=8, frameon=False)
+
+
+def _is_curve(metrics: Sequence[Json], key: str) -> bool:
+    return any(_number(row.get(key)) for row in metrics)
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _clean(axis: Axes) -> None:
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.tick_params(labelsize=8, colors="#333333")

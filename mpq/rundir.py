@@ -1,0 +1,127 @@
+"""Run folders: where they lie, which one is the newest, and how files get into them.
+
+A run is a folder that carries the output of each stage under fixed names. `runs/.newest` lists
+the runs used last, which may lie elsewhere; so a command that is given no input finds them there.
+No torch here.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from mpq.errors import UsageError
+from mpq.files import write_text
+
+REMEMBERED = 100
+RUNS = Path("runs")
+"""Where runs lie unless `-o` says otherwise, relative to the working directory."""
+
+FILES = {
+    "policy.yaml": "mpq analyze MODEL.pth",
+    "sensitivity.json": "mpq analyze MODEL.pth",
+    "sensitivity.png": "mpq analyze MODEL.pth",
+    "pareto.png": "mpq analyze MODEL.pth",
+    "quantized.pth": "mpq qat --policy policy.yaml",
+    "metrics.jsonl": "mpq qat --policy policy.yaml",
+    "model.onnx": "mpq export --onnx",
+    "float.onnx": "mpq export --onnx",
+    "certificate.json": "mpq export --onnx",
+    "verify.json": "mpq export --onnx",
+    "bench.jsonl": "mpq bench",
+    "report.html": "mpq report",
+}
+"""The files of a run, each with the command that writes it."""
+_SUFFIXES = {Path(name).suffix for name in FILES}
+
+
+def resolve_out(out: str | Path | None, default_name: str) -> Path:
+    """The folder of a run: `out`, or `runs/DEFAULT_NAME`. It is not made yet (see `touch_run`).
+
+    Raises:
+        UsageError: something that is no folder has that name, or it is the name of a file.
+    """
+    folder = Path(out) if out is not None else RUNS / default_name
+    if out is not None and folder.suffix in _SUFFIXES and not folder.exists():
+        raise UsageError(
+            f"-o must name a run folder, in which files have fixed names such as model.onnx. "
+            f"Got {out}, the name of a file. Try -o {folder.with_suffix('')}."
+        )
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(
+            f"-o must name a run folder, but {folder} is a file. Name another with -o."
+        )
+    return folder
+
+
+def touch_run(folder: Path) -> Path:
+    """Make the folder where it is missing, and note that it is the run used last."""
+    folder.mkdir(parents=True, exist_ok=True)
+    here, full = Path.cwd(), folder.resolve()
+    # Relative where possible, so that a project folder can be moved with its runs.
+    told = full.relative_to(here) if full.is_relative_to(here) else full
+    recent = [told, *(run for run in _recent() if run != told)]
+    lines = "".join(f"{run.as_posix()}\n" for run in recent[:REMEMBERED])
+    write_text(_pointer(), lines)
+    return folder
+
+
+def newest_run(needs: str) -> Path:
+    """The newest run that holds the file `needs`: the one used last, else the newest under `runs/`.
+
+    Raises:
+        UsageError: no run holds that file; the message names the command that writes it.
+    """
+    for run in _recent():
+        if (run / needs).is_file():
+            return run
+    found = [p for p in RUNS.glob(f"*/{needs}") if p.is_file()]
+    if not found:
+        writer = FILES.get(needs)
+        raise UsageError(
+            f"no run under {RUNS}/ holds a {needs}. "
+            + (f"Run `{writer}` first, or name" if writer else "Name")
+            + " the file or its run."
+        )
+    return max(found, key=lambda p: p.stat().st_mtime_ns).parent
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder holds what only a run holds: a policy, a certificate or a sensitivity."""
+    marks = ("policy.yaml", "certificate.json", "sensitivity.json")
+    return any((folder / name).is_file() for name in marks)
+
+
+def refuse_overwrite(path: Path, force: bool) -> None:
+    """Stop before the work begins rather than replace what is there, or find no place after it.
+
+    Raises:
+        UsageError: `path` exists and `force` is not set, or nothing can be written there.
+    """
+    if path.is_dir():
+        raise UsageError(f"{path} must be a file to write. Got a folder; name another with -o.")
+    if path.exists() and not force:
+        raise UsageError(
+            f"{path} exists already. Replace it with --force, or write elsewhere with -o."
+        )
+    place = next(p for p in path.absolute().parents if p.exists())
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise UsageError(
+            f"{path} cannot be written: {place}: {error.strerror}. Write elsewhere with -o."
+        ) from None
+
+
+def _pointer() -> Path:
+    return RUNS / ".newest"
+
+
+def _recent() -> list[Path]:
+    """Runs by last use, the latest first."""
+    try:
+        text = _pointer().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return []
+    return [Path(line) for line in text.splitlines() if line.strip()]
