@@ -1,0 +1,161 @@
+"""The command line: a table of commands, loaded when called, and what a failure looks like.
+
+A command is one file with one click command and no logic. `mpq --help` imports none of them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import click
+
+from mpq.errors import MpqError, UsageError, nearest
+
+
+class Entry(NamedTuple):
+    """Where a command lies (`module:name`) and its line in the list of commands."""
+
+    where: str
+    help: str
+
+
+COMMANDS = {
+    "demo": Entry("mpq.cli.demo:demo", "The whole pipeline on embedded data, in two minutes."),
+    "train": Entry("mpq.cli.train:train", "Train a float model: baseline, teacher or student."),
+    "ensemble": Entry("mpq.cli.ensemble:ensemble", "Bundle teachers, measured together."),
+    "analyze": Entry("mpq.cli.analyze:analyze", "Find each layer's bits; write policy.yaml."),
+    "ptq": Entry("mpq.cli.ptq:ptq", "Quantize by a policy, without training."),
+    "qat": Entry("mpq.cli.qat:qat", "Quantize by a policy, with training and teachers."),
+    "export": Entry("mpq.cli.export:export", "Write the ONNX file, verified and certified."),
+    "bench": Entry("mpq.cli.bench:bench", "Accuracy, latency and size of files, side by side."),
+    "report": Entry("mpq.cli.report:report", "One self-contained HTML page of a run."),
+}
+
+
+RESUMABLE = ("train", "qat")
+"""Commands that take `--resume`."""
+
+
+class LazyGroup(click.Group):
+    """A click group over `COMMANDS`: help comes from the table, a command is imported on use."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Names in the order of the table, which is the order of use."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import one command; None for an unknown name."""
+        return load_command(cmd_name) if cmd_name in COMMANDS else None
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """As click's, with the nearest names for one that is unknown."""
+        if args and args[0] not in COMMANDS and not args[0].startswith("-"):
+            ctx.fail(f"no command {args[0]!r}{nearest(args[0], COMMANDS)}")
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The list of commands, from the table alone."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, entry.help) for name, entry in COMMANDS.items()])
+
+
+def load_command(name: str) -> click.Command:
+    """Import the command of that name.
+
+    Raises:
+        UsageError: it needs a package that is not installed.
+    """
+    module, _, attribute = COMMANDS[name].where.partition(":")
+    try:
+        command: click.Command = getattr(importlib.import_module(module), attribute)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] == "mpq" and error.name != module:
+            raise  # a mistake of ours, worth its traceback
+        raise UsageError(f"mpq {name} needs {error.name}, which is not installed.") from error
+    return command
+
+
+@click.group(
+    cls=LazyGroup,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+@click.option("-v", "--verbose", is_flag=True, help="Tell what is being done, on stderr.")
+@click.version_option(package_name="mpq", message="mpq %(version)s")
+def cli(verbose: bool) -> None:
+    """Mixed-precision quantization of PyTorch vision models, down to one ONNX file.
+
+    \b
+    mpq demo                                 see the whole pipeline
+    mpq analyze model.pth                    which layer gets how many bits
+    mpq qat --policy p.yaml --teacher t.pth  retrain at those bits
+    mpq export --onnx                        the file, and the proof of it
+    """
+    level = logging.INFO if verbose else logging.WARNING
+    logging.basicConfig(level=level, format="note: %(message)s")
+    logging.getLogger("mpq").setLevel(level)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line and return the exit code.
+
+    0: done. 2: a mistake that the user can mend, told in one message on stderr. 130: interrupted.
+    Whatever else goes wrong is a defect and keeps its traceback.
+    """
+    try:
+        code = cli.main(args=argv, prog_name="mpq", standalone_mode=False)
+        sys.stdout.flush()
+        return code if isinstance(code, int) else 0
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        return 2
+    except click.ClickException as error:
+        return _fail(_usage(error))
+    except MpqError as error:
+        return _fail(str(error))
+    except (click.Abort, KeyboardInterrupt):
+        _tell(_interrupted(sys.argv[1:] if argv is None else argv))
+        return 130
+    except BrokenPipeError:
+        # The reader has gone (`| head`). Python would complain while it flushes on exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        return _fail(_explain(error))
+
+
+def _usage(error: click.ClickException) -> str:
+    """What is wrong with the command line, and where to read what is right."""
+    message = error.format_message()
+    context = getattr(error, "ctx", None)
+    if context is None:
+        return message
+    stop = "" if message.endswith((".", "?")) else "."
+    return f"{message}{stop} See `{context.command_path} --help`."
+
+
+def _interrupted(argv: Sequence[str]) -> str:
+    name = next((arg for arg in argv if arg in COMMANDS), "")
+    told = "interrupted; no file is half-written"
+    return f"{told}. Go on with: mpq {name} ... --resume" if name in RESUMABLE else told
+
+
+def _explain(error: OSError) -> str:
+    """A message for what the system refuses: what, where, why."""
+    reason = error.strerror or str(error) or type(error).__name__
+    return f"{error.filename}: {reason}" if error.filename else reason
+
+
+def _fail(message: str) -> int:
+    _tell(f"error: {message}")
+    return 2
+
+
+def _tell(message: str) -> None:
+    click.echo(message, err=True)

@@ -1,0 +1,62 @@
+"""`mpq ensemble`: bundle teachers into one file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from mpq import rundir
+from mpq.cli import options
+from mpq.data import Normalization
+from mpq.pipeline.subject import Source
+from mpq.pipeline.training import build_ensemble, write_ensemble
+from mpq.report.tables import ensemble_table
+
+
+@click.command()
+@click.argument("checkpoints", nargs=-1, required=True, type=click.Path(path_type=Path))
+@options.data
+@options.data_root
+@options.normalize
+@options.trust_pickle
+@options.as_json
+@options.force
+@click.option("--out", "-o", metavar="FILE", type=click.Path(path_type=Path),
+              default=Path("ens.pth"), show_default=True, help="File to write.")  # fmt: skip
+def ensemble(
+    checkpoints: tuple[Path, ...],
+    data: str | None,
+    data_root: Path | None,
+    normalize: Normalization | None,
+    trust_pickle: bool,
+    as_json: bool,
+    force: bool,
+    out: Path,
+) -> None:
+    """Bundle CHECKPOINTS as teachers, measured one by one and together.
+
+    \b
+    mpq ensemble a.pth b.pth c.pth -o ens.pth
+    """
+    rundir.refuse_overwrite(out, force)
+    with options.status() as tell:
+        tell("measuring the teachers")
+        source = Source(data, data_root)
+        found, dataset, name = build_ensemble(
+            checkpoints, source, normalize=normalize, trust_pickle=trust_pickle
+        )
+    write_ensemble(found, out, name, force=force)
+    rows = [
+        {"name": m.name, "arch": m.arch, "normalize": str(m.normalize), "top1": m.top1}
+        for m in found.members
+    ]
+    rows.append({"name": "together (mean)", "arch": "", "normalize": "", "top1": found.top1})
+    if as_json:
+        members = [{k: row[k] for k in ("name", "arch", "top1")} for row in rows[:-1]]
+        click.echo(json.dumps({"file": str(out), "top1": found.top1, "members": members}))
+    else:
+        options.stdout.print(ensemble_table(rows))
+    options.say(f"measured on {len(dataset.validation):,} validation images of {name}")
+    options.say(f"wrote {out}; next: mpq qat --teacher {out}")

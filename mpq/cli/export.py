@@ -1,0 +1,103 @@
+"""`mpq export --onnx`: one verified and certified file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from mpq import rundir
+from mpq.cli import options
+from mpq.export import ExportResult
+from mpq.pipeline.exporting import export_float, export_run, float_reference
+from mpq.pipeline.quantizing import load_quantized
+from mpq.pipeline.subject import Source
+
+
+@click.command()
+@click.argument("quantized", required=False, type=click.Path(path_type=Path))
+@click.option("--onnx", is_flag=True, required=True, help="Write ONNX (the one format).")
+@click.option("--verify", "images", metavar="COUNT", type=click.IntRange(min=0), default=1000,
+              show_default=True, help="Test images to verify on.")  # fmt: skip
+@click.option("--allow-float-fallback", is_flag=True,
+              help="Accept layers that run in float against the policy.")  # fmt: skip
+@options.data
+@options.data_root
+@options.seed
+@options.as_json
+@options.force
+@options.out("Run folder to write to.  [default: that of QUANTIZED]")
+def export(
+    quantized: Path | None,
+    onnx: bool,
+    images: int,
+    allow_float_fallback: bool,
+    data: str | None,
+    data_root: Path | None,
+    seed: int,
+    as_json: bool,
+    force: bool,
+    out: Path | None,
+) -> None:
+    """Write model.onnx from QUANTIZED, prove what it does, and write float.onnx beside it.
+
+    QUANTIZED is a quantized.pth or its run; without it, the newest run's is taken.
+
+    \b
+    mpq export --onnx
+    mpq export --onnx runs/r20/quantized.pth -o runs/r20-file
+    """
+    path = options.in_run(quantized, "quantized.pth")
+    folder = path.parent if out is None else rundir.resolve_out(out, "")
+    rundir.refuse_overwrite(folder / "model.onnx", force)
+    source = Source(data, data_root)
+    with options.status() as tell:
+        tell("loading")
+        found = load_quantized(path, source)
+        reference = float_reference(found, path, source)
+        tell("exporting and verifying")
+        result = export_run(
+            found,
+            folder,
+            images=images,
+            seed=seed,
+            allow_float_fallback=allow_float_fallback,
+            force=force,
+        )
+        if reference is not None:
+            tell("exporting the float model")
+            export_float(reference, folder / "float.onnx")
+    if as_json:
+        click.echo(json.dumps(_summary(result)))
+    else:
+        _show(result)
+    more = ", float.onnx" if reference is not None else ""
+    options.say(f"wrote {result.path}, certificate.json{more}; next: mpq bench")
+
+
+def _summary(result: ExportResult) -> dict[str, object]:
+    checked = result.verification
+    return {
+        "file": str(result.path),
+        "bytes": result.bytes,
+        "integer_macs_fraction": result.certificate.integer_macs_fraction,
+        "boundaries": result.certificate.boundaries,
+        "top1_agreement": checked.top1_agreement if checked else None,
+    }
+
+
+def _show(result: ExportResult) -> None:
+    certificate, checked = result.certificate, result.verification
+    boundaries = certificate.boundaries
+    options.show(
+        f"{result.bytes:,} bytes; {certificate.integer_macs_fraction:.1%} of the MACs run as "
+        f"integers, {boundaries} precision {'boundary' if boundaries == 1 else 'boundaries'}"
+    )
+    if checked is None:
+        options.show("not verified: there are no images to verify on")
+        return
+    options.show(
+        f"same class as the simulation on {checked.top1_agreement:.2%} of {checked.n:,} test "
+        f"images, at most {checked.max_step} steps apart"
+    )

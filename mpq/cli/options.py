@@ -1,0 +1,255 @@
+"""Options that mean the same in every command, and how values are shown.
+
+`@options.seed` adds one; a command names the argument as the comment says.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import click
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+from mpq import rundir
+from mpq.data import Normalization
+from mpq.spec import WIDTHS
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+Decorator = Callable[[Command], Command]
+
+
+class Tell(Protocol):
+    """What `bars` yields."""
+
+    def __call__(self, phase: str, done: int, total: int, note: str = "") -> None:
+        """So much of a phase is done; the note stands behind its bar."""
+
+
+stdout = Console(highlight=False)
+"""Results: tables, and nothing else where `--json` is set."""
+stderr = Console(stderr=True, highlight=False)
+"""Progress, and which files were chosen."""
+
+
+def _normalization(
+    ctx: click.Context, param: click.Parameter, value: str | None
+) -> Normalization | None:
+    return None if value is None else Normalization.parse(value)
+
+
+LIST = "BITS,..."
+"""The metavar of a list of widths."""
+
+
+def _widths(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> tuple[int, ...]:
+    parts = [part.strip() for value in values for part in value.split(",")]
+    for part in parts:
+        if not part.isdecimal() or int(part) not in WIDTHS:
+            known = ", ".join(map(str, WIDTHS))
+            raise click.BadParameter(
+                f"widths must be some of {known}, as in 8,4. Got {part!r}.", ctx, param
+            )
+    return tuple(dict.fromkeys(map(int, parts)))
+
+
+def widths(flag: str, default: str, help: str) -> Decorator[Any]:
+    """An option that takes bit widths: `8,4`, or repeated, or `8 4` in a `ListCommand`."""
+    return click.option(
+        flag,
+        multiple=True,
+        default=(default,),
+        metavar=LIST,
+        callback=_widths,
+        help=f"{help}  [default: {default}]",
+    )
+
+
+class ListCommand(click.Command):
+    """A command whose lists of widths may also be written with spaces: `--bits 16 8 4`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """As click's, with numbers that follow a list joined to it."""
+        lists = {opt for p in self.params if p.metavar == LIST for opt in p.opts}
+        joined: list[str] = []
+        for arg in args:
+            if arg.isdecimal() and len(joined) > 1 and joined[-2] in lists:
+                joined[-1] += f",{arg}"
+            else:
+                joined.append(arg)
+        return super().parse_args(ctx, joined)
+
+
+def _positive(ctx: click.Context, param: click.Parameter, value: float | None) -> float | None:
+    if value is not None and not 0 < value < math.inf:
+        raise click.BadParameter(f"must be a number above 0. Got {value:g}.", ctx, param)
+    return value
+
+
+def limit(flag: str, help: str) -> Decorator[Any]:
+    """An option that takes a finite number above 0, or None."""
+    return click.option(flag, metavar="NUMBER", type=float, callback=_positive, help=help)
+
+
+def out(help: str = "Run folder to write to.  [default: runs/NAME]") -> Decorator[Any]:
+    """`--out`, `-o`: argument `out`, a Path or None. The help says what is written there."""
+    return click.option("--out", "-o", metavar="RUN", type=_path(), help=help)
+
+
+@contextmanager
+def status() -> Iterator[Callable[[str], None]]:
+    """A line on a terminal that tells what is being done; nothing where stderr is no terminal."""
+    if not stderr.is_terminal:
+        yield lambda _: None
+        return
+    with stderr.status("") as line:
+        yield lambda text: line.update(escape(text))
+
+
+@contextmanager
+def bars() -> Iterator[Tell]:
+    """Progress bars on stderr; nothing where stderr is no terminal."""
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(compact=True),
+        TextColumn("{task.fields[note]}"),
+        console=stderr,
+        transient=True,
+        disable=not stderr.is_terminal,
+    ) as progress:
+        tasks: dict[str, TaskID] = {}
+
+        def tell(phase: str, done: int, total: int, note: str = "") -> None:
+            if phase not in tasks:
+                tasks[phase] = progress.add_task(escape(phase), total=total, note="")
+            progress.update(tasks[phase], completed=done, total=total, note=escape(note))
+
+        yield tell
+
+
+def say(text: str) -> None:
+    """One line on stderr: what was chosen, what was written."""
+    stderr.print(text, markup=False, soft_wrap=True)
+
+
+def show(text: str) -> None:
+    """A line of the result on stdout, not broken where the terminal ends."""
+    stdout.print(text, markup=False, soft_wrap=True)
+
+
+def in_run(path: Path | None, file: str) -> Path:
+    """The file that a command works on: `path`, or that file of the run `path`, or the newest.
+
+    Raises:
+        UsageError: no run has one.
+    """
+    if path is None:
+        return newest(file)
+    return path / file if path.is_dir() else path
+
+
+def newest(file: str) -> Path:
+    """The newest run's file of that name, said aloud.
+
+    Raises:
+        UsageError: no run has one.
+    """
+    path = rundir.newest_run(file) / file
+    say(f"no file named: using {path}")
+    return path
+
+
+def run_of(policy: Path, out: Path | None) -> Path:
+    """The run that a policy belongs to: `out`, its folder if that is a run, else `runs/STEM`."""
+    if out is None and policy.name == "policy.yaml" and rundir.is_run(policy.parent):
+        return policy.parent
+    return rundir.resolve_out(out, policy.stem)
+
+
+def _path() -> click.Path:
+    return click.Path(path_type=Path)
+
+
+# policy_path: Path | None
+policy = click.option(
+    "--policy",
+    "policy_path",
+    metavar="FILE",
+    type=_path(),
+    help="Policy file, or a run that has one.  [default: the newest run's]",
+)
+# seed: int
+seed = click.option(
+    "--seed",
+    metavar="N",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Of all randomness.",
+)
+# data: str | None
+data = click.option(
+    "--data",
+    metavar="NAME",
+    help="digits, cifar10, cifar100, a folder, a zip, module:factory, or none.",
+)
+# data_root: Path | None
+data_root = click.option(
+    "--data-root",
+    metavar="FOLDER",
+    type=_path(),
+    help="Where the data lie.  [default: $MPQ_DATA, then torchvision's places]",
+)
+# as_json: bool
+as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
+# force: bool
+force = click.option("--force", is_flag=True, help="Replace files that exist.")
+# resume: bool
+resume = click.option("--resume", is_flag=True, help="Go on where an interrupted run stopped.")
+# threads: int
+threads = click.option(
+    "--threads",
+    metavar="N",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Threads to use.",
+)
+# batch: int
+batch = click.option(
+    "--batch",
+    metavar="N",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Images at a time.",
+)
+# trust_pickle: bool
+trust_pickle = click.option(
+    "--trust-pickle", is_flag=True, help="Load a pickled module, which can run any code."
+)
+# model: str | None
+model = click.option(
+    "--model", metavar="NAME", help="Architecture: a zoo or torchvision name, or module:factory."
+)
+# normalize: Normalization | None
+normalize = click.option(
+    "--normalize",
+    metavar="HOW",
+    callback=_normalization,
+    help="imagenet, cifar10, cifar100, none, raw, or m,m,m/s,s,s.  [default: what the model says]",
+)

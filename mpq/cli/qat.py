@@ -1,0 +1,91 @@
+"""`mpq qat`: quantize by a policy, with training and distillation."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from mpq import rundir
+from mpq.cli import options, training
+from mpq.pipeline.guard import check_start
+from mpq.pipeline.quantizing import check_policy_file, keep_policy, run_qat, save_quantized
+from mpq.pipeline.subject import Source, policy_subject
+from mpq.policy import Policy
+
+
+@click.command()
+@options.policy
+@training.teacher
+@training.teacher_normalize
+@options.data
+@options.data_root
+@training.recipe("qat")
+@training.epochs
+@training.settings
+@options.seed
+@training.device
+@options.trust_pickle
+@options.as_json
+@options.force
+@options.resume
+@options.out("Run folder to write to.  [default: the policy's]")
+def qat(
+    policy_path: Path | None,
+    teacher: Path | None,
+    teacher_normalize: str,
+    data: str | None,
+    data_root: Path | None,
+    recipe: str,
+    epochs: int | None,
+    settings: tuple[str, ...],
+    seed: int,
+    device: str,
+    trust_pickle: bool,
+    as_json: bool,
+    force: bool,
+    resume: bool,
+    out: Path | None,
+) -> None:
+    """Quantize the model of a policy with training; write quantized.pth and metrics.jsonl.
+
+    An interrupted run goes on with --resume and ends as if it had not been interrupted.
+
+    \b
+    mpq qat --policy p.yaml --teacher ens.pth
+    mpq qat --policy runs/r20/policy.yaml --epochs 10 --set lr=0.005
+    """
+    path = options.in_run(policy_path, "policy.yaml")
+    policy = Policy.load(path)
+    folder = options.run_of(path, out)
+    written = folder / "quantized.pth"
+    check_start(folder, written, resume=resume, force=force)
+    check_policy_file(path, folder, force=force)
+    plan = training.recipe_from(recipe, epochs, settings)
+    source = Source(data, data_root)
+    subject = policy_subject(policy, path, source, weights=True, trust_pickle=trust_pickle)
+    ensemble = training.load_teacher(teacher, teacher_normalize)
+    with training.live(plan.epochs) as (on_step, on_epoch):
+        found = run_qat(
+            policy,
+            subject,
+            plan,
+            folder,
+            teacher=ensemble,
+            resume=resume,
+            seed=seed,
+            device=device,
+            on_start=lambda: keep_policy(path, rundir.touch_run(folder)),
+            on_step=on_step,
+            on_epoch=on_epoch,
+        )
+    save_quantized(found, written)
+    (folder / "checkpoint.pth").unlink(missing_ok=True)  # the run is complete
+    if as_json:
+        click.echo(json.dumps({"file": str(written), **found.metrics}))
+    else:
+        options.show(
+            f"top-1 {found.metrics['validation_top1']:.2f} % on the validation split, simulated"
+        )
+    options.say(f"wrote {written}; next: mpq export --onnx")

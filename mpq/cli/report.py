@@ -1,0 +1,34 @@
+"""`mpq report`: one HTML page of a run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from mpq import rundir
+from mpq.cli import options
+
+
+@click.command()
+@click.argument("run", required=False, type=click.Path(path_type=Path))
+@options.as_json
+def report(run: Path | None, as_json: bool) -> None:
+    """Write RUN/report.html: one self-contained page of all that the run holds.
+
+    Without RUN, the newest run. The page is made from the files of the run, and made anew each
+    time.
+    """
+    # matplotlib takes a second to import, which `--help` need not wait for.
+    from mpq.report.page import write_page
+
+    folder = run
+    if folder is None:
+        folder = rundir.newest_run("policy.yaml")
+        options.say(f"no run named: using {folder}")
+    path = write_page(folder)
+    if as_json:
+        click.echo(json.dumps({"report": str(path)}))
+    else:
+        options.show(f"wrote {path}")

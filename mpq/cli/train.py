@@ -1,0 +1,94 @@
+"""`mpq train`: a float baseline, a teacher, or a distilled student."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from mpq.cli import options, training
+from mpq.data import Normalization
+from mpq.pipeline.guard import check_start
+from mpq.pipeline.subject import Source
+from mpq.pipeline.training import initial_weights, new_subject, run_train, working_folder
+
+
+@click.command()
+@click.argument("arch")
+@options.data
+@options.data_root
+@options.normalize
+@training.teacher
+@training.teacher_normalize
+@click.option("--init", metavar="FILE", type=click.Path(path_type=Path),
+              help="Checkpoint to start from.")  # fmt: skip
+@training.recipe("plain")
+@training.epochs
+@training.settings
+@click.option("--show-recipe", is_flag=True, help="Print the recipe as YAML and stop.")
+@options.seed
+@training.device
+@options.as_json
+@options.force
+@options.resume
+@click.option("--out", "-o", metavar="FILE", type=click.Path(path_type=Path), show_default=True,
+              default=Path("model.pth"), help="Checkpoint to write.")  # fmt: skip
+def train(
+    arch: str,
+    data: str | None,
+    data_root: Path | None,
+    normalize: Normalization | None,
+    teacher: Path | None,
+    teacher_normalize: str,
+    init: Path | None,
+    recipe: str,
+    epochs: int | None,
+    settings: tuple[str, ...],
+    show_recipe: bool,
+    seed: int,
+    device: str,
+    as_json: bool,
+    force: bool,
+    resume: bool,
+    out: Path,
+) -> None:
+    """Train ARCH in float; with --teacher, distil into it.
+
+    An interrupted run goes on with --resume. Its state and metrics.jsonl lie beside the output,
+    for model.pth in model.train/.
+
+    \b
+    mpq train resnet20 --data cifar10 -o model.pth
+    mpq train resnet20 --data cifar10 --teacher ens.pth -o student.pth
+    """
+    plan = training.recipe_from(recipe, epochs, settings)
+    if show_recipe:
+        click.echo(plan.to_yaml(), nl=False)
+        return
+    check_start(working_folder(out), out, resume=resume, force=force)
+    subject = new_subject(arch, Source(data, data_root), normalize=normalize, seed=seed)
+    options.say(
+        f"{arch} on {subject.data_name}: {subject.info.classes} classes, "
+        f"normalization {subject.info.normalize}, {plan.epochs} epochs"
+    )
+    if init is not None:
+        initial_weights(subject, init)
+    ensemble = training.load_teacher(teacher, teacher_normalize)
+    with training.live(plan.epochs) as (on_step, on_epoch):
+        result = run_train(
+            subject,
+            plan,
+            out,
+            teacher=ensemble,
+            resume=resume,
+            seed=seed,
+            device=device,
+            on_step=on_step,
+            on_epoch=on_epoch,
+        )
+    if as_json:
+        click.echo(json.dumps({"file": str(out), "validation_top1": result.top1}))
+    else:
+        options.show(f"top-1 {result.top1:.2f} % on the validation split")
+    options.say(f"wrote {out}; next: mpq analyze {out}")

@@ -1,0 +1,127 @@
+"""What `train` and `qat` share: teachers, the recipe's options and the live line of an epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+import yaml
+
+from mpq.cli import options
+from mpq.data import Normalization
+from mpq.errors import UsageError
+from mpq.train.ensemble import Ensemble, load_ensemble
+from mpq.train.metrics import Record
+from mpq.train.recipe import Recipe
+
+
+def _device(ctx: click.Context, param: click.Parameter, value: str) -> str:
+    if value == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device must be cpu here: this torch sees no CUDA device. Got cuda.")
+    return value
+
+
+# teacher: Path | None
+teacher = click.option(
+    "--teacher",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="An ensemble (ens.pth) or a single checkpoint to distil from.",
+)
+# teacher_normalize: str
+teacher_normalize = click.option(
+    "--teacher-normalize",
+    metavar="HOW",
+    default="",
+    help="As --normalize, for a single teacher whose file does not carry it.",
+)
+# epochs: int | None
+epochs = click.option(
+    "--epochs", metavar="N", type=click.IntRange(min=1), help="Epochs, instead of the recipe's."
+)
+# settings: tuple[str, ...]
+settings = click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Change a key of the recipe, e.g. lr=0.02; repeat for more.",
+)
+# device: str
+device = click.option(
+    "--device",
+    type=click.Choice(["cpu", "cuda"]),
+    default="cpu",
+    show_default=True,
+    callback=_device,
+    help="Where to train.",
+)
+
+
+def recipe(default: str) -> options.Decorator[Any]:
+    """`--recipe`: argument `recipe`, a string."""
+    return click.option(
+        "--recipe",
+        metavar="NAME",
+        default=default,
+        show_default=True,
+        help=f"{', '.join(Recipe.names())}, or a YAML file.",
+    )
+
+
+def recipe_from(name: str, epochs: int | None, settings: tuple[str, ...]) -> Recipe:
+    """A recipe by name or file, with overrides.
+
+    Raises:
+        UsageError: an unknown recipe or key, or a setting without `=`.
+    """
+    changes: dict[str, object] = {} if epochs is None else {"epochs": epochs}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals:
+            raise UsageError(f"--set must be KEY=VALUE, e.g. --set lr=0.02. Got {setting!r}.")
+        changes[key.strip()] = _value(key.strip(), value)
+    return Recipe.load(name).override(changes)
+
+
+def _value(key: str, text: str) -> object:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UsageError(f"--set {key} must be a plain value. Got {text!r}.") from None
+
+
+def load_teacher(path: Path | None, normalize: str) -> Ensemble | None:
+    """The teachers, if any, with what is known of them said aloud."""
+    if path is None:
+        return None
+    known = str(Normalization.parse(normalize)) if normalize else ""
+    found = load_ensemble(path, normalize=known)
+    options.say(f"teacher {path}: {', '.join(found.names)}")
+    return found
+
+
+Hooks = tuple[Callable[[int, int, int, float], None], Callable[[Record], None]]
+
+
+@contextmanager
+def live(epochs: int) -> Iterator[Hooks]:
+    """Hooks for the loop: a bar per epoch while it runs, a line per epoch when it is done."""
+    with options.bars() as tell:
+
+        def on_step(epoch: int, step: int, steps: int, loss: float) -> None:
+            tell("training", step + 1, steps, f"epoch {epoch + 1}/{epochs}  loss {loss:.3f}")
+
+        def on_epoch(record: Record) -> None:
+            val = record.get("val_top1")
+            shown = "" if val is None else f"  validation {val:.2f} %"
+            options.say(
+                f"epoch {record['epoch'] + 1}/{epochs}  loss {record['train_loss']:.4f}  "
+                f"training {record['train_top1']:.2f} %{shown}  {record['seconds']:.1f} s"
+            )
+
+        yield on_step, on_epoch

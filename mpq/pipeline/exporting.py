@@ -1,0 +1,84 @@
+"""`export`: from `quantized.pth` to `model.onnx` with its proofs, and the float reference."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from torch import Tensor
+
+from mpq import files, rundir
+from mpq.data import sample_indices
+from mpq.errors import CheckpointError, PolicyError
+from mpq.export import ExportResult, float_to_onnx, to_onnx
+from mpq.pipeline.quantizing import Quantized
+from mpq.pipeline.subject import Source, Subject, policy_subject
+
+logger = logging.getLogger(__name__)
+FILES = ("model.onnx", "certificate.json", "verify.json")
+
+
+def export_run(
+    found: Quantized,
+    folder: Path,
+    *,
+    images: int = 1000,
+    seed: int = 0,
+    allow_float_fallback: bool = False,
+    force: bool = False,
+) -> ExportResult:
+    """Export, certify and verify; write the files of a run.
+
+    Args:
+        found: the quantized network.
+        folder: the run.
+        images: test images to verify on (fewer if there are fewer; none without data).
+        seed: of the sample.
+        allow_float_fallback: accept layers that were promised as integers and run in float.
+        force: replace an existing file.
+
+    Raises:
+        ExportError: the file breaks a promise or does not answer as promised; nothing is written.
+        UsageError: the file exists and `force` is off.
+    """
+    target = folder / "model.onnx"
+    rundir.refuse_overwrite(target, force)
+    rundir.touch_run(folder)
+    result = to_onnx(
+        found.graph,
+        target,
+        policy=found.policy,
+        images=_test_images(found.subject, images, seed),
+        allow_float_fallback=allow_float_fallback,
+    )
+    files.write_text(folder / "certificate.json", result.certificate.to_json() + "\n")
+    if result.verification is None:
+        (folder / "verify.json").unlink(missing_ok=True)  # it was of another file
+    else:
+        files.write_text(folder / "verify.json", result.verification.to_json() + "\n")
+    return result
+
+
+def float_reference(found: Quantized, path: Path, source: Source) -> Subject | None:
+    """The float network that `path` was made from; None, said aloud, where it is gone or changed.
+
+    `quantized.pth` holds all that its own export needs, so this is no reason to fail.
+    """
+    try:
+        return policy_subject(found.policy, path, source, weights=True)
+    except (CheckpointError, PolicyError) as error:
+        logger.warning("no float.onnx to compare with: %s", error)
+        return None
+
+
+def export_float(subject: Subject, path: Path) -> Path:
+    """Write the float reference beside the quantized file (batch norm folded, nothing else)."""
+    written: Path = float_to_onnx(subject.graph(), path)
+    return written
+
+
+def _test_images(subject: Subject, count: int, seed: int) -> Tensor | None:
+    if subject.data is None or count == 0:
+        return None
+    test = subject.data.test
+    return subject.tensor(test.read(sample_indices(test, count, seed)))

@@ -1,0 +1,54 @@
+"""What is checked before hours of training begin, rather than found out after them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mpq import rundir
+from mpq.errors import CheckpointError, UsageError
+from mpq.policy import ModelInfo
+from mpq.train.ensemble import Ensemble
+from mpq.train.resume import CHECKPOINT
+
+
+def check_start(folder: Path, out: Path, *, resume: bool, force: bool) -> None:
+    """Refuse to lose an unfinished or a finished run, or to resume none.
+
+    Args:
+        folder: where the training keeps its checkpoint while it runs.
+        out: what it writes in the end.
+        resume: go on from the checkpoint; what stands at `out` was given up when it began.
+        force: start anew all the same.
+
+    Raises:
+        UsageError: what `resume` and `force` ask for does not fit what is there.
+    """
+    checkpoint = folder / CHECKPOINT
+    if resume:
+        if not checkpoint.is_file():
+            state = f"{out} is finished" if out.exists() else "nothing was begun there"
+            raise UsageError(
+                f"--resume must find {checkpoint}, but it does not exist: {state}. "
+                "Run without --resume."
+            )
+        return
+    if checkpoint.exists() and not force:
+        raise UsageError(
+            f"{folder} holds an unfinished run ({CHECKPOINT}). Go on with --resume, start anew "
+            "with --force, or write elsewhere with -o."
+        )
+    rundir.refuse_overwrite(out, force)
+
+
+def check_teacher(teacher: Ensemble | None, info: ModelInfo) -> None:
+    """Refuse teachers of other classes than the student's.
+
+    Raises:
+        CheckpointError: a member has another number of classes.
+    """
+    for member in teacher.members if teacher else ():
+        if member.classes and member.classes != info.classes:
+            raise CheckpointError(
+                f"teacher {member.name} must have the {info.classes} classes of {info.arch}. "
+                f"Got {member.classes}. Give teachers that were trained on the same data."
+            )

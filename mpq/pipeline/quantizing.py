@@ -1,0 +1,212 @@
+"""`ptq` and `qat`: from a policy to `quantized.pth`, and back from that file to a graph."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from mpq import files, rundir
+from mpq.checkpoint import load_safe, save_atomic
+from mpq.data import load_arrays, sample_indices
+from mpq.errors import CheckpointError, UsageError
+from mpq.graph.ir import QuantGraph
+from mpq.graph.passes import prepare
+from mpq.pipeline.guard import check_teacher
+from mpq.pipeline.subject import Source, Subject, policy_subject, settle
+from mpq.policy import Policy
+from mpq.ptq import Effort, Method, quantize_graph
+from mpq.train.engine import OnStep
+from mpq.train.ensemble import Ensemble
+from mpq.train.evaluate import accuracy
+from mpq.train.loop import fit
+from mpq.train.metrics import Record
+from mpq.train.recipe import Recipe
+
+logger = logging.getLogger(__name__)
+FORMAT, VERSION = "mpq/quantized", 1
+VALIDATION_IMAGES = 1000
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A quantized network: the prepared graph, its policy, and what was measured on the way."""
+
+    graph: QuantGraph
+    policy: Policy
+    subject: Subject
+    metrics: dict[str, Any]
+
+
+def run_ptq(
+    policy: Policy,
+    subject: Subject,
+    *,
+    method: Method = "mse",
+    effort: Effort = "good",
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Quantized:
+    """Quantize without training and measure on the validation split.
+
+    Raises:
+        PolicyError: the policy does not fit the network.
+        DataError: there are no calibration images.
+    """
+    images = subject.sample(policy.data.samples or 512, seed, "ptq")
+    graph = prepare(subject.graph(), policy)
+    quantize_graph(graph, images, method=method, effort=effort, progress=progress)
+    metrics = {"stage": "ptq", "calibration": method, "effort": effort, "seed": seed}
+    return Quantized(graph, settle(policy, subject), subject, metrics | validate(graph, subject))
+
+
+def run_qat(
+    policy: Policy,
+    subject: Subject,
+    recipe: Recipe,
+    folder: Path,
+    *,
+    teacher: Ensemble | None = None,
+    resume: bool = False,
+    seed: int = 0,
+    device: str = "cpu",
+    progress: Progress | None = None,
+    on_start: Callable[[], None] | None = None,
+    on_step: OnStep | None = None,
+    on_epoch: Callable[[Record], None] | None = None,
+) -> Quantized:
+    """Quantize with training, starting from calibrated ranges.
+
+    `on_start` is called when all that can be refused has been looked at; the hooks of a step and
+    of an epoch are those of `mpq.train.loop.fit`.
+
+    Raises:
+        PolicyError, DataError: as `run_ptq`.
+        CheckpointError: teachers of other classes.
+        TrainError: a loss that is not finite, or a checkpoint of another run.
+    """
+    data = subject.require_data("qat")
+    check_teacher(teacher, subject.info)
+    images = subject.sample(policy.data.samples or 512, seed, "qat")
+    graph = prepare(subject.graph(), policy)
+    quantize_graph(graph, images, effort="fast", progress=progress)
+    if on_start:
+        on_start()
+    result = fit(
+        graph.module,
+        train=load_arrays(data.train),
+        validation=load_arrays(data.validation),
+        normalize=subject.normalize,
+        recipe=recipe,
+        folder=folder,
+        teacher=teacher,
+        resume=resume,
+        seed=seed,
+        device=device,
+        on_step=on_step,
+        on_epoch=on_epoch,
+    )
+    graph.module.cpu()
+    metrics = {
+        "stage": "qat",
+        "epochs": recipe.epochs,
+        "seed": seed,
+        "validation_top1": result.top1,
+        "teachers": [] if teacher is None else list(teacher.names),
+    }
+    return Quantized(graph, settle(policy, subject), subject, metrics)
+
+
+def validate(graph: QuantGraph, subject: Subject) -> dict[str, float]:
+    """Top-1 of the simulation on a sample of the validation split, in percent."""
+    validation = subject.require_data("validation").validation
+    picked = sample_indices(validation, VALIDATION_IMAGES, 0)
+    images, labels = validation.read(picked), validation.labels[picked]
+    return {"validation_top1": accuracy(graph.module, images, labels, subject.normalize)}
+
+
+def check_policy_file(policy_path: Path, folder: Path, *, force: bool) -> None:
+    """Refuse to mix two policies in one run.
+
+    Raises:
+        UsageError: the folder has another `policy.yaml` and `force` is off.
+    """
+    kept = folder / "policy.yaml"
+    if kept.is_file() and not force and kept.read_bytes() != policy_path.read_bytes():
+        raise UsageError(
+            f"{kept} is another policy than {policy_path}. Replace it with --force, or write "
+            "elsewhere with -o."
+        )
+
+
+def keep_policy(policy_path: Path, folder: Path) -> None:
+    """Put the policy into its run as the user wrote it, comments and all."""
+    kept, text = folder / "policy.yaml", policy_path.read_bytes()
+    if not kept.is_file() or kept.read_bytes() != text:
+        files.write_bytes(kept, text)
+
+
+def save_quantized(found: Quantized, path: Path) -> None:
+    """Write `quantized.pth`: policy, prepared state and metrics, readable with `weights_only`.
+
+    Raises:
+        CheckpointError: the path cannot be written.
+    """
+    rundir.touch_run(path.parent)
+    save_atomic(
+        {
+            "format": FORMAT,
+            "version": VERSION,
+            "policy": found.policy.to_yaml(),
+            "state": found.graph.module.state_dict(),
+            "metrics": found.metrics,
+        },
+        path,
+    )
+
+
+def load_quantized(path: Path, source: Source) -> Quantized:
+    """Read `quantized.pth` back into a prepared graph.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, or of another kind.
+    """
+    content = load_safe(path)
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path} must be a quantized network, as `mpq ptq` and `mpq qat` write it. For a float "
+            "checkpoint run `mpq analyze` and one of these first."
+        )
+    if content.get("version") != VERSION:
+        raise CheckpointError(
+            f"{path}: version must be {VERSION}. Got {content.get('version')} instead."
+        )
+    _check_content(content, path)
+    policy = Policy.from_yaml(content["policy"], f"the policy in {path}")
+    subject = policy_subject(policy, path, source, weights=False)
+    graph = prepare(subject.graph(), policy)
+    try:
+        graph.module.load_state_dict(content["state"])
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"{path} does not fit {subject.info.arch}: {' '.join(str(error).split())[:300]}"
+        ) from None
+    graph.module.eval()
+    return Quantized(graph, policy, subject, content["metrics"])
+
+
+def _check_content(content: dict[str, Any], path: Path) -> None:
+    for key, kind in (("policy", str), ("state", dict), ("metrics", dict)):
+        if not isinstance(content.get(key), kind):
+            raise CheckpointError(
+                f"{path}: {key} must be a {kind.__name__}. Got {type(content.get(key)).__name__} "
+                "instead; write the file again with `mpq ptq` or `mpq qat`."
+            )
+    for name, value in content["state"].items():
+        if not isinstance(value, Tensor) or not bool(value.isfinite().all()):
+            raise CheckpointError(f"{path}: {name} must be a tensor of finite numbers.")

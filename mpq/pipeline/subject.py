@@ -1,0 +1,241 @@
+"""What a stage works on: a trained network, how its images are normalized, and its data."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from mpq import zoo
+from mpq.checkpoint import load_model, weights_hash
+from mpq.data import DataSet, Normalization, open_data, sample_indices
+from mpq.data.normalize import NAMED
+from mpq.errors import CheckpointError, DataError, PolicyError, UsageError
+from mpq.graph.ir import QuantGraph
+from mpq.graph.passes import to_float
+from mpq.policy import ModelInfo, Policy
+from mpq.train.evaluate import predict, top1
+
+logger = logging.getLogger(__name__)
+PROPOSAL_IMAGES = 256
+MIN_PROPOSAL = 2.0
+"""A proposed normalization must classify at least this many times better than chance."""
+_NEUTRAL = NAMED["none"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a command finds its data: the options `--data` and `--data-root`."""
+
+    data: str | None = None
+    root: Path | None = None
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A network and its data; `data` is None for a data-free analysis."""
+
+    module: nn.Module
+    info: ModelInfo
+    data: DataSet | None
+    data_name: str
+    normalize: Normalization
+
+    def graph(self) -> QuantGraph:
+        """The float graph.
+
+        Raises:
+            GraphError: the network cannot be traced.
+        """
+        return to_float(self.module, torch.zeros(2, *self.info.input))
+
+    def require_data(self, purpose: str) -> DataSet:
+        """The data set.
+
+        Raises:
+            DataError: there is none.
+        """
+        if self.data is None:
+            raise DataError(
+                f"{purpose} needs images, but --data is none. Name a data set with --data: "
+                "digits, cifar10, cifar100, a folder, a zip, or module:factory."
+            )
+        return self.data
+
+    def sample(self, count: int, seed: int, purpose: str) -> Tensor:
+        """A seeded sample of the training split, normalized `[count, C, H, W]`.
+
+        Raises:
+            DataError: there are no data.
+        """
+        train = self.require_data(purpose).train
+        return self.tensor(train.read(sample_indices(train, count, seed)))
+
+    def tensor(self, images: NDArray[np.uint8]) -> Tensor:
+        """Normalized float images `[N, C, H, W]` of uint8 `[N, H, W, C]`."""
+        return torch.from_numpy(self.normalize.apply(images))
+
+
+def open_checkpoint(
+    path: Path,
+    source: Source,
+    *,
+    arch: str | None = None,
+    normalize: Normalization | None = None,
+    trust_pickle: bool = False,
+    input_size: int | None = None,
+) -> Subject:
+    """Open a checkpoint with its data.
+
+    Raises:
+        CheckpointError: the file cannot be read or matched.
+        DataError: no data are named, or they do not fit the network.
+        UsageError: the normalization is neither known nor can be proposed.
+    """
+    loaded = load_model(path, arch=arch, trust_pickle=trust_pickle)
+    name = source.data or loaded.data
+    if not name:
+        raise DataError(
+            f"{path} does not say which data it was trained on. Name them with --data (digits, "
+            "cifar10, cifar100, a folder, a zip, module:factory), or analyze without data by "
+            "--data none: scores are then the SQNR of the weights alone."
+        )
+    info = loaded.info
+    if input_size is not None:
+        info = info.model_copy(update={"input": (info.input[0], input_size, input_size)})
+    data = _data(name, source, info)
+    info = info.model_copy(
+        update={
+            "checkpoint": os.path.relpath(path),
+            "sha256": weights_hash(loaded.module.state_dict()),
+        }
+    )
+    return _normalized(Subject(loaded.module, info, data, name, _NEUTRAL), normalize)
+
+
+def _normalized(subject: Subject, normalize: Normalization | None) -> Subject:
+    """Settle the normalization: as given, else as known, else as proposed where there are data."""
+    if normalize is None and subject.info.normalize:
+        normalize = Normalization.parse(subject.info.normalize)
+    if normalize is None and subject.data is None:
+        return subject  # it stays unknown until data are there to propose it
+    normalize = normalize or propose_normalization(subject)
+    info = subject.info.model_copy(update={"normalize": str(normalize)})
+    return replace(subject, normalize=normalize, info=info)
+
+
+def _data(name: str, source: Source, info: ModelInfo) -> DataSet | None:
+    if name == "none":
+        return None
+    data = open_data(name, root=source.root, size=info.input[1:])
+    data.require_classes(info.classes)
+    return data
+
+
+def propose_normalization(subject: Subject) -> Normalization:
+    """The named normalization under which the network classifies training images best.
+
+    Raises:
+        UsageError: none does better than guessing.
+    """
+    train = subject.require_data("proposing a normalization").train
+    picked = sample_indices(train, PROPOSAL_IMAGES, 0)
+    images, labels = train.read(picked), train.labels[picked]
+    logits = {name: predict(subject.module, images, how) for name, how in NAMED.items()}
+    found = {name: top1(z, labels) for name, z in logits.items()}
+    loss = {name: float(F.cross_entropy(z, torch.from_numpy(labels))) for name, z in logits.items()}
+    # Several may classify all images right; the surest of them is the one of the training.
+    ranked = sorted(found, key=lambda name: (-found[name], loss[name]))
+    listed = ", ".join(f"{name} {found[name]:.1f} %" for name in ranked)
+    if found[ranked[0]] < MIN_PROPOSAL * 100 / subject.info.classes:
+        raise UsageError(
+            "--normalize must be given: the checkpoint does not carry it, and no known one "
+            f"classifies {len(labels)} training images better than guessing ({listed}). Give "
+            "--normalize m,m,m/s,s,s, and check that data and model belong together."
+        )
+    logger.warning(
+        "taking normalization %s, under which %d training images are classified best "
+        "(%s); --normalize sets another",
+        ranked[0],
+        len(labels),
+        listed,
+    )
+    return NAMED[ranked[0]]
+
+
+def policy_subject(
+    policy: Policy, where: Path, source: Source, *, weights: bool, trust_pickle: bool = False
+) -> Subject:
+    """The network and data that a policy names.
+
+    Args:
+        policy: the policy.
+        where: the file it came from, for messages and for relative paths.
+        source: overrides for the data.
+        weights: load the checkpoint and check its hash; otherwise only build the architecture.
+        trust_pickle: load a checkpoint that can run code.
+
+    Raises:
+        PolicyError: the policy names no model, or was made for other weights.
+        CheckpointError: the checkpoint is missing or unreadable.
+        DataError: the data do not fit.
+    """
+    info = policy.model
+    if info is None:
+        raise PolicyError(
+            f"{where} must name the model that it is for (key `model`). `mpq analyze` writes it."
+        )
+    name = source.data or policy.data.name
+    if weights:
+        module = _load_weights(info, where, trust_pickle)
+    else:
+        module = zoo.build(info.arch, info.classes, in_channels=info.input[0])
+    subject = Subject(module, info, _data(name, source, info), name, _NEUTRAL)
+    return _normalized(subject, None) if weights or info.normalize else subject
+
+
+def settle(policy: Policy, subject: Subject) -> Policy:
+    """A policy that names the data and the normalization that were in fact used."""
+    data = policy.data.model_copy(update={"name": subject.data_name})
+    return policy.model_copy(update={"model": subject.info, "data": data})
+
+
+def find_checkpoint(info: ModelInfo, policy_path: Path) -> Path:
+    """Where a policy's checkpoint lies: seen from here, from the policy, or from above it.
+
+    Raises:
+        PolicyError: the policy names none.
+        CheckpointError: it is in none of these places.
+    """
+    if not info.checkpoint:
+        raise PolicyError(f"{policy_path} must name its checkpoint (key `model.checkpoint`).")
+    # A policy in runs/NAME names its checkpoint as seen from the folder above runs.
+    places = [Path(), *policy_path.absolute().parents]
+    found = next((p / info.checkpoint for p in places if (p / info.checkpoint).is_file()), None)
+    if found is None:
+        raise CheckpointError(
+            f"the checkpoint {info.checkpoint} that {policy_path} was made for does not exist "
+            f"(looked in the working directory, {policy_path.parent} and above). Put it there, or "
+            "edit model.checkpoint."
+        )
+    return found
+
+
+def _load_weights(info: ModelInfo, policy_path: Path, trust_pickle: bool) -> nn.Module:
+    found = find_checkpoint(info, policy_path)
+    loaded = load_model(found, arch=info.arch, classes=info.classes, trust_pickle=trust_pickle)
+    digest = weights_hash(loaded.module.state_dict())
+    if info.sha256 and digest != info.sha256:
+        raise PolicyError(
+            f"{policy_path} was made for other weights than those in {found}: sha256 must be "
+            f"{info.sha256[:12]}..., got {digest[:12]}.... Run `mpq analyze {found}` again, or "
+            "remove model.sha256 from the policy to use it all the same."
+        )
+    return loaded.module

@@ -1,0 +1,157 @@
+"""`train` and `ensemble`: float models, and the teachers that they become."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from mpq import rundir, zoo
+from mpq.checkpoint import load_model, save_model
+from mpq.data import DataSet, Normalization, load_arrays, open_data
+from mpq.errors import CheckpointError
+from mpq.pipeline.guard import check_teacher
+from mpq.pipeline.subject import Source, Subject, open_checkpoint
+from mpq.policy import ModelInfo
+from mpq.train.engine import OnStep
+from mpq.train.ensemble import Ensemble, Member, measure, save_ensemble
+from mpq.train.loop import FitResult, fit
+from mpq.train.metrics import Record
+from mpq.train.recipe import Recipe
+from mpq.train.resume import CHECKPOINT
+
+DEFAULT_NORMALIZE = {"cifar10": "cifar10", "cifar100": "cifar100", "digits": "none"}
+
+
+def new_subject(
+    arch: str, source: Source, *, normalize: Normalization | None = None, seed: int = 0
+) -> Subject:
+    """A network with random weights for a data set.
+
+    Raises:
+        UsageError: an unknown architecture.
+        DataError: the data are missing.
+    """
+    channels, height, width = zoo.input_size(arch)
+    name = source.data or "digits"
+    native = open_data(name, root=source.root)
+    size = native.size if (height, width) == (32, 32) else (height, width)
+    data = native if size == native.size else open_data(name, root=source.root, size=size)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        module = zoo.build(arch, len(data.classes), in_channels=channels)
+    normalize = normalize or Normalization.parse(DEFAULT_NORMALIZE.get(name, "imagenet"))
+    info = ModelInfo(
+        arch=arch,
+        classes=len(data.classes),
+        input=(channels, *data.size),
+        normalize=str(normalize),
+    )
+    return Subject(module, info, data, name, normalize)
+
+
+def run_train(
+    subject: Subject,
+    recipe: Recipe,
+    out: Path,
+    *,
+    teacher: Ensemble | None = None,
+    resume: bool = False,
+    seed: int = 0,
+    device: str = "cpu",
+    on_step: OnStep | None = None,
+    on_epoch: Callable[[Record], None] | None = None,
+) -> FitResult:
+    """Train a network and write its checkpoint to `out`.
+
+    While it runs, the state to resume from lies in `working_folder(out)`; in the end only
+    `metrics.jsonl` stays there.
+
+    Raises:
+        CheckpointError: teachers of other classes.
+        TrainError, DataError: as `mpq.train.loop.fit`.
+    """
+    data = subject.require_data("training")
+    check_teacher(teacher, subject.info)
+    folder = working_folder(out)
+    result = fit(
+        subject.module,
+        train=load_arrays(data.train),
+        validation=load_arrays(data.validation),
+        normalize=subject.normalize,
+        recipe=recipe,
+        folder=folder,
+        teacher=teacher,
+        resume=resume,
+        seed=seed,
+        device=device,
+        on_step=on_step,
+        on_epoch=on_epoch,
+    )
+    metrics = {"validation_top1": result.top1, "epochs": recipe.epochs, "seed": seed}
+    info = subject.info.model_copy(update={"checkpoint": "", "sha256": ""})
+    save_model(out, subject.module.cpu(), info=info, data=subject.data_name, metrics=metrics)
+    (folder / CHECKPOINT).unlink()
+    return result
+
+
+def working_folder(out: Path) -> Path:
+    """Where the training of `model.pth` keeps its files: `model.train/`."""
+    return out.with_suffix(".train")
+
+
+def build_ensemble(
+    paths: Sequence[Path],
+    source: Source,
+    *,
+    normalize: Normalization | None = None,
+    trust_pickle: bool = False,
+) -> tuple[Ensemble, DataSet, str]:
+    """Bundle checkpoints and measure them, one by one and together, on the validation split.
+
+    Raises:
+        CheckpointError: a file cannot be read, or the members differ in their classes.
+        DataError: the data are missing.
+    """
+    subjects = [
+        open_checkpoint(p, source, normalize=normalize, trust_pickle=trust_pickle) for p in paths
+    ]
+    counts = {s.info.classes for s in subjects}
+    if len(counts) > 1:
+        listed = ", ".join(f"{p}: {s.info.classes}" for p, s in zip(paths, subjects, strict=True))
+        raise CheckpointError(f"the teachers must have the same classes. Got {listed}.")
+    members = [
+        Member(
+            name=path.stem,
+            module=s.module,
+            normalize=s.normalize,
+            arch=s.info.arch,
+            classes=s.info.classes,
+            input=s.info.input,
+        )
+        for path, s in zip(paths, subjects, strict=True)
+    ]
+    data = subjects[0].require_data("measuring teachers")
+    images, labels = load_arrays(data.validation)
+    return measure(Ensemble(members), images, labels), data, subjects[0].data_name
+
+
+def write_ensemble(ensemble: Ensemble, path: Path, data: str, *, force: bool) -> None:
+    """Write `ens.pth`.
+
+    Raises:
+        UsageError: it exists and `force` is off.
+    """
+    rundir.refuse_overwrite(path, force)
+    save_ensemble(path, ensemble, data=data)
+
+
+def initial_weights(subject: Subject, path: Path) -> None:
+    """Start training from a checkpoint of the same architecture.
+
+    Raises:
+        CheckpointError: it is of another architecture.
+    """
+    loaded = load_model(path, arch=subject.info.arch, classes=subject.info.classes)
+    subject.module.load_state_dict(loaded.module.state_dict())

@@ -1,0 +1,276 @@
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from mpq.checkpoint import load_safe
+from mpq.cli import main
+from mpq.pipeline.quantizing import load_quantized
+from mpq.pipeline.subject import Source
+from mpq.pipeline.training import new_subject, run_train
+from mpq.policy import Policy
+from mpq.train.recipe import Recipe
+
+MPQ = [sys.executable, "-c", "import sys; from mpq.cli import main; sys.exit(main())"]
+QUICK = {"epochs": 2, "batch": 64, "lr": 0.1, "flip": False}
+FAST = ["--epochs", "1", "--set", "batch=128"]
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory) -> Path:
+    """A folder with `model.pth`, trained on the digits, and an analysis of it in runs/model."""
+    folder = tmp_path_factory.mktemp("project")
+    subject = new_subject("resnet20", Source("digits"))
+    run_train(subject, Recipe.load("plain").override(QUICK), folder / "model.pth")
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        assert main(["analyze", "model.pth", "--num-score", "64"]) == 0
+    finally:
+        os.chdir(before)
+    return folder
+
+
+@pytest.fixture
+def here(project, tmp_path, monkeypatch) -> Path:
+    """A copy of the project, as working directory."""
+    shutil.copytree(project, tmp_path / "p")
+    monkeypatch.chdir(tmp_path / "p")
+    return tmp_path / "p"
+
+
+def say(capsys, *argv: str) -> tuple[str, str]:
+    """Run a command that must succeed; what it wrote to stdout and stderr."""
+    code = main(list(argv))
+    out, err = capsys.readouterr()
+    assert code == 0, err
+    return out, err
+
+
+def as_json(capsys, *argv: str) -> dict[str, object]:
+    return json.loads(say(capsys, *argv, "--json")[0])
+
+
+def test_the_whole_way_in_the_exact_forms(here, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    shutil.rmtree("runs")
+    out, err = say(capsys, "train", "resnet20_conv", "--data", "digits", *FAST, "-o", "small.pth")
+    assert "epoch 1/1  loss" in err
+    assert "next: mpq analyze small.pth" in err
+    assert sorted(p.name for p in here.glob("small*")) == ["small.pth", "small.train"]
+    assert [p.name for p in (here / "small.train").iterdir()] == ["metrics.jsonl"]
+
+    out, err = say(capsys, "ensemble", "model.pth", "small.pth", "-o", "ens.pth")
+    assert "together (mean)" in out
+    assert "measured on 144 validation images of digits" in err
+
+    out, err = say(capsys, "analyze", "model.pth")
+    assert "optimal: 4." in out
+    assert "wrote runs/model/policy.yaml" in err
+    names = {p.name for p in Path("runs/model").iterdir()}
+    assert names == {"policy.yaml", "sensitivity.json", "sensitivity.png", "pareto.png"}
+
+    shutil.copy("runs/model/policy.yaml", "p.yaml")
+    out, err = say(capsys, "qat", "--policy", "p.yaml", "--teacher", "ens.pth", *FAST)
+    assert "teacher ens.pth: model, small" in err
+    assert re.search(r"^top-1 \d+\.\d\d % on the validation split, simulated$", out, re.M)
+    names = {p.name for p in Path("runs/p").iterdir()}
+    assert names == {"policy.yaml", "quantized.pth", "metrics.jsonl"}
+    assert load_safe(Path("runs/p/quantized.pth"))["metrics"]["teachers"] == ["model", "small"]
+
+    out, err = say(capsys, "export", "--onnx")
+    assert "no file named: using runs/p/quantized.pth" in err
+    assert "100.0% of the MACs run as integers" in out
+    certificate = json.loads(Path("runs/p/certificate.json").read_text())
+    assert {row["executed"] for row in certificate["layers"]} == {"QLinearConv", "QGemm"}
+    assert json.loads(Path("runs/p/verify.json").read_text())["top1_agreement"] >= 0.99
+
+    out, err = say(capsys, "bench", "--runs", "3")
+    assert "no file named: using runs/p/model.onnx" in err
+    rows = [json.loads(line) for line in Path("runs/p/bench.jsonl").read_text().splitlines()]
+    assert [row["file"] for row in rows] == ["runs/p/float.onnx", "runs/p/model.onnx"]
+    assert rows[1]["bytes"] < rows[0]["bytes"] / 4
+    assert rows[1]["top1"] > 50
+
+    out, _ = say(capsys, "report")
+    assert out == "wrote runs/p/report.html\n"
+
+
+def test_json_output_is_json_and_nothing_else(here, capsys):
+    assert as_json(capsys, "analyze", "model.pth", "--num-score", "32", "-o", "a")["file"] == (
+        "a/policy.yaml"
+    )
+    assert as_json(capsys, "ptq", "--effort", "fast")["stage"] == "ptq"
+    assert as_json(capsys, "export", "--onnx", "--verify", "50")["integer_macs_fraction"] == 1.0
+    told = as_json(capsys, "ensemble", "model.pth", "model.pth", "-o", "e.pth")
+    assert [m["arch"] for m in told["members"]] == ["resnet20", "resnet20"]
+    told = as_json(capsys, "train", "resnet20_conv", "--data", "digits", *FAST, "-o", "s.pth")
+    assert told["file"] == "s.pth"
+    assert as_json(capsys, "qat", "--policy", "a", "--force", *FAST)["epochs"] == 1
+
+
+def test_a_command_without_input_takes_the_newest_run(here, capsys):
+    say(capsys, "analyze", "model.pth", "--num-score", "32", "-o", "elsewhere/b")
+    _, err = say(capsys, "ptq", "--effort", "fast")
+    assert "no file named: using elsewhere/b/policy.yaml" in err
+    assert Path("elsewhere/b/quantized.pth").is_file()
+    _, err = say(capsys, "ptq", "--effort", "fast", "--policy", "runs/model")
+    assert "wrote runs/model/quantized.pth" in err
+    _, err = say(capsys, "report")
+    assert "no run named: using runs/model" in err
+
+
+def test_a_policy_edited_by_hand_is_obeyed(here, capsys):
+    policy = yaml.safe_load(Path("runs/model/policy.yaml").read_text())
+    policy["layers"] = [
+        {"name": "layer3.*.conv?", "weight": "int4/channel"},
+        {"name": "conv1", "weight": "float", "activation": "float", "locked": True},
+    ]
+    Path("p.yaml").write_text("# mine\n" + yaml.safe_dump(policy))
+    say(capsys, "ptq", "--policy", "p.yaml", "--effort", "fast")
+    assert Path("runs/p/policy.yaml").read_text().startswith("# mine\n")
+    plans = load_quantized(Path("runs/p/quantized.pth"), Source()).graph.plans
+    assert plans["conv1"].choice.weight is None
+    assert str(plans["layer3.0.conv1"].choice.weight) == "int4/channel"
+    assert str(plans["layer2.0.conv1"].choice.weight) == "int8/channel"
+
+    say(capsys, "analyze", "model.pth", "--num-score", "32", "--locked", "p.yaml", "-o", "l")
+    kept = Policy.load("l/policy.yaml").resolve(list(plans))
+    assert kept["conv1"].weight is None
+
+
+def test_the_checkpoint_is_found_from_anywhere(here, capsys, monkeypatch, tmp_path):
+    (tmp_path / "away").mkdir()
+    monkeypatch.chdir(tmp_path / "away")
+    argv = ["ptq", "--policy", "../p/runs/model/policy.yaml", "--effort", "fast", "-o", "r"]
+    _, err = say(capsys, *argv)
+    assert "wrote r/quantized.pth" in err
+
+
+@pytest.mark.parametrize(
+    ("argv", "widths"),
+    [
+        (["--bits", "16,8,4"], {16, 8, 4}),
+        (["--bits", "16", "8", "4"], {16, 8, 4}),
+        (["--bits", "8", "--bits", "4"], {8, 4}),
+        (["--bits", "8,4", "--act-bits", "8,4"], {8, 4}),
+    ],
+)
+def test_widths_may_be_listed_or_repeated(here, capsys, argv, widths):
+    say(capsys, "analyze", *argv, "model.pth", "--data", "none", "-o", "w")
+    scored = json.loads(Path("w/sensitivity.json").read_text())["rows"]
+    assert {r["bits"] for r in scored if r["part"] == "weight"} == widths
+    assert ({r["bits"] for r in scored if r["part"] == "activation"} == {8, 4}) == (
+        "--act-bits" in argv
+    )
+
+
+def test_without_data_the_weights_alone_are_scored_and_data_may_come_later(here, capsys, caplog):
+    info = load_safe("model.pth")
+    torch.save(info["state"], "foreign.pth")  # neither data nor normalization are known
+    say(capsys, "analyze", "foreign.pth", "--data", "none", "--input-size", "16")
+    assert "scored by the SQNR of their weights" in caplog.text
+    policy = Policy.load("runs/foreign/policy.yaml")
+    assert policy.model.normalize == ""
+    assert policy.data.samples == 0
+    say(capsys, "ptq", "--data", "digits", "--effort", "fast")
+    assert "taking normalization none, under which 256 training images" in caplog.text
+    told = as_json(capsys, "export", "--onnx", "--verify", "50")
+    assert told["top1_agreement"] is not None  # the data went into quantized.pth
+
+
+def test_export_needs_the_checkpoint_for_the_comparison_only(here, capsys, caplog):
+    say(capsys, "ptq", "--effort", "fast")
+    Path("model.pth").unlink()
+    out, _ = say(capsys, "export", "--onnx", "--data", "none")
+    assert "no float.onnx to compare with: the checkpoint model.pth" in caplog.text
+    assert "not verified: there are no images" in out
+    assert not Path("runs/model/verify.json").exists()
+    assert not Path("runs/model/float.onnx").exists()
+    assert Path("runs/model/model.onnx").is_file()
+
+
+def test_a_killed_qat_is_resumed_bit_for_bit(here, capsys):
+    fast = ["--epochs", "3", "--set", "batch=128", "--data", "digits"]
+    say(capsys, "qat", *fast, "-o", "whole")
+    argv = ["qat", "--policy", "runs/model/policy.yaml", *fast, "-o", "parts"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen([*MPQ, *argv], stderr=subprocess.PIPE, text=True, env=env) as run:
+        for line in run.stderr:
+            if line.startswith("epoch 1/3"):
+                break
+        run.send_signal(signal.SIGINT)
+        err = run.communicate(timeout=60)[1]
+    assert run.returncode == 130
+    assert err.splitlines()[-1] == (
+        "interrupted; no file is half-written. Go on with: mpq qat ... --resume"
+    )
+    assert not Path("parts/quantized.pth").exists()
+
+    files = sorted(p.name for p in Path("parts").iterdir())
+    assert main(argv) == 2
+    assert (
+        "holds an unfinished run (checkpoint.pth). Go on with --resume" in capsys.readouterr().err
+    )
+    assert main([*argv, "--resume", "--set", "lr=0.5"]) == 2
+    assert "recipe.lr was 0.01, is 0.5" in capsys.readouterr().err
+    assert sorted(p.name for p in Path("parts").iterdir()) == files
+
+    _, err = say(capsys, *argv, "--resume")
+    assert "epoch 1/3" not in err
+    assert "epoch 3/3" in err
+    whole, parts = (load_safe(Path(f, "quantized.pth")) for f in ("whole", "parts"))
+    assert whole["state"].keys() == parts["state"].keys()
+    for name, tensor in whole["state"].items():
+        assert torch.equal(tensor, parts["state"][name]), name
+    assert not Path("parts/checkpoint.pth").exists()
+    assert len(Path("parts/metrics.jsonl").read_text().splitlines()) == 3
+
+
+def test_a_resumed_run_keeps_its_policy(here, capsys, monkeypatch):
+    from mpq.pipeline import quantizing
+
+    def interrupted(*_args, on_epoch, **_kwargs):
+        def stop(record):
+            raise KeyboardInterrupt
+
+        return real(*_args, on_epoch=stop, **_kwargs)
+
+    real = quantizing.fit
+    monkeypatch.setattr(quantizing, "fit", interrupted)
+    argv = ["qat", "--epochs", "2", "--set", "batch=128"]
+    assert main(argv) == 130
+    monkeypatch.setattr(quantizing, "fit", real)
+    policy = Path("runs/model/policy.yaml")
+    policy.write_text(
+        policy.read_text().replace("default: {weight: int8", "default: {weight: int6")
+    )
+    policy.write_text(policy.read_text().replace("int4/channel", "int6/channel"))
+    assert main([*argv, "--resume"]) == 2
+    assert "must be of the same run to be resumed, but model was" in capsys.readouterr().err
+
+
+def test_real_network(mpq_data, tmp_path, monkeypatch, capsys):
+    checkpoint = mpq_data / "checkpoints" / "resnet20-cifar10.pth"
+    monkeypatch.chdir(tmp_path)
+    argv = ["--data", "cifar10", "--data-root", str(mpq_data)]
+    say(capsys, "analyze", str(checkpoint), *argv, "--num-score", "64", "-o", "r")
+    say(capsys, "ptq", "--num-calib", "256", *argv[2:])
+    say(capsys, "export", "--onnx", "--verify", "200", *argv[2:])
+    certificate = json.loads(Path("r/certificate.json").read_text())
+    assert {row["executed"] for row in certificate["layers"]} == {"QLinearConv", "QGemm"}
+    assert certificate["integer_macs_fraction"] == 1.0
+    out, _ = say(capsys, "bench", "--limit", "500", "--runs", "2", "--json", *argv[2:])
+    row = json.loads(out.splitlines()[1])
+    assert row["top1"] >= 88
+    assert row["bytes"] < 180_000
