@@ -130,7 +130,11 @@ def test_defaults_then_the_last_match_field_by_field():
         "layer1.1.conv2": (4, 8, True, "wide"),
         "fc": (8, 8, False, ""),
     }
-    assert policy.locked(NAMES) == {"layer1.0.conv1": (4, 4), "layer1.1.conv2": (4, 8)}
+    assert {
+        c.name: (c.weight_bits, c.activation_bits)
+        for c in policy.resolve(NAMES).values()
+        if c.locked
+    } == {"layer1.0.conv1": (4, 4), "layer1.1.conv2": (4, 8)}
 
 
 def test_an_exact_name_is_not_read_as_a_glob():

@@ -1,0 +1,38 @@
+"""`mpq certify`: what onnxruntime makes of an ONNX file, whoever wrote it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from mpq.cli import options
+from mpq.errors import ExportError, UsageError
+from mpq.export.certify import certify as judge
+from mpq.report.tables import certificate_table
+
+
+@click.command()
+@click.argument("file", required=False, type=click.Path(path_type=Path))
+@options.as_json
+def certify(file: Path | None, as_json: bool) -> None:
+    """Show which layers of FILE run as integers in onnxruntime, and which do not.
+
+    Any ONNX file will do; one of mpq is also held against the policy inside it. Without FILE,
+    model.onnx of the newest run. Exit code 2 if the file breaks its policy.
+
+    \b
+    mpq certify model.onnx
+    """
+    path = file or options.newest("model.onnx")
+    if not path.is_file():
+        raise UsageError(f"{path} does not exist. Name an ONNX file.")
+    found = judge(path)
+    if as_json:
+        click.echo(found.to_json())
+    else:
+        options.stdout.print(certificate_table(json.loads(found.to_json())))
+    if found.broken():
+        names = ", ".join(row.name for row in found.broken())
+        raise ExportError(f"{path} does not run as its policy asks: {names}.")
