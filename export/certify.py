@@ -106,13 +106,19 @@ class _Execution:
     decoding: bool = False
 
 
-def certify(model: bytes | Path, choices: Mapping[str, LayerChoice] | None = None) -> Certificate:
+def certify(
+    model: bytes | Path,
+    choices: Mapping[str, LayerChoice] | None = None,
+    macs: Mapping[str, int] | None = None,
+) -> Certificate:
     """Ask onnxruntime what it makes of a file.
 
     Args:
         model: the file or its bytes.
         choices: the decisions by layer, to say what was asked and what is broken. None: those of
             the policy inside the file, if there is one.
+        macs: multiply-accumulates of an image by layer, where they are known; they are inferred
+            from the shapes in the file otherwise.
 
     Raises:
         ExportError: the runtime cannot load the file.
@@ -125,7 +131,7 @@ def certify(model: bytes | Path, choices: Mapping[str, LayerChoice] | None = Non
     layers = [n for n in proto.graph.node if n.op_type in MATRIX and _weight(n) in roots]
     if choices is None:
         choices = _inside(proto, [n.name for n in layers])
-    runs, shapes = _Runs(optimized.graph), _shapes(proto)
+    runs, shapes, known = _Runs(optimized.graph), _shapes(proto), macs or {}
     readers = {name: node for node in proto.graph.node for name in node.input}
     producers = {name: node for node in proto.graph.node for name in node.output}
     rows = [
@@ -133,7 +139,7 @@ def certify(model: bytes | Path, choices: Mapping[str, LayerChoice] | None = Non
             node,
             roots[_weight(node)],
             runs.find(node, readers, producers),
-            _macs(node, roots[_weight(node)], shapes),
+            known.get(node.name) or _macs(node, roots[_weight(node)], shapes),
             choices.get(node.name),
         )
         for node in layers
@@ -210,7 +216,16 @@ def _constant_roots(graph: onnx.GraphProto) -> dict[str, onnx.TensorProto]:
 
 
 def _shapes(proto: onnx.ModelProto) -> dict[str, list[int]]:
-    inferred = shape_inference.infer_shapes(proto).graph
+    """Shapes of all values for one image; a size that cannot be inferred counts as 1."""
+    single = onnx.ModelProto()
+    single.CopyFrom(proto)
+    for value in single.graph.input:
+        if value.type.tensor_type.shape.dim:
+            # With a number for the batch, sizes that the graph computes from it can be followed.
+            value.type.tensor_type.shape.dim[0].dim_value = 1
+    for value in single.graph.output:
+        value.type.tensor_type.ClearField("shape")
+    inferred = shape_inference.infer_shapes(single, data_prop=True).graph
     values = (*inferred.value_info, *inferred.input, *inferred.output)
     return {v.name: [max(d.dim_value, 1) for d in v.type.tensor_type.shape.dim] for v in values}
 

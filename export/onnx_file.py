@@ -60,7 +60,8 @@ def to_onnx(
     lowered = lower(frozen)
     data = serialize(lowered, policy)
     choices = {name: plan.choice for name, plan in frozen.plans.items()}
-    certificate = certify(data, choices)
+    macs = {name: layer.macs for name, layer in frozen.layers.items()}
+    certificate = certify(data, choices, macs)
     broken = certificate.broken()
     if broken and not allow_float_fallback:
         listed = "; ".join(f"{r.name}: {r.reason}" for r in broken[:5])

@@ -23,7 +23,7 @@ MOVES = frozenset(
     {"Reshape", "Flatten", "Slice", "Transpose", "MaxPool", "Squeeze", "Unsqueeze", "Split", "Pad"}
 )
 GUARDED = frozenset({"Conv", "ConvTranspose", "Gemm"})
-TRANSPARENT = MOVES | {"Relu", "Clip"}
+TRANSPARENT = MOVES | {"Identity", "Relu", "Clip"}
 LOWEST = np.float32(-3.4e38)
 
 
@@ -180,8 +180,7 @@ def _gemm_zero_points(graph: ir.Graph) -> int:
         scale = dq.inputs[1]
         if len(dq.inputs) > 2 or scale is None or scale.const_value is None:
             continue
-        if scale.const_value.size > 1:
-            dq.resize_inputs(3)
-            dq.replace_input_with(2, constant(graph, np.zeros(scale.const_value.size, np.int8)))
-            count += 1
+        dq.resize_inputs(3)
+        dq.replace_input_with(2, constant(graph, np.zeros_like(scale.const_value.numpy(), np.int8)))
+        count += 1
     return count

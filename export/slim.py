@@ -45,10 +45,11 @@ def slim(model: ir.Model, layers: frozenset[str], sites: frozenset[str]) -> dict
         for value in node.outputs:
             if not value.is_graph_output():
                 value.shape = value.type = None
+    for value in (*graph.inputs, *graph.outputs):
+        value.metadata_props.clear()
     graph.name = "g"
     model.producer_name, model.producer_version = "mpq", None
-    for key in list(model.metadata_props):
-        del model.metadata_props[key]
+    model.metadata_props.clear()
     return found
 
 

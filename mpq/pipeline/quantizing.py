@@ -94,7 +94,7 @@ def run_qat(
     check_teacher(teacher, subject.info)
     images = subject.sample(policy.data.samples or 512, seed, "qat")
     graph = prepare(subject.graph(), policy)
-    quantize_graph(graph, images, effort="fast", progress=progress)
+    quantize_graph(graph, images, progress=progress)
     if on_start:
         on_start()
     result = fit(

@@ -8,6 +8,7 @@ with TensorRT", 2017).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal, get_args
@@ -39,9 +40,15 @@ class Histogram:
     counts: Tensor = field(default_factory=lambda: torch.zeros(BINS, dtype=torch.float64))
 
     def widen(self, x: Tensor) -> None:
-        """First pass: the extremes."""
-        self.low = min(self.low, float(x.min()))
-        self.high = max(self.high, float(x.max()))
+        """First pass: the extremes, which are finite only if every value is.
+
+        Raises:
+            ValueError: a value is not.
+        """
+        low, high = (float(v) for v in torch.aminmax(x))
+        if not (math.isfinite(low) and math.isfinite(high)):
+            raise ValueError("NaN or infinity")
+        self.low, self.high = min(self.low, low), max(self.high, high)
 
     def count(self, x: Tensor) -> None:
         """Second pass: the counts."""
@@ -133,13 +140,14 @@ def _watch(
 ) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
     def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         x = args[0]
-        if not bool(torch.isfinite(x).all()):
-            raise GraphError(
-                f"the input of {name} must be finite but holds NaN or infinity. "
-                "Check the weights of the layer before it and the normalization of the images."
-            )
         assert isinstance(module, FakeQuant)
-        look(histogram, x if module.ceiling is None else x.clamp(max=module.ceiling))
+        try:
+            look(histogram, x if module.ceiling is None else x.clamp(max=module.ceiling))
+        except ValueError as error:
+            raise GraphError(
+                f"the input of {name} must be finite but holds {error}. "
+                "Check the weights of the layer before it and the normalization of the images."
+            ) from None
 
     return hook
 

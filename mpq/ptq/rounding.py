@@ -83,14 +83,24 @@ def grouped(op: LayerOp, weight: Tensor) -> Tensor:
     return weight.reshape(groups, weight.shape[0] // groups, -1)
 
 
+def nearest(w: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
+    """Integers `[G, O, K]` by rounding to nearest."""
+    return torch.round(w / scale[..., None]).clamp(spec.qmin, spec.qmax)
+
+
+def output_error(w: Tensor, q: Tensor, scale: Tensor, h: Tensor) -> Tensor:
+    """`(w - q s)^T H (w - q s)` of every row, `[G, O]`."""
+    off = q * scale[..., None] - w
+    return (off @ h * off).sum(-1)
+
+
 def scales_by_output(w: Tensor, h: Tensor, spec: QuantSpec) -> Tensor:
     """Per-row scales `[G, O]` with the least output error among clipping ratios."""
     best = torch.full(w.shape[:2], torch.inf)
     chosen = torch.ones(w.shape[:2])
     for ratio in RATIOS:
         scale, _ = choose_qparams(w.amin(-1) * ratio, w.amax(-1) * ratio, spec)
-        q = torch.round(w / scale[..., None]).clamp(spec.qmin, spec.qmax) * scale[..., None]
-        error = ((q - w) @ h * (q - w)).sum(-1)
+        error = output_error(w, nearest(w, scale, spec), scale, h)
         better = error < best
         best, chosen = torch.where(better, error, best), torch.where(better, scale, chosen)
     return chosen
@@ -106,7 +116,17 @@ def target_weights(w: Tensor, moments: Moments) -> Tensor:
 
 
 def round_rows(w: Tensor, scale: Tensor, h: Tensor, spec: QuantSpec) -> Tensor:
-    """Integers `[G, O, K]` by sequential rounding with error feedback.
+    """Integers `[G, O, K]`: of each row the better of sequential rounding and nearest.
+
+    The scale of a row was chosen for rounding to nearest, which now and then is hard to beat.
+    """
+    found, plain = sequential(w, scale, h, spec), nearest(w, scale, spec)
+    better = output_error(w, found, scale, h) <= output_error(w, plain, scale, h)
+    return torch.where(better[..., None], found, plain)
+
+
+def sequential(w: Tensor, scale: Tensor, h: Tensor, spec: QuantSpec) -> Tensor:
+    """Integers `[G, O, K]` by rounding column after column with error feedback.
 
     The feedback to columns beyond the next `BLOCK` is gathered and applied in one product.
     """
