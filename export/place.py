@@ -1,6 +1,7 @@
 """Placement passes on the ONNX graph: give each operation the form that the runtime runs best.
 
 - A mean over space becomes GlobalAveragePool: it has an integer kernel, ReduceMean has none.
+- A hard-sigmoid between integers becomes an addition (`gates.py`).
 - Operations that only move values run on the integers: their DequantizeLinear sinks below them.
 - A float layer between quantized neighbours is guarded: onnxruntime would otherwise give it 8-bit
   weights of its own. Its WeightBiasQuantization pass matches a Conv or Gemm whose output reaches a
@@ -19,6 +20,8 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes import common
 
+from .gates import hard_sigmoids
+
 MOVES = frozenset(
     {"Reshape", "Flatten", "Slice", "Transpose", "MaxPool", "Squeeze", "Unsqueeze", "Split", "Pad"}
 )
@@ -30,7 +33,7 @@ LOWEST = np.float32(-3.4e38)
 def place(model: ir.Model) -> int:
     """Run all placement passes; return the number of rewrites."""
     graph = model.graph
-    count = sum(step(graph) for step in (_pool, _sink, _guard, _gemm_zero_points))
+    count = sum(step(graph) for step in (_pool, _sink, hard_sigmoids, _guard, _gemm_zero_points))
     common.RemoveUnusedNodesPass()(model)
     return count
 
@@ -100,6 +103,8 @@ def _sink(graph: ir.Graph) -> int:
 
 
 def _movable(move: ir.Node) -> bool:
+    if any(out.is_graph_output() for out in move.outputs):
+        return False  # the network answers in floats
     if move.op_type == "MaxPool":
         return len(move.outputs) == 1  # the second are indices
     if move.op_type != "Pad":

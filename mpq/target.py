@@ -79,7 +79,9 @@ def _onnxruntime_layers() -> dict[tuple[int | None, int | None], Support]:
 ONNXRUNTIME_CPU = Target(
     name="onnxruntime-cpu",
     layers=_onnxruntime_layers(),
-    integer_ops=frozenset({"add", "mul", "concat", "avgpool", "global_avgpool", "sigmoid"}),
+    integer_ops=frozenset(
+        {"add", "mul", "concat", "avgpool", "global_avgpool", "sigmoid", "hardsigmoid"}
+    ),
     moving_ops=frozenset({"maxpool", "flatten", "transpose", "split", "slice", "pad"}),
     bytes_per_layer=420,
 )

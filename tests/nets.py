@@ -252,6 +252,37 @@ class Shuffle(nn.Module):
         return self.head(F.relu(self.last(x)))
 
 
+class Gated(nn.Module):
+    """SiLU and hard-swish, as modules and as functions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(*conv_bn(3, 8), nn.SiLU())
+        self.conv = nn.Conv2d(8, 8, 3, padding=1)
+        self.head = Head(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.hardswish(self.conv(self.stem(x))))
+
+
+class Attention(nn.Module):
+    """Self-attention of 16 patches, as torchvision's vision transformer calls it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch = nn.Conv2d(3, 16, 3, 3)
+        self.norm1, self.norm2 = nn.LayerNorm(16), nn.LayerNorm(16)
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+        self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 16)
+        self.fc = nn.Linear(16, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patch(x).flatten(2).transpose(1, 2)
+        y = self.norm1(x)
+        x = x + self.attention(y, y, y, need_weights=False)[0]
+        return self.fc((x + self.down(F.gelu(self.up(self.norm2(x))))).mean(1))
+
+
 NETS: dict[str, Callable[[], nn.Module]] = {
     "plain": Plain,
     "residual": Residual,
@@ -267,6 +298,8 @@ NETS: dict[str, Callable[[], nn.Module]] = {
     "one_dimension": OneDimension,
     "transposed": Transposed,
     "shuffle": Shuffle,
+    "gated": Gated,
+    "attention": Attention,
 }
 
 

@@ -248,7 +248,11 @@ def test_the_networks_answer_with_several_classes():
         ("residual", "QLinearAdd", 1),
         ("concat", "QLinearConcat", 1),
         ("se_sigmoid", "QLinearMul", 1),
-        ("se_hardsigmoid", "QLinearMul", 3),
+        ("se_hardsigmoid", "QLinearMul", 1),
+        ("gated", "QLinearSigmoid", 1),
+        ("gated", "QLinearAdd", 1),
+        ("pre_activation", "QLinearAdd", 1),
+        ("attention", "MatMulIntegerToFloat", 8),
         ("stem", "QLinearAveragePool", 1),
         ("global_mean", "QLinearGlobalAveragePool", 1),
         ("shuffle", "QLinearConcat", 1),
@@ -263,6 +267,16 @@ def test_operations_between_layers_stay_integers(name, op, boundaries):
     assert certificate.integer_macs_fraction == 1
     assert op in certificate.operators
     assert certificate.boundaries == boundaries
+
+
+def test_a_convolution_may_be_the_output(tmp_path):
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, nets.CLASSES, 10), nn.Flatten())
+    frozen, policy = quantized(net.eval(), "w8a8")
+    result = to_onnx(frozen, tmp_path / "m.onnx", policy=policy, images=images(16))
+    assert [row.executed for row in result.certificate.layers] == ["QLinearConv"] * 2
+    assert result.certificate.boundaries == 2  # the network's input and its output
+    assert result.verification is not None
+    assert result.verification.max_step <= 1
 
 
 def test_islands_are_compared_too():

@@ -204,9 +204,21 @@ def norms(graph: QuantGraph) -> list[str]:
 @pytest.mark.parametrize("name", NETS)
 def test_batch_norms_are_folded(name: str):
     graph = to_float(build(name), images())
-    # In a pre-activation network only the norm behind a layer that nobody else reads is folded.
-    assert norms(graph) == (["bn1", "bn3"] if name == "pre_activation" else [])
-    assert not any("running" in key for key in graph.module.state_dict()) or norms(graph)
+    assert norms(graph) == []
+    assert not any("running" in key for key in graph.module.state_dict())
+
+
+def test_a_norm_that_cannot_be_folded_becomes_a_depthwise_convolution():
+    model = build("pre_activation")
+    graph = to_float(model, images())
+    # bn2 is folded: it stands behind a layer that nobody else reads.
+    assert [n for n, info in graph.layers.items() if info.kind == "depthwise"] == ["bn1", "bn3"]
+    with torch.no_grad():
+        torch.testing.assert_close(graph.module(images()), model(images()), atol=1e-5, rtol=1e-5)
+    for bits in (2, 8):  # one weight and one scale per channel: exact at any width
+        layer = prepare(graph, Policy.uniform(bits, 8)).module.get_submodule("bn1")
+        values = layer.integers() * layer.step().reshape(-1, 1, 1, 1)
+        torch.testing.assert_close(values, layer.weight, rtol=1e-6, atol=0)
 
 
 def test_norms_that_cannot_be_folded_stay():
@@ -363,7 +375,9 @@ SITES = {
     "functional": ["x", "relu", "relu_1", "avg_pool2d"],
     "global_mean": ["x", "relu", "mean_pool"],
     "island": ["x", "stem_2", "head_0"],
-    "pre_activation": ["x", "stem", "relu", "relu_1", "conv2", "head_0"],
+    "pre_activation": ["x", "stem", "relu", "relu_1", "conv2", "add", "relu_2", "head_0"],
+    "gated": ["x", "stem_0", "sigmoid", "mul", "conv", "hardsigmoid", "mul_1", "head_0"],
+    "attention": ["x", "patch", "norm1", "matmul_1", "norm2", "gelu", "mean"],
     "one_dimension": ["x", "relu", "relu_1"],
     "transposed": ["x", "down_2", "relu_1", "relu_2", "head_0"],
     "shuffle": ["x", "relu", "relu_1", "cat", "relu_2", "head_0"],
@@ -424,8 +438,8 @@ def test_the_function_relu6_is_absorbed_too():
     assert any(n.target is F.relu for n in graph.module.graph.nodes)
 
 
-def test_logits_stay_in_float():
-    """A convolution that ends the network keeps its output, also behind a view of its shape."""
+def test_a_convolution_that_ends_the_network_writes_integers():
+    """Its kernel writes nothing else, also behind a view of its shape; a matrix product may."""
     parts = {"a": nn.Conv2d(3, 4, 3), "b": nn.Conv2d(4, 5, 10)}
     for forward in (
         lambda m, x: m.b(F.relu(m.a(x))),
@@ -433,7 +447,7 @@ def test_logits_stay_in_float():
         lambda m, x: (lambda y: y.reshape(y.shape[0], -1))(m.b(F.relu(m.a(x)))),
     ):
         graph = prepare(Small(forward, **parts), Policy.uniform(8), images())
-        assert list(graph.sites) == ["quantizers.x", "quantizers.relu"]
+        assert list(graph.sites) == ["quantizers.x", "quantizers.relu", "quantizers.b"]
 
 
 def test_a_float_layer_keeps_its_neighbours_in_float():

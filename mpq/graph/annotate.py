@@ -4,8 +4,9 @@ Insertion reads the result and knows no policy. The rules follow what an integer
 
 - a layer with an integer kernel reads a quantized tensor, and a convolution also writes one (after
   the ReLU it absorbs); a matrix product may write floats, so it writes integers only on demand;
-- add, mul, concat, pooling and sigmoid run as integers when their inputs are quantized and some
-  reader wants an integer; a small float factor (a squeeze-excite gate) is quantized for their sake;
+- add, mul, concat, pooling and the sigmoids run as integers when their inputs are quantized and
+  their result reaches an integer layer through such operations; a small float factor (a
+  squeeze-excite gate) is quantized for their sake;
 - operations that move values (max pooling, flatten, slice, zero padding) pass the grid through;
 - everything else is a float island, and a quantizer stands behind it where a layer reads it.
 """
@@ -24,6 +25,12 @@ from mpq.target import Support, Target, get_target
 
 logger = logging.getLogger(__name__)
 ABSORBED = ("relu", "relu6")
+CEILINGS = {"relu6": 6.0, "hardsigmoid": 1 - 1e-4}
+"""Operations whose upper bound is the saturation of the quantizer behind them.
+
+The hard-sigmoid's is a little lower, because `hardsigmoid(0) = 1/2`, its most frequent value, would
+lie between two integers of a grid that ends at 1, and runtimes would disagree on the rounding.
+"""
 JOINS = ("add", "mul", "concat")
 _TRANSPOSED = "no integer kernel for transposed convolution"
 
@@ -62,6 +69,9 @@ class _Annotator:
         self.nodes = [n for n in qg.module.graph.nodes]
         self.kinds = {n: kind_of(n, self.modules) for n in self.nodes}
         self.sites: dict[fx.Node, Site] = {}
+        self._wanted: dict[fx.Node, bool] = {}
+        for node in reversed(self.nodes):  # from the back, so that no question goes deep
+            self.wanted(node)
 
     # -- questions ---------------------------------------------------------------------------
 
@@ -115,11 +125,18 @@ class _Annotator:
         return node
 
     def wanted(self, node: fx.Node) -> bool:
-        """Whether some reader of a tensor could use integers."""
-        return any(
-            self.integer_layer(r) or self.kinds[r] in self.target.integer_ops
-            for r in self.readers(node)
-        )
+        """Whether integers in a tensor are of use.
+
+        They are if an integer layer reads it, or an operation whose own result is so wanted. A
+        residual stream that only float islands read stays in float.
+        """
+        if node not in self._wanted:
+            self._wanted[node] = any(
+                self.integer_layer(r)
+                or (self.kinds[r] in self.target.integer_ops and self.wanted(self.tail(r)))
+                for r in self.readers(node)
+            )
+        return self._wanted[node]
 
     # -- decisions ---------------------------------------------------------------------------
 
@@ -130,14 +147,10 @@ class _Annotator:
                 self.quantize(self.source(node.args[0]), "demand")
                 tail = self.tail(node)
                 linear = self.qg.layers[str(node.target)].kind == "linear"
-                if self.wanted(tail) or not (linear or self.only_output(tail)):
+                if self.wanted(tail) or not linear:
                     self.quantize(tail, "layer")
             elif self.kinds[node] in self.target.integer_ops:
                 self.place_op(node)
-
-    def only_output(self, node: fx.Node) -> bool:
-        """Whether a tensor goes nowhere but out."""
-        return all(self.kinds[r] == "output" for r in self.readers(node))
 
     def place_op(self, node: fx.Node) -> None:
         """Run an operation as integers if its inputs are, and someone wants its output so."""
@@ -165,7 +178,7 @@ class _Annotator:
             node=node.name,
             role="input" if node.op == "placeholder" else role,  # type: ignore[arg-type]
             spec=_widest([s for s in specs if s is not None]),
-            ceiling=6.0 if self.kinds[node] == "relu6" else None,
+            ceiling=CEILINGS.get(self.kinds[node]),
             readers=tuple(str(r.target) for r in readers),
         )
         self.sites[node] = placed

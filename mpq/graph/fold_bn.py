@@ -1,9 +1,13 @@
-"""Fold batch normalization into the layer before it.
+"""Fold batch normalization into the layer before it, or make it a layer of its own.
 
 For a layer with weight `W`, bias `b` and a following BN with `gamma, beta, mean, var, eps`:
 `W' = W gamma / sqrt(var + eps)` per output channel and
 `b' = (b - mean) gamma / sqrt(var + eps) + beta` (Jacob et al. 2018, section 3.2). Folded in
 float64, stored in float32.
+
+A BN of images that cannot be folded (before the activation, after a concatenation or an addition)
+is a depthwise convolution with a 1x1 kernel: that has an integer kernel, takes the ReLU after it
+along, and with one weight and one scale per channel its weights are exact at any width.
 """
 
 from __future__ import annotations
@@ -19,27 +23,45 @@ from mpq.quant.layer import LayerOp
 
 
 def fold_bn(qg: QuantGraph) -> int:
-    """Fold each BN whose input is a layer with no other reader; return how many."""
+    """Fold each BN whose input is a layer with no other reader, replace others; return how many."""
     modules = dict(qg.module.named_modules())
     count = 0
     for node in list(qg.module.graph.nodes):
         if kind_of(node, modules) != "batch_norm":
             continue
         before = node.args[0]
-        if kind_of(before, modules) != "layer" or len(before.users) != 1:
-            continue
-        bn, layer = modules[str(node.target)], modules[str(before.target)]
+        bn = modules[str(node.target)]
         assert isinstance(bn, nn.modules.batchnorm._BatchNorm)
         if bn.running_mean is None:
             continue  # no statistics: it normalizes by the batch and cannot be folded
-        if isinstance(layer, nn.Linear) and ranks(qg)[before.name] != 2:
-            continue  # it normalizes dimension 1, which is not the layer's output
-        _fold(layer, bn)
+        if not _foldable(qg, before, modules):
+            if isinstance(bn, nn.BatchNorm2d):
+                qg.module.set_submodule(str(node.target), _as_depthwise(bn))
+                count += 1
+            continue
+        _fold(modules[str(before.target)], bn)
         node.replace_all_uses_with(before)
         qg.module.graph.erase_node(node)
         count += 1
     _drop_unused(qg.module)
     return count
+
+
+def _foldable(qg: QuantGraph, before: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    if kind_of(before, modules) != "layer" or len(before.users) != 1:
+        return False
+    # Behind a matrix product of sequences it normalizes dimension 1, which is not the output.
+    linear = isinstance(modules[str(before.target)], nn.Linear)
+    return not linear or ranks(qg)[before.name] == 2
+
+
+def _as_depthwise(bn: nn.BatchNorm2d) -> nn.Conv2d:
+    channels = bn.num_features
+    layer = nn.Conv2d(channels, channels, 1, groups=channels, bias=False, device="meta")
+    assert bn.running_mean is not None
+    layer.weight = nn.Parameter(torch.ones(channels, 1, 1, 1, device=bn.running_mean.device))
+    _fold(layer, bn)
+    return layer
 
 
 def _fold(layer: nn.Module, bn: nn.modules.batchnorm._BatchNorm) -> None:

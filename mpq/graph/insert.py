@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import fx, nn
 
 from mpq.graph.ir import LayerPlan, QuantGraph
+from mpq.graph.kinds import kind_of
 from mpq.quant.fake_quant import FakeQuant
 from mpq.quant.layer import IslandLayer, QuantLayer
 
@@ -12,11 +13,12 @@ from mpq.quant.layer import IslandLayer, QuantLayer
 def insert(qg: QuantGraph) -> int:
     """Insert a `FakeQuant` per site and replace each planned layer; return the number of both."""
     nodes = {n.name: n for n in qg.module.graph.nodes}
+    modules = dict(qg.module.named_modules())
     quantizers: dict[str, FakeQuant] = {}
     for site in qg.sites.values():
         quantizer = FakeQuant(site.spec, site.ceiling)
         node = nodes[site.node]
-        if site.ceiling is not None:
+        if kind_of(node, modules) == "relu6":
             _relu6_to_relu(qg.module, node)
         qg.module.add_submodule(site.name, quantizer)
         with qg.module.graph.inserting_after(node):

@@ -3,7 +3,7 @@
 Dropout and identity go; functional convolutions and matrix products of parameters become modules;
 a module that is called several times gets one copy per call (sharing its parameters), so that a
 node and a module path are the same thing; global means become `AdaptiveAvgPool2d(1)`, the form for
-which a runtime has an integer kernel.
+which a runtime has an integer kernel; gated activations become gate and product.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any, cast
 import torch
 from torch import fx, nn
 
+from mpq.graph.gates import open_gates
 from mpq.graph.ir import QuantGraph
 from mpq.graph.kinds import kind_of
 from mpq.graph.shapes import ranks
@@ -28,6 +29,7 @@ def normalize(qg: QuantGraph) -> int:
         _functional_layers,
         _split_shared,
         _global_means,
+        open_gates,
     )
     return sum(rewrite(qg) for rewrite in rewrites)
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from mpq.errors import GraphError
+from mpq.graph.attention import open_attention
 from mpq.graph.ir import QuantGraph
 
 logger = logging.getLogger(__name__)
@@ -69,6 +70,7 @@ def trace(model: nn.Module, example: Tensor) -> QuantGraph:
     model = copy.deepcopy(model).eval()
     if isinstance(model, fx.GraphModule):
         return QuantGraph(model, example)
+    open_attention(model, example)
     islands: dict[str, str] = {}
     for _ in range(MAX_LEAVES):
         tracer = _Tracer(set(islands))
