@@ -1,7 +1,8 @@
-"""`LayerInfo`: all that search, policies and reports know of a layer. Free of torch."""
+"""`LayerInfo` and `Moment`: all that search, policies and reports know of a network. No torch."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -47,3 +48,25 @@ class LayerInfo:
     def bitops(self, weight_bits: int | None, activation_bits: int | None) -> float:
         """BitOps per image: MACs x weight bits x activation bits (HAWQ-V3; None counts 32)."""
         return float(self.macs) * (weight_bits or 32) * (activation_bits or 32)
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """Activations that are alive at one time while one image passes.
+
+    Args:
+        fixed: bits of those whose width no policy decides.
+        layers: (layer, elements) of those that a layer reads, hence at its activation width.
+    """
+
+    fixed: int
+    layers: tuple[tuple[str, int], ...]
+
+    def bits(self, activation_bits: Mapping[str, int | None]) -> int:
+        """Bits alive at the given activation widths (None: float32)."""
+        return self.fixed + sum(n * (activation_bits[name] or 32) for name, n in self.layers)
+
+    def within(self, other: Moment) -> bool:
+        """Whether another moment holds at least as much at any widths."""
+        more = dict(other.layers)
+        return self.fixed <= other.fixed and all(n <= more.get(k, 0) for k, n in self.layers)

@@ -23,6 +23,7 @@ from mpq.spec import QuantSpec, activation_spec, weight_spec
 from mpq.target import get_target
 
 Float = Literal["float"]
+DropType = Literal["absolute", "relative"]
 
 
 def _read_spec(value: object) -> object:
@@ -81,21 +82,49 @@ class LayerPolicy(_Strict):
 
 
 class Constraints(_Strict):
-    """Budgets that the search was given. Units: bits, MB (10^6 bytes), 10^9 BitOps, percent."""
+    """Budgets that the search was given, in any combination.
+
+    Args:
+        effective_bits: mean width of the weights.
+        max_size_mb: the exported file, in MB (10^6 bytes).
+        max_bops: 10^9 BitOps per image.
+        max_activation_mb: activations alive at one time for one image, in MB, each tensor packed
+            at the width it is read at (`mpq.analyze.cost.activation_bytes`).
+        max_latency_ms: milliseconds per batch, as a latency profile predicts them.
+        max_drop: measured loss of top-1 that is still allowed, in points (`absolute`) or in percent
+            of the float accuracy (`relative`).
+        drop_type: how `max_drop` is meant; None is absolute.
+    """
 
     effective_bits: float | None = Field(default=None, gt=0)
     max_size_mb: float | None = Field(default=None, gt=0)
     max_bops: float | None = Field(default=None, gt=0)
+    max_activation_mb: float | None = Field(default=None, gt=0)
+    max_latency_ms: float | None = Field(default=None, gt=0)
+    max_drop: float | None = Field(default=None, ge=0)
+    drop_type: DropType | None = None
+
+    def budgets(self) -> dict[str, float]:
+        """What can be computed from the widths alone: all but `max_drop`, where given."""
+        given = self.model_dump(exclude={"max_drop", "drop_type"}, exclude_none=True)
+        return {name: float(value) for name, value in given.items()}
 
 
 class SearchResult(_Strict):
-    """What the search found. `bitops` is MACs x weight bits x activation bits, per image."""
+    """What the search found. `bitops` is MACs x weight bits x activation bits, per image.
+
+    `predicted_drop` is the sum of the scores (nats for the metrics that look at answers);
+    `measured_drop` is in points of top-1 on validation images, where an accuracy was asked for.
+    """
 
     effective_bits: float
     weight_bytes: int
     predicted_bytes: int
     bitops: float
+    activation_bytes: int | None = None
+    latency_ms: float | None = None
     predicted_drop: float | None = None
+    measured_drop: float | None = None
     solver: str = ""
     status: str = ""
     gap: float = 0.0

@@ -22,6 +22,8 @@ FILES = {
     "sensitivity.json": "mpq analyze MODEL.pth",
     "sensitivity.png": "mpq analyze MODEL.pth",
     "pareto.png": "mpq analyze MODEL.pth",
+    "validation.json": "mpq analyze MODEL.pth --validate 50",
+    "validation.png": "mpq analyze MODEL.pth --validate 50",
     "quantized.pth": "mpq qat --policy policy.yaml",
     "metrics.jsonl": "mpq qat --policy policy.yaml",
     "model.onnx": "mpq export --onnx",

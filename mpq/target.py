@@ -7,6 +7,7 @@ in 16 bits and run in float.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from mpq.errors import PolicyError, nearest
@@ -31,14 +32,17 @@ class Target:
         layers: weight and activation bits to support; `None` is float.
         integer_ops: graph operations besides layers that have an integer kernel.
         moving_ops: operations that move or select values and run on integers unchanged.
-        bytes_per_layer: measured average cost of a layer's graph nodes in the file, in bytes.
+        bytes_per_layer: average bytes of a layer's graph nodes, constants and policy entry in the
+            file, by weight width (None: float).
+        bytes_per_file: what a file has besides its layers.
     """
 
     name: str
     layers: dict[tuple[int | None, int | None], Support]
     integer_ops: frozenset[str]
     moving_ops: frozenset[str]
-    bytes_per_layer: int = 0
+    bytes_per_layer: Mapping[int | None, int] = field(default_factory=dict)
+    bytes_per_file: int = 0
     notes: tuple[str, ...] = field(default=())
 
     def support(self, weight_bits: int | None, activation_bits: int | None) -> Support:
@@ -55,6 +59,10 @@ class Target:
                 f"target {self.name} has no W{weight_bits or 32}A{activation_bits or 32} layer. "
                 f"It has {known}."
             ) from None
+
+    def layer_bytes(self, weight_bits: int | None) -> int:
+        """Bytes of a layer of that width in the file, besides weights, scales and bias."""
+        return self.bytes_per_layer.get(weight_bits, 0)
 
 
 _FLOAT_16 = "no 16-bit integer kernel: the stored integers are expanded to float at load"
@@ -76,6 +84,10 @@ def _onnxruntime_layers() -> dict[tuple[int | None, int | None], Support]:
     return table
 
 
+BYTES_PER_LAYER = {16: 258, 8: 320, 6: 985, 5: 1295, 4: 390, 3: 1450, 2: 765, None: 200}
+"""Packed widths pay for the nodes that unpack them; all but 8 bits for an entry in the policy."""
+BYTES_PER_FILE = 1200
+
 ONNXRUNTIME_CPU = Target(
     name="onnxruntime-cpu",
     layers=_onnxruntime_layers(),
@@ -83,7 +95,8 @@ ONNXRUNTIME_CPU = Target(
         {"add", "mul", "concat", "avgpool", "global_avgpool", "sigmoid", "hardsigmoid"}
     ),
     moving_ops=frozenset({"maxpool", "flatten", "transpose", "split", "slice", "pad"}),
-    bytes_per_layer=420,
+    bytes_per_layer=BYTES_PER_LAYER,
+    bytes_per_file=BYTES_PER_FILE,
 )
 
 TARGETS = {ONNXRUNTIME_CPU.name: ONNXRUNTIME_CPU}

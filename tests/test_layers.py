@@ -22,6 +22,7 @@ LAYERS = {
     "mpq.target": 2,
     "mpq.latency": 2,
     "mpq.layers": 2,
+    "mpq.compare": 2,
     "mpq.policies": 2,
     "mpq.numerics": 3,
     "mpq.data": 3,

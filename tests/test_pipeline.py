@@ -61,6 +61,65 @@ def as_json(capsys, *argv: str) -> dict[str, object]:
     return json.loads(say(capsys, *argv, "--json")[0])
 
 
+def test_several_budgets_from_one_scoring(here, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    argv = ["analyze", "model.pth", "--num-score", "64", "-o", "b"]
+    out, err = say(capsys, *argv, "--effective-bits", "4.5,6,7")
+    assert "scores from runs/.scores/" in err  # another run of the same network
+    assert "wrote b/policy.yaml, b/policy-6.yaml, b/policy-7.yaml" in err
+    budgets = [Policy.load(f"b/{n}").result for n in FOUND]
+    assert [r.effective_bits <= b for r, b in zip(budgets, (4.5, 6, 7), strict=True)] == [True] * 3
+    assert budgets[0].effective_bits < budgets[1].effective_bits < budgets[2].effective_bits
+    assert "policy-6.yaml" in out
+    data = json.loads(Path("b/sensitivity.json").read_text())
+    assert [c["file"] for c in data["choices"]] == FOUND
+    listed = [list(c["widths"].items()) for c in data["front"]]
+    assert all(list(c["widths"].items()) in listed for c in data["choices"])
+
+    told = as_json(capsys, "diff", "b/policy.yaml", "b/policy-7.yaml")
+    assert told["bytes"] == budgets[2].weight_bytes - budgets[0].weight_bytes
+    assert told["bitops"] == budgets[2].bitops - budgets[0].bitops
+    assert len(told["changes"]) > 0
+
+    again = ["analyze", "model.pth", "--num-score", "64", "-o", "b", "--force"]
+    assert "scores from b/sensitivity.json" in say(capsys, *again)[1]
+    assert "scores from" not in say(capsys, *again, "--rescore")[1]
+    assert "scores from" not in say(capsys, *again, "--num-score", "32")[1]
+    assert "scores from" not in say(capsys, *again, "--num-score", "32", "--seed", "1")[1]
+
+
+FOUND = ["policy.yaml", "policy-6.yaml", "policy-7.yaml"]
+
+
+def test_a_budget_that_is_measured(here, capsys):
+    argv = ["analyze", "model.pth", "--num-score", "64", "-o", "d", "--max-drop"]
+    told = as_json(capsys, *argv, "60", "--minimize", "size")
+    assert told["measured_drop"] <= 60
+    policy = Policy.load("d/policy.yaml")
+    assert policy.constraints.max_drop == 60
+    assert policy.constraints.drop_type == "absolute"
+    measured = json.loads(Path("d/sensitivity.json").read_text())["measured"]
+    assert measured[0]["drop"] == pytest.approx(told["measured_drop"], abs=1e-3)
+    assert main([*argv, "0", "--drop-type", "relative", "--force", "--bits", "2"]) == 2
+    assert "max_drop must be at least" in capsys.readouterr().err
+
+
+def test_scores_are_held_against_measurements(here, capsys):
+    argv = ["analyze", "model.pth", "--num-score", "64", "-o", "runs/model", "--force"]
+    out, _ = say(capsys, *argv, "--validate", "12")
+    (rho,) = re.findall(r"against 12 measured policies: Spearman's rho (-?[\d.]+)", out)
+    truth = json.loads(Path("runs/model/validation.json").read_text())
+    assert truth["rho"] == pytest.approx(float(rho), abs=1e-3)
+    assert truth["rho"] > 0.5
+    assert len(truth["policies"]) == 12
+    assert all(p["kl"] > 0 for p in truth["policies"])
+    assert Path("runs/model/validation.png").read_bytes().startswith(b"\x89PNG")
+    say(capsys, "report", "runs/model")
+    page = Path("runs/model/report.html").read_text()
+    assert "Scores against measurements" in page
+    assert "Spearman" in page
+
+
 def test_the_whole_way_in_the_exact_forms(here, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     shutil.rmtree("runs")

@@ -6,11 +6,21 @@ import random
 
 import pytest
 
-from mpq.analyze import allocate, build_policy, candidates, cost, locked_widths, pareto_front
+from mpq.analyze import (
+    allocate,
+    build_policy,
+    candidates,
+    cost,
+    least_cost,
+    limit_range,
+    locked_widths,
+    pareto_front,
+)
 from mpq.analyze.search import Allocation
 from mpq.analyze.sensitivity import Row, Sensitivity, by_name
-from mpq.errors import InfeasibleError, PolicyError
-from mpq.layers import LayerInfo
+from mpq.errors import InfeasibleError, PolicyError, UsageError
+from mpq.latency import LatencyProfile, LayerLatency
+from mpq.layers import LayerInfo, Moment
 from mpq.policy import Constraints, DataInfo, LayerPolicy, ModelInfo, Policy
 from mpq.spec import activation_spec, weight_spec
 from mpq.target import ONNXRUNTIME_CPU as TARGET
@@ -32,7 +42,19 @@ def problem(
             base = scale * 10 ** rng.uniform(-4, -1)
             for bits in (16, 8, 4):
                 rows.append(Row(info.name, part, bits, base * 4.0 ** (4 - bits)))
-    return Sensitivity(tuple(rows), tuple(layers), groups, "fisher", 8, 0, "key")
+    held = [tuple((f"l{i}", rng.randint(50, 2000)) for i in (k, k + 1)) for k in range(count - 1)]
+    moments = tuple(Moment(rng.randint(0, 4000), pair) for pair in held)
+    return Sensitivity(tuple(rows), tuple(layers), groups, "fisher", 8, 0, "key", moments=moments)
+
+
+def times(seed: int, count: int = 6) -> LatencyProfile:
+    """Random times of a chain of layers."""
+    rng = random.Random(seed)
+    layers = {
+        f"l{i}": LayerLatency(rng.uniform(0.1, 0.5), rng.uniform(0.4, 1.5)) for i in range(count)
+    }
+    edges = {(f"l{i}", f"l{i + 1}"): rng.uniform(0.01, 0.6) for i in range(count - 1)}
+    return LatencyProfile("cpu", "runtime", 1, 1, layers, edges, 0.2)
 
 
 def brute_force(
@@ -53,7 +75,10 @@ def brute_force(
 
 
 def meets(s: Sensitivity, widths: dict[str, cost.Widths], c: Constraints) -> bool:
+    latency = times(0).predict(widths) if c.max_latency_ms else 0.0
     spent = (
+        (c.max_activation_mb, cost.activation_bytes(s.moments, widths) / 1e6),
+        (c.max_latency_ms, latency),
         (c.effective_bits, cost.effective_bits(s.layers, widths)),
         (c.max_size_mb, cost.predicted_bytes(s.layers, widths, TARGET) / 1e6),
         (c.max_bops, cost.bitops(s.layers, widths) / 1e9),
@@ -83,6 +108,110 @@ def test_allocate_finds_what_brute_force_finds(
     assert (found.status, found.gap) == ("optimal", 0.0)
 
 
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("groups", [(), (("l0", "l3"), ("l1", "l2"))])
+def test_peaks_and_times_bind_as_brute_force_says(
+    seed: int, groups: tuple[tuple[str, ...], ...]
+) -> None:
+    s, profile, pairs = problem(seed, groups=groups), times(0), candidates((16, 8, 4), (8, 4))
+    low, high = limit_range(s, Constraints(), "max_activation_mb", pairs=pairs)
+    fast, slow = limit_range(s, Constraints(), "max_latency_ms", pairs=pairs, profile=profile)
+    constraints = Constraints(
+        effective_bits=(7.0, None)[seed % 2],
+        max_activation_mb=low + (0.2, 0.05, 0.4, 1.0)[seed] * (high - low),
+        max_latency_ms=fast + (0.5, 0.3, 0.1, 0.6)[seed] * (slow - fast),
+    )
+    expected = brute_force(s, constraints, pairs)
+    assert expected is not None
+    found = allocate(s, constraints, pairs=pairs, profile=profile)
+    assert meets(s, found.widths, constraints)
+    assert found.objective == pytest.approx(expected, rel=1e-9)
+    assert found.activation_bytes == cost.activation_bytes(s.moments, found.widths)
+    assert found.latency_ms == profile.predict(found.widths)
+
+
+def test_ranges_are_what_brute_force_finds() -> None:
+    s, profile, pairs = problem(1, 4), times(3, 4), candidates((16, 8), (8, 4))
+    names = [info.name for info in s.layers]
+    every = [dict(zip(names, choice, strict=True)) for choice in itertools.product(pairs, repeat=4)]
+    peaks = [cost.activation_bytes(s.moments, w) / 1e6 for w in every]
+    assert limit_range(s, Constraints(), "max_activation_mb", pairs=pairs) == (
+        min(peaks),
+        max(peaks),
+    )
+    spent = [profile.predict(w) for w in every]
+    found = limit_range(s, Constraints(), "max_latency_ms", pairs=pairs, profile=profile)
+    assert found == pytest.approx((min(spent), max(spent)), rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("constraints", "told"),
+    [
+        (Constraints(max_bops=1e-6), r"max_bops must be in .*, got 1e-06"),
+        (Constraints(max_activation_mb=1e-9), r"max_activation_mb must be in .*, got 1e-09"),
+        (Constraints(max_latency_ms=0.01), r"max_latency_ms must be in .*, got 0\.01"),
+        (Constraints(max_size_mb=1e-4), r"max_size_mb must be in .*, got 0\.0001"),
+    ],
+)
+def test_every_kind_of_budget_tells_its_range(constraints: Constraints, told: str) -> None:
+    with pytest.raises(InfeasibleError, match=told):
+        allocate(problem(0), constraints, profile=times(0))
+
+
+def test_a_budget_without_its_basis_says_what_is_missing() -> None:
+    with pytest.raises(PolicyError, match="max_latency_ms needs measured times: `mpq profile"):
+        allocate(problem(0), Constraints(max_latency_ms=1))
+    old = dataclasses.replace(problem(0), moments=())
+    with pytest.raises(PolicyError, match="max_activation_mb needs the activations"):
+        allocate(old, Constraints(max_activation_mb=1))
+    with pytest.raises(UsageError, match="max_drop must be measured on images"):
+        allocate(problem(0), Constraints(max_drop=0.5))
+    with pytest.raises(UsageError, match=r"limit must be one of .*did you mean max_bops"):
+        limit_range(problem(0), Constraints(), "max_bop")
+
+
+def test_a_large_search_is_exact() -> None:
+    """Many layers: a core of the variables proves the optimum."""
+    s, pairs = problem(9, 150), candidates((16, 8, 4), (8, 4))
+    constraints = Constraints(effective_bits=5.0, max_bops=1.5)
+    found = allocate(s, constraints, pairs=pairs)
+    assert (found.status, found.gap) == ("optimal", 0.0)
+    assert meets(s, found.widths, constraints)
+    # No single step up is affordable and better, and no exchange of two layers is either.
+    for name, pair in found.widths.items():
+        for other in pairs:
+            changed = {**found.widths, name: other}
+            worse = s.predict(changed) >= found.objective - 1e-12
+            assert pair == other or worse or not meets(s, changed, constraints)
+
+
+def test_least_cost_halves_its_way_to_the_accuracy() -> None:
+    s, pairs = problem(5), candidates((8, 4))
+    measured = []
+
+    def measure(allocation: Allocation) -> float:
+        measured.append(allocation.effective_bits)
+        return 8 - allocation.effective_bits  # a point for each bit
+
+    found = least_cost(
+        lambda b: allocate(s, Constraints(effective_bits=b), pairs=pairs),
+        (4.0, 8.0),
+        measure,
+        max_drop=2.0,
+    )
+    best = found[0]
+    assert best.drop <= 2.0
+    assert best.allocation.effective_bits == min(b for b in measured if b >= 6.0)
+    assert len(measured) == len(set(measured)) == len(found)
+    with pytest.raises(InfeasibleError, match="max_drop must be at least 3, which"):
+        least_cost(
+            lambda b: allocate(s, Constraints(effective_bits=b), pairs=pairs),
+            (4.0, 8.0),
+            lambda allocation: 3.0,
+            max_drop=2.0,
+        )
+
+
 @pytest.mark.parametrize("scale", [1e-14, 1e9])
 def test_the_unit_of_the_scores_does_not_matter(scale: float) -> None:
     constraints = Constraints(effective_bits=5.5)
@@ -106,7 +235,8 @@ def test_costs_of_a_hand_made_pair() -> None:
     assert cost.weight_bytes(layers, widths) == 8 + 12
     assert cost.bitops(layers, widths) == 100 * 64 + 10 * 32
     # Four channels each: a scale and a bias of four bytes.
-    expected = 8 + 12 + 2 * (4 * 8 + TARGET.bytes_per_layer)
+    expected = TARGET.bytes_per_file + 8 + 12 + 2 * (4 * 8 + 1)
+    expected += TARGET.layer_bytes(8) + TARGET.layer_bytes(4)
     assert cost.predicted_bytes(layers, widths, TARGET) == expected
     assert (
         cost.effective_bits(layers, {"a": (None, None), "b": (16, 16)}) == (8 * 32 + 24 * 16) / 32
@@ -201,6 +331,14 @@ def test_pareto_front_keeps_the_other_budgets() -> None:
     front = pareto_front(s, half, target=TARGET, pairs=pairs)
     assert front
     assert all(a.bytes <= half.max_size_mb * 1e6 for a in front)
+
+
+def test_a_front_may_be_over_another_limit() -> None:
+    s, pairs = problem(5), candidates((8, 4), (8, 4))
+    front = pareto_front(s, Constraints(), pairs=pairs, sweep="max_bops")
+    bops = [a.bitops for a in front]
+    assert bops == sorted(bops)
+    assert bops[0] == cost.bitops(s.layers, {info.name: (4, 4) for info in s.layers})
 
 
 def front_bytes(s: Sensitivity, pairs: list[cost.Widths]) -> int:

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 from mpq.analyze import Sensitivity, score_layers
 from mpq.analyze.fisher import TEMPERATURE, _direction, fisher_terms
 from mpq.analyze.perturb import Column, perturb
-from mpq.analyze.score import METRICS, sensitivity_key
+from mpq.analyze.score import METRICS, Scoring
 from mpq.checkpoint import load_model, weights_hash
 from mpq.data import Normalization, open_data, sample_indices
 from mpq.errors import DataError, GraphError, PolicyError, UsageError
@@ -55,6 +57,7 @@ class Branching(nn.Module):
         return self.conv(x) if x.sum() > -1e9 else x
 
 
+LABELS = torch.arange(24) % 5
 LAYERS = ["stem", "deep", "side", "up", "head"]
 
 
@@ -222,15 +225,16 @@ def test_every_metric_scores_every_candidate(
     before = weights_hash(graph.module.state_dict())
     seen: list[tuple[int, int]] = []
     found = score_layers(
-        graph, images, bits=(16, 8, 4, 2), act_bits=(8, 4), metric=metric,  # type: ignore[arg-type]
+        graph, images, LABELS, bits=(16, 8, 4, 2), act_bits=(8, 4), metric=metric,  # type: ignore[arg-type]
         batch=10, progress=lambda done, total: seen.append((done, total)),
     )  # fmt: skip
     assert [info.name for info in found.layers] == LAYERS
     assert len(found.rows) == len(LAYERS) * (4 + 3)
     for name in LAYERS:
         scores = [found.score(name, "weight", bits) for bits in (16, 8, 4, 2)]
-        assert scores == sorted(scores)
-        assert scores[-1] > 0
+        if metric not in ("loss", "hawq"):  # these may find that noise helps: then 0
+            assert scores == sorted(scores)
+            assert scores[-1] > 0
         assert found.score(name, "activation", 16) == 0.0
     if metric != "sqnr":
         assert seen[-1][0] == seen[-1][1]
@@ -264,6 +268,131 @@ def test_one_at_a_time_is_the_true_divergence(
             noisy = changed.module(images).log_softmax(1)
         truth = float((reference.exp() * (reference - noisy)).sum(1).mean())
         assert found.score(name, "weight", 3) == pytest.approx(truth, rel=1e-3, abs=1e-7)
+
+
+def test_the_loss_of_one_candidate_is_the_true_increase(
+    net: nn.Module, graph: QuantGraph, images: Tensor
+) -> None:
+    found = score_layers(graph, images, LABELS, bits=(2,), metric="loss", batch=9)
+    cross_entropy = torch.nn.functional.cross_entropy
+    for name in LAYERS:
+        changed = graph.copy()
+        weight = changed.module.get_submodule(name).weight
+        assert isinstance(weight, Tensor)
+        spec, axis = weight_spec(2), 1 if name == "up" else 0
+        scale = weight_scales(weight, spec, axis)
+        with torch.no_grad():
+            weight.copy_(fake_quantize(weight, scale, torch.zeros_like(scale), spec, axis))
+            truth = cross_entropy(changed.module(images), LABELS) - cross_entropy(
+                net(images), LABELS
+            )
+        assert found.score(name, "weight", 2) == pytest.approx(
+            max(float(truth), 0.0), rel=1e-3, abs=1e-6
+        )
+
+
+def test_traces_are_those_of_a_quadratic_model() -> None:
+    """A linear layer and the softmax: the Hessian is known; FIT's trace is of mean gradients."""
+    head = nn.Linear(6, 4)
+    with torch.no_grad():
+        head.weight.copy_(torch.randn(4, 6, generator=torch.Generator().manual_seed(5)) / 4)
+        head.bias.zero_()
+    images = torch.randn(512, 6, generator=torch.Generator().manual_seed(6))
+    labels = torch.arange(512) % 4
+    graph = to_float(head_only(head), images[:2])
+    p = head(images).detach().softmax(1)
+    squared = images.square().sum(1)
+    trace = float(((p - p.square()).sum(1) * squared).mean())
+    noise = perturb(graph, images, weight_bits=(3,), activation_bits=()).weights["head", 3]
+    found = score_layers(graph, images, labels, bits=(3,), metric="hawq")
+    expected = trace / 24 * float(noise.square().sum())
+    assert found.score("head", "weight", 3) == pytest.approx(expected, rel=0.15)
+
+    fit = score_layers(graph, images, labels, bits=(3,), metric="fit", batch=16)
+    y = torch.nn.functional.one_hot(labels, 4)
+    grads = torch.stack(
+        [
+            (pp - yy).T @ x / 16
+            for pp, yy, x in zip(p.split(16), y.split(16), images.split(16), strict=True)
+        ]
+    )
+    step = (head.weight.detach().amax(1) - head.weight.detach().amin(1)) / 7
+    expected = float((16 * grads.square().sum(2).mean(0) * step.square()).sum()) / 12
+    assert fit.score("head", "weight", 3) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("metric", ["fisher", "kl"])
+def test_an_interrupted_scoring_goes_on(
+    metric: str, graph: QuantGraph, images: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mpq.analyze.batches.SAVE_SECONDS", 0.0)
+    partial = tmp_path / "cache" / "key.part.npz"
+    whole = score_layers(graph, images, metric=metric, batch=6)  # type: ignore[arg-type]
+
+    def stop(done: int, total: int) -> None:
+        if done > total // 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        score_layers(
+            graph,
+            images,
+            metric=metric,
+            batch=6,
+            partial=partial,
+            progress=stop,  # type: ignore[arg-type]
+        )
+    assert len(list(partial.parent.iterdir())) == 1
+    seen: list[int] = []
+    again = score_layers(
+        graph, images, metric=metric, batch=6, partial=partial,  # type: ignore[arg-type]
+        progress=lambda done, total: seen.append(done),
+    )  # fmt: skip
+    assert again == whole
+    assert seen[0] > seen[-1] // 3  # it did not begin anew
+    assert not list(partial.parent.iterdir())
+
+
+TWO = """
+import sys, torch
+sys.path.insert(0, {tests!r})
+torch.set_num_threads(1)
+from test_sensitivity import Net
+from mpq.analyze import score_layers
+from mpq.analyze.batches import ranks_of
+from mpq.graph.passes import to_float
+given = torch.load({folder!r} + "/in.pt")
+net = Net().eval()
+net.load_state_dict(given["state"])
+graph, seen = to_float(net, given["images"][:2]), []
+progress = lambda done, total: seen.append(total)
+found = score_layers(graph, given["images"], batch=7, progress=progress)
+torch.save((found.to_json(), seen), {folder!r} + "/out%d.pt" % ranks_of()[0])
+"""
+
+
+def test_two_processes_score_as_one(
+    net: nn.Module, graph: QuantGraph, images: Tensor, tmp_path: Path
+) -> None:
+    """As `torchrun` and, with several devices or hosts, `accelerate launch` start them."""
+    whole = score_layers(graph, images, metric="fisher", batch=7)
+    torch.save({"state": net.state_dict(), "images": images}, tmp_path / "in.pt")
+    program = tmp_path / "part.py"
+    program.write_text(TWO.format(tests=str(Path(__file__).parent), folder=str(tmp_path)))
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    run += ["--nproc-per-node", "2", str(program)]
+    done = subprocess.run(run, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    parts = [torch.load(tmp_path / f"out{r}.pt", weights_only=False) for r in (0, 1)]
+    assert parts[0][0] == parts[1][0] == whole.to_json()
+    assert [seen[-1] for _, seen in parts] == [14, 10]  # batches 0 and 2; 1 and 3
+
+
+def test_labels_are_asked_for(graph: QuantGraph, images: Tensor) -> None:
+    with pytest.raises(DataError, match="metric loss needs the label of every image"):
+        score_layers(graph, images, metric="loss")
+    with pytest.raises(DataError, match="Got 3 for 24 images"):
+        score_layers(graph, images, LABELS[:3], metric="fit")
 
 
 def test_pairwise_terms_are_positive_semidefinite(graph: QuantGraph, images: Tensor) -> None:
@@ -367,14 +496,18 @@ def test_a_width_that_was_not_scored_names_those_that_were(
 
 
 def test_the_key_follows_weights_images_and_settings(graph: QuantGraph, images: Tensor) -> None:
-    base = sensitivity_key(graph, images)
-    assert sensitivity_key(graph, images) == base == score_layers(graph, images).key
-    assert sensitivity_key(graph, images + 1) != base
-    assert sensitivity_key(graph, images, bits=(8, 4, 2)) != base
-    assert sensitivity_key(graph, images, metric="kl") != base
+    base = Scoring().key(graph, images, None)
+    assert Scoring().key(graph, images, None) == base == score_layers(graph, images).key
+    assert Scoring().key(graph, images + 1, None) != base
+    assert Scoring(bits=(8, 4, 2)).key(graph, images, None) != base
+    assert Scoring(metric="kl").key(graph, images, None) != base
+    labels = torch.zeros(len(images), dtype=torch.int64)
+    assert Scoring().key(graph, images, labels) == base  # fisher does not look at them
+    fit = Scoring(metric="fit").key(graph, images, labels)
+    assert Scoring(metric="fit").key(graph, images, labels + 1) != fit
     with torch.no_grad():
         graph.module.get_submodule("head").weight.add_(1)  # type: ignore[operator]
-    assert sensitivity_key(graph, images) != base
+    assert Scoring().key(graph, images, None) != base
 
 
 # -- a real network ----------------------------------------------------------------------------

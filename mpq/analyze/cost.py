@@ -1,4 +1,4 @@
-"""What a configuration costs: bits, bytes and BitOps, from `LayerInfo` alone. Free of torch.
+"""What a configuration costs: bits, bytes, BitOps and activation memory. Free of torch.
 
 `widths` maps each layer to (weight bits, activation bits); None is float.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from mpq.layers import LayerInfo
+from mpq.layers import LayerInfo, Moment
 from mpq.target import Target
 
 Widths = tuple[int | None, int | None]
@@ -33,14 +33,26 @@ def weight_bytes(layers: Iterable[LayerInfo], widths: Mapping[str, Widths]) -> i
 
 
 def layer_bytes(layer: LayerInfo, bits: int | None, target: Target) -> int:
-    """Bytes of one layer in the file: weights, scales, bias, and its share of the graph."""
+    """Bytes of one layer in the file: weights, scales, bias, name, and its share of the graph."""
     per_channel = (0 if bits is None else SCALE_BYTES) + (BIAS_BYTES if layer.bias else 0)
     channels = layer.out_channels * per_channel
-    return layer.weight_bytes(bits) + channels + target.bytes_per_layer
+    return layer.weight_bytes(bits) + channels + len(layer.name) + target.layer_bytes(bits)
 
 
 def predicted_bytes(
     layers: Iterable[LayerInfo], widths: Mapping[str, Widths], target: Target
 ) -> int:
-    """Bytes of the exported file."""
-    return sum(layer_bytes(layer, widths[layer.name][0], target) for layer in layers)
+    """Bytes of the exported file (`benchmarks/size.py` compares them with real files)."""
+    own = sum(layer_bytes(layer, widths[layer.name][0], target) for layer in layers)
+    return target.bytes_per_file + own
+
+
+def activation_bytes(moments: Iterable[Moment], widths: Mapping[str, Widths]) -> int:
+    """Peak of the activations alive at one time for one image, each packed at its width.
+
+    A tensor has the activation width of the layers that read it, 8 bits where only additions and
+    the like do, 32 where it stays in float. This is what a device needs that packs activations;
+    onnxruntime's CPU kernels hold a byte for each value of 8 bits or fewer.
+    """
+    bits = {name: pair[1] for name, pair in widths.items()}
+    return (max((m.bits(bits) for m in moments), default=0) + 7) // 8

@@ -58,6 +58,7 @@ def build_policy(
     constraints: Constraints | None = None,
     target: str = ONNXRUNTIME_CPU.name,
     base: Policy | None = None,
+    measured_drop: float | None = None,
 ) -> Policy:
     """A policy with one entry for each layer that differs from the default or is locked.
 
@@ -69,6 +70,7 @@ def build_policy(
         constraints: the budgets, for the record.
         target: name of the target.
         base: the policy that locked entries and the default formats come from.
+        measured_drop: top-1 lost on validation images, where that was measured.
     """
     default = base.default if base else DefaultSpec()
     names = list(allocation.widths)
@@ -99,7 +101,7 @@ def build_policy(
         groups=[list(group) for group in sensitivity.groups],
         layers=entries,
         constraints=constraints or Constraints(),
-        result=_result(allocation),
+        result=_result(allocation, measured_drop),
         evidence={
             layer.name: _evidence(layer, sensitivity, reasons[layer.name])
             for layer in sensitivity.layers
@@ -147,13 +149,29 @@ def _percent(share: float) -> str:
     return f"{share:.0%}" if share >= 0.01 else f"{share:.1%}" if share >= 0.001 else "< 0.1%"
 
 
-def _result(allocation: Allocation) -> SearchResult:
+def allocation_policy(allocation: Allocation) -> Policy:
+    """The bare policy of a configuration, to prepare a graph with."""
+    entries = [
+        LayerPolicy(
+            name=name,
+            weight="float" if w is None else weight_spec(w),
+            activation="float" if a is None else activation_spec(a),
+        )
+        for name, (w, a) in allocation.widths.items()
+    ]
+    return Policy(layers=entries)
+
+
+def _result(allocation: Allocation, measured_drop: float | None) -> SearchResult:
     return SearchResult(
         effective_bits=round(allocation.effective_bits, 4),
         weight_bytes=allocation.weight_bytes,
         predicted_bytes=allocation.bytes,
         bitops=allocation.bitops,
+        activation_bytes=allocation.activation_bytes,
+        latency_ms=None if allocation.latency_ms is None else _short(allocation.latency_ms),
         predicted_drop=_short(allocation.objective),
+        measured_drop=None if measured_drop is None else round(measured_drop, 3),
         solver="highs",
         status=allocation.status,
         gap=allocation.gap,

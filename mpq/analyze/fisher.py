@@ -25,16 +25,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from mpq.analyze.perturb import Column, Perturbations, Progress
+from mpq.analyze.batches import Batch, Progress, Rows, over_batches
+from mpq.analyze.perturb import Column, Perturbations
 from mpq.analyze.watch import Watch, require_finite
 from mpq.errors import GraphError
 from mpq.quant.layer import LayerOp
 
 TEMPERATURE = 2.0
+STRIDE = 1_000_003
+"""Between the seeds of two batches."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +64,7 @@ def fisher_terms(
     seed: int = 0,
     batch: int = 64,
     temperature: float = TEMPERATURE,
+    partial: Path | None = None,
     progress: Progress | None = None,
 ) -> FisherTerms:
     """`u` and `e` of every image and candidate.
@@ -71,27 +76,30 @@ def fisher_terms(
         seed: of the random signs.
         batch: images per pass; bounds the memory.
         temperature: >= 1, softens the predicted probabilities.
+        partial: as in `over_batches`.
         progress: called with (images done, images).
 
     Raises:
         GraphError: the network's output is not `[N, classes]` with at least two classes.
         DataError: NaN or infinity, with the layer where it begins.
     """
-    recorder = _Recorder(candidates, columns, len(images))
-    generator = torch.Generator().manual_seed(seed)
+    recorder = _Recorder(candidates, columns)
+
+    def measure(part: Batch) -> Rows:
+        logits = recorder.run(part.images)
+        require_finite(logits, candidates.graph, part.images)
+        generator = torch.Generator().manual_seed(seed + STRIDE * part.index)
+        (logits * _direction(logits.detach(), temperature, generator)).sum().backward()  # type: ignore[no-untyped-call]
+        require_finite(recorder.terms, candidates.graph, part.images)
+        part.tick()
+        return recorder.terms.numpy()
+
     try:
-        for start in range(0, len(images), batch):
-            part = images[start : start + batch]
-            recorder.rows = slice(start, start + len(part))
-            logits = recorder.run(part)
-            require_finite(logits, candidates.graph, part)
-            (logits * _direction(logits.detach(), temperature, generator)).sum().backward()  # type: ignore[no-untyped-call]
-            if progress:
-                progress(start + len(part), len(images))
+        rows = over_batches(measure, images, None, batch=batch, partial=partial, progress=progress)
     finally:
         recorder.close()
-    require_finite(recorder.terms.diagonal, candidates.graph, images[:batch])
-    return recorder.terms
+    both = torch.from_numpy(rows)
+    return FisherTerms(both[:, : len(columns)], both[:, len(columns) :])
 
 
 def _direction(logits: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
@@ -108,13 +116,11 @@ def _direction(logits: Tensor, temperature: float, generator: torch.Generator) -
 
 
 class _Recorder:
-    """Runs the network with hooks that fill `terms` during the backward pass."""
+    """Runs the network with hooks that fill `terms`, `[n, 2 columns]`, in the backward pass."""
 
-    def __init__(self, candidates: Perturbations, columns: Sequence[Column], count: int) -> None:
-        self.candidates = candidates
-        empty = torch.zeros(count, len(columns), dtype=torch.float64)
-        self.terms = FisherTerms(empty, empty.clone())
-        self.rows = slice(0, 0)
+    def __init__(self, candidates: Perturbations, columns: Sequence[Column]) -> None:
+        self.candidates, self.count = candidates, len(columns)
+        self.terms = torch.zeros(0, 2 * self.count, dtype=torch.float64)
         self.weights: dict[str, list[tuple[int, int]]] = {}
         self.tensors: dict[str, dict[int, list[int]]] = {}
         for index, (layer, part, bits) in enumerate(columns):
@@ -130,6 +136,7 @@ class _Recorder:
 
     def run(self, images: Tensor) -> Tensor:
         """Logits, with a graph that reaches back to the images."""
+        self.terms = torch.zeros(len(images), 2 * self.count, dtype=torch.float64)
         # The images ask for a gradient so that the first layer's output has one.
         logits: Tensor = self.watch.run(images.detach().clone().requires_grad_(True))
         return logits
@@ -167,5 +174,5 @@ class _Recorder:
 
     def _record(self, index: int, grad: Tensor, noise: Tensor) -> None:
         product = (grad * noise).flatten(1)
-        self.terms.block[self.rows, index] = product.sum(1).double().cpu()
-        self.terms.diagonal[self.rows, index] = product.square_().sum(1).double().cpu()
+        self.terms[:, index] = product.sum(1).double().cpu()
+        self.terms[:, self.count + index] = product.square_().sum(1).double().cpu()

@@ -9,7 +9,7 @@ every policy and are left out.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,8 +27,6 @@ from mpq.quant.layer import LayerOp
 from mpq.quant.ranges import activation_range, weight_scales
 from mpq.spec import QuantSpec, activation_spec, weight_spec
 
-Progress = Callable[[int, int], None]
-"""Called with (done, total)."""
 Column = tuple[str, Part, int]
 """A candidate: layer, part, bits."""
 

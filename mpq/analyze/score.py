@@ -3,6 +3,8 @@
 - `fisher`: Fisher quadratic form, one forward and one backward pass (the default)
 - `gradient`: the same with the Fisher matrix taken as diagonal, as other tools have it
 - `kl`: the true divergence, one candidate at a time
+- `loss`: the true increase of the loss on the labels, one candidate at a time
+- `fit`, `hawq`: the trace of the Fisher matrix or of the Hessian, times the noise
 - `sqnr`: noise-to-signal power of the weights; needs no images
 """
 
@@ -11,6 +13,8 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, get_args
 
 import numpy as np
@@ -18,49 +22,95 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mpq.analyze.batches import Progress
 from mpq.analyze.fisher import FisherTerms, fisher_terms
-from mpq.analyze.kl import kl_scores
-from mpq.analyze.perturb import Column, Perturbations, Progress, perturb
+from mpq.analyze.perturb import Column, Perturbations, perturb
 from mpq.analyze.sensitivity import PARTS, Row, Sensitivity
+from mpq.analyze.single import single_scores
+from mpq.analyze.traces import trace_scores
 from mpq.checkpoint import weights_hash
 from mpq.errors import DataError, UsageError, nearest
 from mpq.graph.annotate import reading_groups
 from mpq.graph.ir import QuantGraph
+from mpq.graph.liveness import moments
 
 logger = logging.getLogger(__name__)
-Metric = Literal["fisher", "gradient", "kl", "sqnr"]
+Metric = Literal["fisher", "gradient", "kl", "loss", "fit", "hawq", "sqnr"]
 METRICS: tuple[Metric, ...] = get_args(Metric)
+LABELLED = ("loss", "fit", "hawq")
+"""Metrics that look at the true labels."""
+TRACE_BATCH = 16
+"""Images that a trace is taken from at a time, at most."""
+VERSION = 2
+"""Part of the key: raise it when scoring or the file changes."""
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How to score: all that the scores depend on besides the network and the images.
+
+    Args:
+        bits: weight widths; 16 brings 16-bit activations with it.
+        act_bits: activation widths besides.
+        metric: what is measured.
+        seed: of the random draws.
+        batch: images per pass; bounds the memory.
+    """
+
+    bits: tuple[int, ...] = (8, 4)
+    act_bits: tuple[int, ...] = (8,)
+    metric: Metric = "fisher"
+    seed: int = 0
+    batch: int = 64
+
+    def key(self, qg: QuantGraph, images: Tensor | None, labels: Tensor | None) -> str:
+        """Hash of weights, network, images and settings: equal keys mean equal scores."""
+        digest = hashlib.sha256(weights_hash(qg.module.state_dict()).encode())
+        for tensor in (images, labels if self.metric in LABELLED else None):
+            if tensor is not None:
+                digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        settings = (sorted(self.bits), sorted(self.act_bits), self.metric, self.seed, self.batch)
+        digest.update(repr((VERSION, settings, list(qg.layers.values()))).encode())
+        return digest.hexdigest()
 
 
 def score_layers(
     qg: QuantGraph,
     images: Tensor | None,
+    labels: Tensor | None = None,
     *,
     bits: Sequence[int] = (8, 4),
     act_bits: Sequence[int] = (8,),
     metric: Metric = "fisher",
     seed: int = 0,
     batch: int = 64,
+    partial: Path | None = None,
     progress: Progress | None = None,
 ) -> Sensitivity:
     """Score every layer at every width.
 
+    Under `accelerate launch` each process scores its share of the images, and all get all scores.
+
     Args:
         qg: a graph in stage `float` (`mpq.graph.passes.to_float`); it is not changed.
         images: `[N, C, H, W]`, normalised as the network wants it; only `sqnr` can do without.
+        labels: `[N]` class ids, for `loss`, `fit` and `hawq`.
         bits: weight widths; 16 brings 16-bit activations with it.
         act_bits: activation widths besides.
         metric: how to score.
         seed: of the random draws.
         batch: images per pass; bounds the memory.
+        partial: a file to keep what is done in, and to go on from (see `over_batches`).
         progress: called with (done, total).
 
     Raises:
         UsageError: an unknown metric or width.
-        DataError: no images where the metric needs them, or NaN or infinity inside the network.
+        DataError: no images or labels where the metric needs them, or NaN or infinity inside the
+            network.
         GraphError: the network does not fit the metric.
     """
-    weight_bits, activation_bits = _check(bits, act_bits, metric, images)
+    weight_bits, activation_bits = _check(bits, act_bits, metric, images, labels)
+    how = Scoring(tuple(bits), tuple(act_bits), metric, seed, batch)
     columns: list[Column] = [
         (name, part, width)
         for name in qg.layers
@@ -70,15 +120,7 @@ def score_layers(
     candidates = perturb(
         qg, images, weight_bits=weight_bits, activation_bits=activation_bits, batch=batch
     )
-    pairwise = None
-    if metric == "sqnr" or images is None:
-        scores = [_noise_share(candidates, column) for column in columns]
-    elif metric == "kl":
-        scores = kl_scores(candidates, columns, images, batch=batch, progress=progress)
-        scores = [s / _sharing(candidates, c) for s, c in zip(scores, columns, strict=True)]
-    else:
-        terms = fisher_terms(candidates, columns, images, seed=seed, batch=batch, progress=progress)
-        scores, pairwise = _from_fisher(candidates, columns, terms, metric)
+    scores, pairwise = _score(candidates, columns, images, labels, how, partial, progress)
     rows = zip(columns, scores, strict=True)
     return Sensitivity(
         rows=tuple(Row(*c, score=s, sqnr=candidates.sqnr(c)) for c, s in rows),
@@ -87,34 +129,67 @@ def score_layers(
         metric=metric,
         samples=0 if images is None else len(images),
         seed=seed,
-        key=sensitivity_key(
-            qg, images, bits=bits, act_bits=act_bits, metric=metric, seed=seed, batch=batch
-        ),
+        key=how.key(qg, images, labels),
         pairwise=pairwise,
+        moments=moments(qg),
     )
 
 
-def sensitivity_key(
-    qg: QuantGraph,
+def _score(
+    candidates: Perturbations,
+    columns: Sequence[Column],
     images: Tensor | None,
-    *,
-    bits: Sequence[int] = (8, 4),
-    act_bits: Sequence[int] = (8,),
-    metric: Metric = "fisher",
-    seed: int = 0,
-    batch: int = 64,
-) -> str:
-    """Hash of all that the rows depend on, to recognise a file that is still valid."""
-    digest = hashlib.sha256(weights_hash(qg.module.state_dict()).encode())
-    if images is not None:
-        digest.update(images.detach().cpu().contiguous().numpy().tobytes())
-    settings = (sorted(bits), sorted(act_bits), metric, seed, batch)
-    digest.update(repr(settings).encode())
-    return digest.hexdigest()
+    labels: Tensor | None,
+    how: Scoring,
+    partial: Path | None,
+    progress: Progress | None,
+) -> tuple[list[float], NDArray[np.float64] | None]:
+    """Scores in the order of `columns`, and their interactions where the metric has them."""
+    if how.metric == "sqnr" or images is None:
+        return [_noise_share(candidates, column) for column in columns], None
+    if how.metric in ("fisher", "gradient"):
+        terms = fisher_terms(
+            candidates,
+            columns,
+            images,
+            seed=how.seed,
+            batch=how.batch,
+            partial=partial,
+            progress=progress,
+        )
+        return _from_fisher(candidates, columns, terms, how.metric)
+    if how.metric in ("fit", "hawq"):
+        assert labels is not None
+        scores = trace_scores(
+            candidates,
+            columns,
+            images,
+            labels,
+            hessian=how.metric == "hawq",
+            seed=how.seed,
+            batch=min(how.batch, TRACE_BATCH),
+            partial=partial,
+            progress=progress,
+        )
+    else:
+        scores = single_scores(
+            candidates,
+            columns,
+            images,
+            labels if how.metric == "loss" else None,
+            batch=how.batch,
+            partial=partial,
+            progress=progress,
+        )
+    return [s / _sharing(candidates, c) for s, c in zip(scores, columns, strict=True)], None
 
 
 def _check(
-    bits: Sequence[int], act_bits: Sequence[int], metric: str, images: Tensor | None
+    bits: Sequence[int],
+    act_bits: Sequence[int],
+    metric: str,
+    images: Tensor | None,
+    labels: Tensor | None,
 ) -> tuple[list[int], list[int]]:
     """Widths to score, weights and activations, widest first."""
     if metric not in METRICS:
@@ -129,6 +204,12 @@ def _check(
         raise DataError(
             f"the metric {metric} needs images. Give some with --data, or take --metric sqnr, "
             "which looks at the weights only."
+        )
+    if metric in LABELLED and images is not None and (labels is None or len(labels) != len(images)):
+        got = "none" if labels is None else f"{len(labels)} for {len(images)} images"
+        raise DataError(
+            f"the metric {metric} needs the label of every image. Got {got}. Give labels, or take "
+            "the metric fisher or kl, which ask the network itself."
         )
     wide = {16} & set(bits)
     return sorted(set(bits), reverse=True), sorted({*act_bits, *wide}, reverse=True)

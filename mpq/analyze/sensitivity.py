@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpq.errors import PolicyError
-from mpq.layers import LayerInfo
+from mpq.layers import LayerInfo, Moment
 
 Part = Literal["weight", "activation"]
 PARTS: tuple[Part, ...] = ("weight", "activation")
@@ -69,6 +69,7 @@ class Sensitivity:
         pairwise: `[rows, rows]`, positive semidefinite; `x' P x` over the chosen rows predicts the
             loss with the interactions between layers. Only the metrics with a backward pass give
             it, and the file does not carry it.
+        moments: activations that are alive at one time, for the budget of activation memory.
     """
 
     rows: tuple[Row, ...]
@@ -79,6 +80,7 @@ class Sensitivity:
     seed: int
     key: str
     pairwise: NDArray[np.float64] | None = field(default=None, compare=False, repr=False)
+    moments: tuple[Moment, ...] = ()
 
     def __post_init__(self) -> None:
         names = {layer.name for layer in self.layers}
@@ -131,6 +133,7 @@ class Sensitivity:
             "key": self.key,
             "layers": [_layer_json(layer) for layer in self.layers],
             "groups": [list(group) for group in self.groups],
+            "moments": [{"fixed": m.fixed, "layers": dict(m.layers)} for m in self.moments],
             "rows": [dataclasses.asdict(row) for row in self.rows],
         }
 
@@ -149,6 +152,10 @@ class Sensitivity:
                 rows=tuple(Row(**row) for row in content["rows"]),
                 layers=tuple(_layer(layer) for layer in content["layers"]),
                 groups=tuple(tuple(group) for group in content["groups"]),
+                moments=tuple(
+                    Moment(m["fixed"], tuple(m["layers"].items()))
+                    for m in content.get("moments", ())
+                ),
                 **{k: content[k] for k in ("metric", "samples", "seed", "key")},
             )
         except (ValueError, TypeError, KeyError) as error:

@@ -29,6 +29,7 @@ COMMANDS = {
     "train": Entry("mpq.cli.train:train", "Train a float model: baseline, teacher or student."),
     "ensemble": Entry("mpq.cli.ensemble:ensemble", "Bundle teachers, measured together."),
     "analyze": Entry("mpq.cli.analyze:analyze", "Find each layer's bits; write policy.yaml."),
+    "diff": Entry("mpq.cli.diff:diff", "What two policies differ in, layer by layer."),
     "ptq": Entry("mpq.cli.ptq:ptq", "Quantize by a policy, without training."),
     "qat": Entry("mpq.cli.qat:qat", "Quantize by a policy, with training and teachers."),
     "export": Entry("mpq.cli.export:export", "Write the ONNX file, verified and certified."),

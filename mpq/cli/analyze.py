@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import get_args
 
 import click
 
 from mpq import rundir
+from mpq.analyze.batches import is_main
+from mpq.analyze.limits import LIMITS
 from mpq.analyze.score import METRICS
 from mpq.cli import options
 from mpq.data import Normalization
-from mpq.pipeline.analyzing import find_policy, write_analysis
+from mpq.latency import LatencyProfile
+from mpq.pipeline.analysis import Analysis, analysis_json, write_analysis
+from mpq.pipeline.analyzing import find_policy
 from mpq.pipeline.subject import Source, open_checkpoint
-from mpq.policy import Constraints, Policy
-from mpq.report.tables import sensitivity_table
+from mpq.policy import Constraints, DropType, Policy
+from mpq.report.tables import configurations_table, sensitivity_table
+
+MINIMIZE = dict(zip(("bits", "size", "bops", "activation", "latency"), LIMITS, strict=True))
+"""What `--minimize` calls the limits."""
 
 
 @click.command(cls=options.ListCommand)
@@ -25,9 +33,21 @@ from mpq.report.tables import sensitivity_table
 @options.normalize
 @options.widths("--bits", "8,4", "Weight widths to choose from.")
 @options.widths("--act-bits", "8", "Activation widths to choose from.")
-@options.limit("--effective-bits", "Mean bits per weight.  [default: 4.8 without other limits]")
+@options.limits("--effective-bits", "Mean bits per weight; of several, each gets a policy file."
+                "  [default: 4.8 without other limits]")  # fmt: skip
 @options.limit("--max-size-mb", "Size of the file in MB (10^6 bytes).")
 @options.limit("--max-bops", "10^9 BitOps per image (MACs x weight bits x activation bits).")
+@options.limit("--max-activation-mb", "Peak of the activations alive at one time, in MB, each "
+               "tensor at its width.")  # fmt: skip
+@options.limit("--max-latency-ms", "Milliseconds, as a profile of `mpq profile` predicts them.")
+@click.option("--max-drop", metavar="NUMBER", type=click.FloatRange(min=0),
+              help="Top-1 that may be lost, measured on validation images.")  # fmt: skip
+@click.option("--drop-type", type=click.Choice(get_args(DropType)), default="absolute",
+              show_default=True, help="--max-drop in points, or in percent of float.")  # fmt: skip
+@click.option("--minimize", type=click.Choice(list(MINIMIZE)), default="bits", show_default=True,
+              help="What --max-drop makes small, and what the Pareto front is over.")  # fmt: skip
+@click.option("--profile", "profile_path", type=click.Path(path_type=Path), metavar="FILE",
+              help="Latency profile.  [default: the run's, or the newest]")  # fmt: skip
 @click.option("--metric", type=click.Choice(METRICS), default=METRICS[0], show_default=True,
               help="How layers are scored.")  # fmt: skip
 @click.option("--num-score", metavar="COUNT", type=click.IntRange(min=1), default=512,
@@ -36,6 +56,9 @@ from mpq.report.tables import sensitivity_table
               help="Image side, if not the usual one.")  # fmt: skip
 @click.option("--locked", type=click.Path(path_type=Path), metavar="POLICY",
               help="Keep the locked layers of this policy.")  # fmt: skip
+@click.option("--validate", metavar="COUNT", type=click.IntRange(min=0), default=0,
+              help="Measure so many random policies and compare with their scores.")  # fmt: skip
+@click.option("--rescore", is_flag=True, help="Score anew, whatever scores there are already.")
 @options.seed
 @options.trust_pickle
 @options.as_json
@@ -49,13 +72,21 @@ def analyze(
     normalize: Normalization | None,
     bits: tuple[int, ...],
     act_bits: tuple[int, ...],
-    effective_bits: float | None,
+    effective_bits: tuple[float, ...],
     max_size_mb: float | None,
     max_bops: float | None,
+    max_activation_mb: float | None,
+    max_latency_ms: float | None,
+    max_drop: float | None,
+    drop_type: DropType,
+    minimize: str,
+    profile_path: Path | None,
     metric: str,
     num_score: int,
     input_size: int | None,
     locked: Path | None,
+    validate: int,
+    rescore: bool,
     seed: int,
     trust_pickle: bool,
     as_json: bool,
@@ -68,13 +99,26 @@ def analyze(
     mpq analyze model.pth
     mpq analyze resnet20.pth --data cifar10 --effective-bits 4.8 -o runs/r20
     mpq analyze resnet20.pth --data cifar10 --bits 16,8,4 --max-size-mb 0.4
+    mpq analyze model.pth --effective-bits 4.2,4.8,6     policy.yaml, policy-4.8.yaml, policy-6.yaml
+    mpq analyze model.pth --max-drop 0.3                 the fewest bits that lose 0.3 points
     mpq analyze model.pth --data none            weights only, no images
     """
     folder = rundir.resolve_out(out, checkpoint.stem)
     rundir.refuse_overwrite(folder / "policy.yaml", force)
-    constraints = Constraints(
-        effective_bits=effective_bits, max_size_mb=max_size_mb, max_bops=max_bops
-    )
+    budgets = [
+        Constraints(
+            effective_bits=bits_each,
+            max_size_mb=max_size_mb,
+            max_bops=max_bops,
+            max_activation_mb=max_activation_mb,
+            max_latency_ms=max_latency_ms,
+            max_drop=max_drop,
+            drop_type=None if max_drop is None else drop_type,
+        )
+        for bits_each in effective_bits or (None,)
+    ]
+    wanted = max_latency_ms is not None or minimize == "latency" or profile_path is not None
+    profile = _profile(profile_path, folder) if wanted else None
     subject = open_checkpoint(
         checkpoint,
         Source(data, data_root),
@@ -87,31 +131,67 @@ def analyze(
         f"{checkpoint}: {subject.info.arch}, {subject.info.classes} classes, data "
         f"{subject.data_name}, normalization {subject.info.normalize or 'unknown'}"
     )
-    with options.bars() as tell:
+    with options.bars() as tell, options.quiet_c():
         found = find_policy(
             subject,
-            constraints,
+            budgets,
             bits=bits,
             act_bits=act_bits,
             metric=metric,  # type: ignore[arg-type]
             samples=num_score,
             seed=seed,
             locked=Policy.load(locked) if locked else None,
-            progress=lambda done, total: tell("scoring", done, total),
+            profile=profile,
+            minimize=MINIMIZE[minimize],
+            known=() if rescore else (folder / "sensitivity.json",),
+            rescore=rescore,
+            validate=validate,
+            progress=tell,
         )
-    write_analysis(found, folder, force=force)
-    result = found.policy.result
-    assert result is not None
-    written = folder / "policy.yaml"
-    if as_json:
-        told = result.model_dump(mode="json", exclude_none=True)
-        click.echo(json.dumps({"file": str(written), **told}))
+    if not is_main():
         return
-    shown = found.sensitivity.to_json()
-    shown["chosen"] = {name: list(pair) for name, pair in found.allocation.widths.items()}
+    write_analysis(found, folder, force=force)
+    _show(found, folder, as_json)
+
+
+def _profile(path: Path | None, folder: Path) -> LatencyProfile:
+    """The profile that was named, or the run's own, or the newest."""
+    own = folder / "profile.json"
+    if path is None and own.is_file():
+        path = own
+    return LatencyProfile.load(options.in_run(path, "profile.json"))
+
+
+def _show(found: Analysis, folder: Path, as_json: bool) -> None:
+    results = [(folder / c.file, c.policy.result) for c in found.choices]
+    if as_json:
+        told = [
+            {"file": str(path), **r.model_dump(mode="json", exclude_none=True)}
+            for path, r in results
+            if r is not None
+        ]
+        rho = None if found.validation is None else found.validation.to_json()["rho"]
+        extra = {} if found.validation is None else {"rho": rho}
+        click.echo(json.dumps({**told[0], "policies": told, **extra}))
+        return
+    shown = analysis_json(found)
     options.stdout.print(sensitivity_table(shown))
-    options.show(
-        f"{result.status}: {result.effective_bits:.2f} effective bits, "
-        f"{result.weight_bytes:,} bytes of weights, file of about {result.predicted_bytes:,}"
-    )
+    options.stdout.print(configurations_table(shown))
+    for path, result in results:
+        assert result is not None
+        drop = "" if result.measured_drop is None else f", measured drop {result.measured_drop:.2f}"
+        options.show(
+            f"{path.name}: {result.status}: {result.effective_bits:.2f} effective bits, "
+            f"{result.weight_bytes:,} bytes of weights, file of about "
+            f"{result.predicted_bytes:,}{drop}"
+        )
+    if found.validation:
+        truth = found.validation
+        options.show(
+            f"scores against {len(truth.truths)} measured policies: Spearman's rho {truth.rho:.3f} "
+            f"({truth.images} validation images)"
+        )
+    if found.scores_from:
+        options.say(f"scores from {found.scores_from}; --rescore scores anew")
+    written = ", ".join(str(path) for path, _ in results)
     options.say(f"wrote {written}; next: mpq ptq, or mpq qat --teacher ens.pth")

@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import math
+import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -103,6 +105,26 @@ def limit(flag: str, help: str) -> Decorator[Any]:
     return click.option(flag, metavar="NUMBER", type=float, callback=_positive, help=help)
 
 
+def _positives(
+    ctx: click.Context, param: click.Parameter, values: tuple[str, ...]
+) -> tuple[float, ...]:
+    found = []
+    for part in (p.strip() for value in values for p in value.split(",")):
+        try:
+            number = float(part)
+        except ValueError:
+            raise click.BadParameter(
+                f"must be numbers above 0, as in 4.2,4.8. Got {part!r}.", ctx, param
+            ) from None
+        found.append(_positive(ctx, param, number) or 0.0)
+    return tuple(dict.fromkeys(found))
+
+
+def limits(flag: str, help: str) -> Decorator[Any]:
+    """An option that takes finite numbers above 0: `4.2,4.8`, or repeated; a tuple."""
+    return click.option(flag, multiple=True, metavar="NUMBER,...", callback=_positives, help=help)
+
+
 def out(help: str = "Run folder to write to.  [default: runs/NAME]") -> Decorator[Any]:
     """`--out`, `-o`: argument `out`, a Path or None. The help says what is written there."""
     return click.option("--out", "-o", metavar="RUN", type=_path(), help=help)
@@ -141,6 +163,22 @@ def bars() -> Iterator[Tell]:
         yield tell
 
 
+@contextmanager
+def quiet_c() -> Iterator[None]:
+    """What C libraries print to their stdout goes to stderr; the search's solver does so at times.
+
+    Nothing may be printed inside: Python's own stdout goes the same way.
+    """
+    sys.stdout.flush()
+    kept = os.dup(1)
+    try:
+        os.dup2(2, 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
 def say(text: str) -> None:
     """One line on stderr: what was chosen, what was written."""
     stderr.print(text, markup=False, soft_wrap=True)
@@ -174,9 +212,16 @@ def newest(file: str) -> Path:
 
 
 def run_of(policy: Path, out: Path | None) -> Path:
-    """The run that a policy belongs to: `out`, its folder if that is a run, else `runs/STEM`."""
-    if out is None and policy.name == "policy.yaml" and rundir.is_run(policy.parent):
-        return policy.parent
+    """The run that a policy belongs to: `out`, its folder if that is a run, else `runs/STEM`.
+
+    `policy-6.yaml` beside the `policy.yaml` of RUN belongs to a run of its own, `RUN-6`.
+    """
+    if out is None and rundir.is_run(policy.parent):
+        if policy.name == "policy.yaml":
+            return policy.parent
+        if policy.name.startswith("policy-"):
+            name = policy.parent.resolve().name + policy.stem.removeprefix("policy")
+            return policy.parent.parent / name
     return rundir.resolve_out(out, policy.stem)
 
 

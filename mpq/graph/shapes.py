@@ -26,16 +26,21 @@ def run_example(qg: QuantGraph, interpreter: fx.Interpreter) -> None:
         ) from error
 
 
-def ranks(qg: QuantGraph) -> dict[str, int]:
-    """The number of dimensions of each node's tensor, by node name."""
-    found: dict[str, int] = {}
+def shapes(qg: QuantGraph) -> dict[str, torch.Size]:
+    """The shape of each node's tensor for one image, by node name."""
+    found: dict[str, torch.Size] = {}
 
     class Record(fx.Interpreter):
         def run_node(self, n: fx.Node) -> object:
             out = super().run_node(n)
             if isinstance(out, Tensor):
-                found[n.name] = out.ndim
+                found[n.name] = out.shape
             return out
 
     run_example(qg, Record(qg.module))
     return found
+
+
+def ranks(qg: QuantGraph) -> dict[str, int]:
+    """The number of dimensions of each node's tensor, by node name."""
+    return {name: len(shape) for name, shape in shapes(qg).items()}

@@ -1,42 +1,41 @@
-"""`analyze`: sensitivity, search, and the policy file with its evidence and pictures."""
+"""`analyze`: score a network once, then search a policy for each budget."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mpq import files, rundir
+from torch import Tensor
+
 from mpq.analyze.cost import Widths
+from mpq.analyze.drop import Measured, least_cost
 from mpq.analyze.explain import build_policy, locked_widths
-from mpq.analyze.score import Metric, score_layers
-from mpq.analyze.search import Allocation, allocate, candidates, pareto_front
+from mpq.analyze.score import LABELLED, Metric, Scoring
+from mpq.analyze.search import Allocation, allocate, candidates, limit_range, pareto_front
 from mpq.analyze.sensitivity import Sensitivity
-from mpq.errors import PolicyError
+from mpq.analyze.validate import Validation
+from mpq.analyze.validate import validate as measure_scores
+from mpq.errors import PolicyError, UsageError
+from mpq.graph.ir import QuantGraph
+from mpq.latency import LatencyProfile
+from mpq.pipeline.analysis import Analysis, Choice
+from mpq.pipeline.dropping import DropMeter
+from mpq.pipeline.scoring import scores_of
 from mpq.pipeline.subject import Subject
 from mpq.policy import Constraints, DataInfo, Policy
-from mpq.report.plots import pareto_plot, png, sensitivity_plot
 from mpq.target import Target, get_target
 
 logger = logging.getLogger(__name__)
 DEFAULT_EFFECTIVE_BITS = 4.8
-FILES = ("policy.yaml", "sensitivity.json", "sensitivity.png", "pareto.png")
-
-
-@dataclass(frozen=True)
-class Analysis:
-    """What an analysis found."""
-
-    policy: Policy
-    sensitivity: Sensitivity
-    allocation: Allocation
-    front: list[Allocation]
+VALIDATION_IMAGES = 500
+Progress = Callable[[str, int, int], None]
 
 
 def find_policy(
     subject: Subject,
-    constraints: Constraints,
+    constraints: Constraints | Sequence[Constraints],
     *,
     bits: Sequence[int] = (8, 4),
     act_bits: Sequence[int] = (8,),
@@ -45,13 +44,18 @@ def find_policy(
     seed: int = 0,
     target: str = "onnxruntime-cpu",
     locked: Policy | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    profile: LatencyProfile | None = None,
+    minimize: str = "effective_bits",
+    known: Sequence[Path] = (),
+    rescore: bool = False,
+    validate: int = 0,
+    progress: Progress | None = None,
 ) -> Analysis:
-    """Score a network's layers and choose their widths.
+    """Score a network's layers once and choose their widths for each budget.
 
     Args:
         subject: the network and its data; without data the metric becomes `sqnr`.
-        constraints: budgets; none at all means 4.8 effective bits.
+        constraints: budgets; none at all means 4.8 effective bits. Of several, each gets a policy.
         bits: weight widths to choose from; 16 brings 16-bit activations with it.
         act_bits: activation widths to choose from.
         metric: sensitivity metric.
@@ -59,42 +63,216 @@ def find_policy(
         seed: of the sample and of the scoring.
         target: runtime to plan for.
         locked: a policy whose locked entries are kept.
-        progress: told (done, all).
+        profile: measured times, for `max_latency_ms`.
+        minimize: the limit that `max_drop` makes as small as it can, and that the front is over.
+        known: sensitivity files to take the scores from where they fit, before the cache.
+        rescore: score anew whatever there is.
+        validate: random configurations to measure the scores against, on validation images.
+        progress: told (phase, done, all).
 
     Raises:
         InfeasibleError: no widths meet the budgets.
         PolicyError: widths that the target does not have, locks that do not fit the network.
+        DataError: `max_drop` without data.
     """
-    runtime, pairs = get_target(target), _pairs(bits, act_bits, get_target(target))
-    qg = subject.graph()
-    kept = locked_widths(locked, qg.layers) if locked else {}
-    images = None
-    if subject.data is None:
-        if metric != "sqnr":
-            logger.warning("without data, layers are scored by the SQNR of their weights")
-        metric = "sqnr"
-    else:
-        images = subject.sample(samples, seed, "analysis")
-    if not constraints.model_dump(exclude_none=True):
-        constraints = Constraints(effective_bits=DEFAULT_EFFECTIVE_BITS)
-    sensitivity = score_layers(
-        qg, images, bits=bits, act_bits=act_bits, metric=metric, seed=seed, progress=progress
+    budgets = [constraints] if isinstance(constraints, Constraints) else list(constraints)
+    work = _Work(
+        subject,
+        Scoring(tuple(bits), tuple(act_bits), metric, seed),
+        get_target(target),
+        locked,
+        profile,
+        minimize,
+        rescore,
+        progress or (lambda phase, done, total: None),
     )
-    chosen = allocate(sensitivity, constraints, target=runtime, pairs=pairs, locked=kept)
-    front = pareto_front(
-        sensitivity, constraints, target=runtime, pairs=pairs, locked=kept, also=[chosen]
-    )
-    info = DataInfo(name=subject.data_name, samples=0 if images is None else len(images), seed=seed)
-    policy = build_policy(
-        chosen,
-        sensitivity,
-        model=subject.info,
-        data=info,
-        constraints=constraints,
-        target=target,
-        base=locked,
-    )
-    return Analysis(policy, sensitivity, chosen, front)
+    return work.run([_default(c) for c in budgets], samples, known, validate)
+
+
+def _default(constraints: Constraints) -> Constraints:
+    if constraints.budgets() or constraints.max_drop is not None:
+        return constraints
+    return Constraints(effective_bits=DEFAULT_EFFECTIVE_BITS)
+
+
+@dataclass(frozen=True)
+class _Work:
+    """The settings of one analysis."""
+
+    subject: Subject
+    how: Scoring
+    target: Target
+    locked: Policy | None
+    profile: LatencyProfile | None
+    minimize: str
+    rescore: bool
+    progress: Progress
+
+    def run(
+        self, budgets: Sequence[Constraints], samples: int, known: Sequence[Path], validate: int
+    ) -> Analysis:
+        """Score, search each budget, and the front."""
+        pairs = _pairs(self.how.bits, self.how.act_bits, self.target)
+        graph = self.subject.graph()
+        kept = locked_widths(self.locked, graph.layers) if self.locked else {}
+        how, images, labels = self._images(samples)
+        scores, place = scores_of(
+            graph,
+            images,
+            labels,
+            how,
+            places=known,
+            rescore=self.rescore,
+            progress=lambda done, total: self.progress("scoring", done, total),
+        )
+        search = _Search(scores, self.target, pairs, kept, self.profile, self.minimize)
+        measured: list[Measured] = []
+        found = [self._solve(search, c, graph, measured) for c in budgets]
+        data = DataInfo(name=self.subject.data_name, samples=scores.samples, seed=how.seed)
+        drops = {id(m.allocation): m.drop for m in measured}
+        choices = [
+            Choice(name, self._policy(c, a, scores, data, drops.get(id(a))), a)
+            for name, c, a in zip(_names(budgets), budgets, found, strict=True)
+        ]
+        front = search.front(budgets[0], found)
+        truth = self._validate(graph, scores, pairs, images, validate) if validate else None
+        return Analysis(tuple(choices), scores, front, place, tuple(measured), truth)
+
+    def _validate(
+        self,
+        graph: QuantGraph,
+        scores: Sensitivity,
+        pairs: Sequence[Widths],
+        images: Tensor | None,
+        count: int,
+    ) -> Validation:
+        """Measure random configurations on images that were not scored."""
+        data = self.subject.require_data("--validate")
+        assert images is not None
+        source = data.validation if len(data.validation) else data.test
+        held, labels = self.subject.labelled(source, VALIDATION_IMAGES, self.how.seed)
+        return measure_scores(
+            graph,
+            scores,
+            pairs,
+            scored=images,
+            images=held,
+            labels=labels,
+            count=count,
+            seed=self.how.seed,
+            progress=lambda done, total: self.progress("validating", done, total),
+        )
+
+    def _images(self, samples: int) -> tuple[Scoring, Tensor | None, Tensor | None]:
+        """The images to score on; without any, the metric is the one that needs none."""
+        if self.subject.data is None:
+            if self.how.metric != "sqnr":
+                logger.warning("without data, layers are scored by the SQNR of their weights")
+            return replace(self.how, metric="sqnr"), None, None
+        train = self.subject.data.train
+        images, labels = self.subject.labelled(train, samples, self.how.seed)
+        return self.how, images, labels if self.how.metric in LABELLED else None
+
+    def _solve(
+        self, search: _Search, budget: Constraints, graph: QuantGraph, measured: list[Measured]
+    ) -> Allocation:
+        if budget.max_drop is None:
+            return search.allocate(budget)
+        meter = DropMeter(self.subject, graph, relative=budget.drop_type == "relative")
+        found = search.least(
+            budget, meter.drop, lambda done, total: self.progress("measuring", done, total)
+        )
+        measured += found
+        return found[0].allocation
+
+    def _policy(
+        self,
+        constraints: Constraints,
+        allocation: Allocation,
+        scores: Sensitivity,
+        data: DataInfo,
+        drop: float | None,
+    ) -> Policy:
+        return build_policy(
+            allocation,
+            scores,
+            model=self.subject.info,
+            data=data,
+            constraints=constraints,
+            target=self.target.name,
+            base=self.locked,
+            measured_drop=drop,
+        )
+
+
+@dataclass(frozen=True)
+class _Search:
+    """The search over one network's scores."""
+
+    scores: Sensitivity
+    target: Target
+    pairs: Sequence[Widths]
+    kept: dict[str, Widths]
+    profile: LatencyProfile | None
+    minimize: str
+
+    def allocate(self, budget: Constraints) -> Allocation:
+        """The best configuration within a budget."""
+        return allocate(
+            self.scores,
+            budget,
+            target=self.target,
+            pairs=self.pairs,
+            locked=self.kept,
+            profile=self.profile,
+        )
+
+    def least(
+        self,
+        budget: Constraints,
+        measure: Callable[[Allocation], float],
+        told: Callable[[int, int], None],
+    ) -> list[Measured]:
+        """The cheapest configuration that holds an accuracy, and all that was measured for it."""
+        assert budget.max_drop is not None
+        rest = budget.model_copy(update={"max_drop": None, "drop_type": None})
+        span = limit_range(
+            self.scores,
+            rest,
+            self.minimize,
+            target=self.target,
+            pairs=self.pairs,
+            locked=self.kept,
+            profile=self.profile,
+        )
+        return least_cost(
+            lambda value: self.allocate(rest.model_copy(update={self.minimize: value})),
+            span,
+            measure,
+            max_drop=budget.max_drop,
+            told=told,
+        )
+
+    def front(self, budget: Constraints, also: Sequence[Allocation]) -> list[Allocation]:
+        """The Pareto front through the configurations that were chosen."""
+        return pareto_front(
+            self.scores,
+            budget,
+            target=self.target,
+            pairs=self.pairs,
+            locked=self.kept,
+            profile=self.profile,
+            sweep=self.minimize,
+            also=also,
+        )
+
+
+def _names(budgets: Sequence[Constraints]) -> list[str]:
+    """File names of the policies: the first is `policy.yaml`, the others say their budget."""
+    named = [f"policy-{c.effective_bits:g}.yaml" for c in budgets[1:]]
+    if len(set(named)) < len(named):
+        raise UsageError(f"budgets must differ from each other. Got {', '.join(named)} twice.")
+    return ["policy.yaml", *named]
 
 
 def _pairs(bits: Sequence[int], act_bits: Sequence[int], target: Target) -> list[Widths]:
@@ -108,20 +286,3 @@ def _pairs(bits: Sequence[int], act_bits: Sequence[int], target: Target) -> list
     for pair in pairs:
         target.support(*pair)
     return pairs
-
-
-def write_analysis(found: Analysis, folder: Path, *, force: bool) -> None:
-    """Write `policy.yaml`, `sensitivity.json` and both pictures.
-
-    Raises:
-        UsageError: a policy is there already and `force` is off.
-    """
-    rundir.refuse_overwrite(folder / "policy.yaml", force)
-    rundir.touch_run(folder)
-    data = found.sensitivity.to_json()
-    data["front"] = [point.to_json() for point in found.front]
-    data["chosen"] = {name: list(pair) for name, pair in found.allocation.widths.items()}
-    files.write_json(folder / "sensitivity.json", data)
-    files.write_bytes(folder / "sensitivity.png", png(sensitivity_plot(data)))
-    files.write_bytes(folder / "pareto.png", png(pareto_plot(data)))
-    files.write_text(folder / "policy.yaml", found.policy.to_yaml())

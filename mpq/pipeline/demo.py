@@ -14,7 +14,8 @@ from pathlib import Path
 from mpq import files
 from mpq.data import load_arrays
 from mpq.export.bench import BenchRow, bench
-from mpq.pipeline.analyzing import find_policy, write_analysis
+from mpq.pipeline.analysis import write_analysis
+from mpq.pipeline.analyzing import find_policy
 from mpq.pipeline.exporting import export_float, export_run
 from mpq.pipeline.quantizing import Quantized, run_ptq, run_qat, save_quantized
 from mpq.pipeline.subject import Source, Subject, open_checkpoint

@@ -17,6 +17,7 @@ from mpq import zoo
 from mpq.checkpoint import load_model, weights_hash
 from mpq.data import DataSet, Normalization, open_data, sample_indices
 from mpq.data.normalize import NAMED
+from mpq.data.sources import Source as Split
 from mpq.errors import CheckpointError, DataError, PolicyError, UsageError
 from mpq.graph.ir import QuantGraph
 from mpq.graph.passes import to_float
@@ -77,6 +78,11 @@ class Subject:
         """
         train = self.require_data(purpose).train
         return self.tensor(train.read(sample_indices(train, count, seed)))
+
+    def labelled(self, source: Split, count: int, seed: int) -> tuple[Tensor, Tensor]:
+        """A seeded sample of a split: normalized `[count, C, H, W]`, and labels `[count]`."""
+        picked = sample_indices(source, count, seed)
+        return self.tensor(source.read(picked)), torch.from_numpy(source.labels[picked])
 
     def tensor(self, images: NDArray[np.uint8]) -> Tensor:
         """Normalized float images `[N, C, H, W]` of uint8 `[N, H, W, C]`."""

@@ -130,6 +130,16 @@ def _sensitivity(folder: Path) -> Section | None:
     return Section("Sensitivity and search", tuple(map(_uri, figures)), grids)
 
 
+def _validation(folder: Path) -> Section | None:
+    name = "validation.json"
+    data = _json(folder, name)
+    if data is None:
+        return None
+    figure = _read(folder, name, lambda: plots.validation_plot(data))
+    grid = _read(folder, name, lambda: tables.validation_table(data))
+    return Section("Scores against measurements", (_uri(figure),), (grid,))
+
+
 def _pictures(folder: Path, title: str, *names: str) -> Section | None:
     found = [(folder / name).read_bytes() for name in names if (folder / name).is_file()]
     return Section(title, tuple(map(_data_uri, found))) if found else None
@@ -161,6 +171,7 @@ def _verify(folder: Path) -> Section | None:
 SECTIONS: tuple[Callable[[Path], Section | None], ...] = (
     _bench,
     _sensitivity,
+    _validation,
     _training,
     _certificate,
     _verify,

@@ -16,7 +16,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from mpq.report.tables import PARTS, chosen_index
+from mpq.report.tables import PARTS, chosen_indices
 
 Json = Mapping[str, Any]
 STYLES = {
@@ -118,9 +118,8 @@ def pareto_plot(sensitivity: Json) -> Figure:
     axis.plot(bits, drops, color=STYLES[8][0], lw=1.2, marker="o", ms=3.5, label="Pareto front")
     if drops and min(drops) > 0 and max(drops) / min(drops) > 30:
         axis.set_yscale("log")
-    picked = chosen_index(sensitivity, front)
-    if picked is not None:
-        _mark_chosen(axis, front[picked])
+    for place, (index, name) in enumerate(chosen_indices(sensitivity, front).items()):
+        _mark_chosen(axis, front[index], name, _LINES[(place + 1) % len(_LINES)])
     axis.set_xlabel("effective weight bits")
     axis.set_ylabel("predicted drop")
     _clean(axis)
@@ -129,11 +128,32 @@ def pareto_plot(sensitivity: Json) -> Figure:
     return figure
 
 
-def _mark_chosen(axis: Axes, chosen: Json) -> None:
+def _mark_chosen(axis: Axes, chosen: Json, name: str, colour: str) -> None:
     spot = chosen["effective_bits"], chosen["predicted_drop"]
     # Its figures stand in the legend, where they cannot cover the curve.
-    told = f"chosen: {spot[0]:.2f} bits, {chosen['bytes'] / 1e3:,.0f} kB, drop {spot[1]:.3g}"
-    axis.plot(*spot, "*", color=STYLES[4][0], ms=15, mec="black", mew=0.7, ls="", label=told)
+    told = f"{name}: {spot[0]:.2f} bits, {chosen['bytes'] / 1e3:,.0f} kB, drop {spot[1]:.3g}"
+    axis.plot(*spot, "*", color=colour, ms=15, mec="black", mew=0.7, ls="", label=told)
+
+
+def validation_plot(validation: Json) -> Figure:
+    """Predicted against measured divergence of random configurations, both on log scales."""
+    policies = validation["policies"]
+    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+    axis = figure.subplots()
+    points = [(p["predicted"], p["kl"], p["effective_bits"]) for p in policies]
+    seen = [p for p in points if p[0] > 0 and p[1] > 0]
+    if seen:
+        predicted, measured, bits = zip(*seen, strict=True)
+        dots = axis.scatter(predicted, measured, c=bits, cmap="cividis", s=22, lw=0)
+        figure.colorbar(dots, ax=axis, label="effective weight bits")
+        axis.set_xscale("log")
+        axis.set_yscale("log")
+    rho = "-" if validation["rho"] is None else f"{validation['rho']:.3f}"
+    axis.set_title(f"{validation['metric']}: Spearman's rho {rho}", fontsize=10)
+    axis.set_xlabel("predicted drop")
+    axis.set_ylabel(f"measured divergence, nats ({validation['images']} images)")
+    _clean(axis)
+    return figure
 
 
 def curves_plot(metrics: Sequence[Json]) -> Figure | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from mpq.report.grid import Grid, columns, fixed, short, tiny
@@ -105,12 +105,14 @@ def widths_text(widths: Sequence[int | None] | None) -> str:
 
 
 def configurations_table(sensitivity: Json, limit: int = 12) -> Grid:
-    """The Pareto front as a table, thinned evenly to `limit` rows; the chosen one stands out."""
+    """The Pareto front as a table, thinned evenly to `limit` rows; those chosen stand out."""
     front = sorted(sensitivity["front"], key=lambda c: c["effective_bits"])
-    picked = chosen_index(sensitivity, front)
-    kept = _thin(len(front), limit, picked)
+    picked = chosen_indices(sensitivity, front)
+    kept = _thin(len(front), limit, list(picked))
     bits = sorted({w[0] for c in front for w in c["widths"].values() if w[0]}, reverse=True)
-    heads = columns("#bits", "#bytes", "#BitOps", "#drop", *(f"#W{b}" for b in bits), "")
+    more = [k for k in _SPARE if any(c.get(k) is not None for c in front)]
+    heads = columns("#bits", "#bytes", "#BitOps", *(_SPARE[k][0] for k in more), "#drop")
+    heads += columns(*(f"#W{b}" for b in bits), "")
     body = []
     for i in kept:
         counts = Counter(w[0] for w in front[i]["widths"].values())
@@ -119,30 +121,99 @@ def configurations_table(sensitivity: Json, limit: int = 12) -> Grid:
                 fixed(front[i]["effective_bits"], 2),
                 f"{front[i]['bytes']:,}",
                 short(front[i]["bitops"]),
+                *(_SPARE[k][1](front[i].get(k)) for k in more),
                 tiny(front[i]["predicted_drop"]),
                 *(str(counts[b]) for b in bits),
-                "chosen" if i == picked else "",
+                picked.get(i, ""),
             )
         )
-    marked = frozenset(kept.index(i) for i in kept if i == picked)
+    marked = frozenset(kept.index(i) for i in kept if i in picked)
     note = f"{len(kept)} of {len(front)} configurations; W8: layers with 8-bit weights"
     return Grid("Configurations on the Pareto front", heads, tuple(body), note, marked)
 
 
-def chosen_index(sensitivity: Json, front: Sequence[Json]) -> int | None:
-    """Which entry of `front` has the widths of `chosen`; None where none has."""
-    chosen = {k: list(v) for k, v in (sensitivity.get("chosen") or {}).items()}
-    for i, configuration in enumerate(front):
-        if chosen and {k: list(v) for k, v in configuration["widths"].items()} == chosen:
-            return i
-    return None
+_SPARE: dict[str, tuple[str, Callable[[float | None], str]]] = {
+    "activation_bytes": ("?#activations", short),
+    "latency_ms": ("?#ms", lambda value: fixed(value, 3)),
+}
 
 
-def _thin(count: int, limit: int, always: int | None) -> list[int]:
+def chosen_indices(sensitivity: Json, front: Sequence[Json]) -> dict[int, str]:
+    """Which entries of `front` were chosen, and what they are called: the file, or `chosen`."""
+    choices = sensitivity.get("choices") or []
+    names = [c["file"] for c in choices] if len(choices) > 1 else ["chosen"]
+    wanted = [c["widths"] for c in choices] or [sensitivity.get("chosen") or {}]
+    found: dict[int, str] = {}
+    for name, widths in zip(names, wanted, strict=True):
+        goal = {k: list(v) for k, v in widths.items()}
+        for i, configuration in enumerate(front):
+            if goal and {k: list(v) for k, v in configuration["widths"].items()} == goal:
+                found[i] = f"{found[i]}, {name}" if i in found else name
+                break
+    return found
+
+
+def validation_table(validation: Json, limit: int = 12) -> Grid:
+    """Random configurations by rising divergence, thinned evenly to `limit` rows."""
+    policies = sorted(validation["policies"], key=lambda p: p["kl"])
+    heads = columns("#bits", "#predicted drop", "#measured divergence", "#loss", "#top-1")
+    body = [
+        (
+            fixed(policies[i]["effective_bits"], 2),
+            tiny(policies[i]["predicted"]),
+            tiny(policies[i]["kl"]),
+            tiny(policies[i]["loss"]),
+            fixed(policies[i]["top1"], 2),
+        )
+        for i in _thin(len(policies), limit, [])
+    ]
+    note = (
+        f"Spearman's rho of prediction and divergence {fixed(validation['rho'], 3)}, and increase "
+        f"of the loss {fixed(validation['rho_loss'], 3)}, over {len(policies)} random policies on "
+        f"{validation['images']} images that were not scored"
+    )
+    return Grid("Scores against measurements", heads, tuple(body), note)
+
+
+def diff_table(rows: Sequence[Json], total: Json, names: tuple[str, str]) -> Grid:
+    """Two policies layer by layer: `rows` and `total` as of `mpq.compare.compare`."""
+    heads = columns("layer", "#a", "#b", "#bytes", "?#BitOps", "?#drop", "?reason in b")
+    body: list[tuple[str, ...]] = [
+        (
+            row["layer"],
+            widths_text(row["a"]),
+            widths_text(row["b"]),
+            signed(row["bytes"]),
+            signed(row["bitops"]),
+            "-" if row["drop"] is None else f"{row['drop']:+.2e}",
+            row["reason"],
+        )
+        for row in rows
+    ]
+    if rows:
+        bits = [fixed(total[k], 2) for k in ("effective_bits_a", "effective_bits_b")]
+        drop = "-" if total["drop"] is None else f"{total['drop']:+.2e}"
+        sums = (signed(total["bytes"]), signed(total["bitops"]), drop, "effective weight bits")
+        body.append(("all layers", *bits, *sums))
+    note = (
+        f"a: {names[0]}, b: {names[1]}; {len(rows)} of {total['layers']} layers differ; bytes of "
+        "weights, BitOps and predicted drop: b less a"
+    )
+    return Grid("Difference of two policies", heads, tuple(body), note, frozenset({len(rows)}))
+
+
+def signed(value: float | None) -> str:
+    """A difference with its sign: `+18.4k`, `-512`, `0`."""
+    if value is None:
+        return "-"
+    return f"{'+' if value > 0 else ''}{short(value)}"
+
+
+def _thin(count: int, limit: int, always: Sequence[int]) -> list[int]:
     if count <= limit:
         return list(range(count))
     kept = {round(i * (count - 1) / (limit - 1)) for i in range(limit)}
-    return sorted(kept | ({always} if always is not None else set()))
+    return sorted(kept | set(always))
 
 
 def certificate_table(certificate: Json) -> Grid:

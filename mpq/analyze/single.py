@@ -1,4 +1,4 @@
-"""One candidate at a time: the KL divergence that it really causes, by running the network.
+"""One candidate at a time: the divergence or the loss that it really causes, measured by running.
 
 The reference that cheap metrics are measured against; it costs a partial forward pass for each
 layer and width. A candidate changes nothing before its own node, so only what follows is run again.
@@ -7,44 +7,77 @@ layer and width. A candidate changes nothing before its own node, so only what f
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx
 
-from mpq.analyze.perturb import Column, Perturbations, Progress
+from mpq.analyze.batches import Batch, Progress, Rows, over_batches
+from mpq.analyze.perturb import Column, Perturbations
 from mpq.analyze.watch import Watch, require_finite
 
 
 @torch.no_grad()
-def kl_scores(
+def single_scores(
     candidates: Perturbations,
     columns: Sequence[Column],
     images: Tensor,
+    labels: Tensor | None,
     *,
     batch: int = 64,
+    partial: Path | None = None,
     progress: Progress | None = None,
 ) -> list[float]:
-    """Mean `KL(p || p_candidate)` in nats, in the order of `columns`.
+    """What each candidate alone costs, in nats, in the order of `columns`; never below 0.
+
+    Args:
+        candidates: what quantization would do to each tensor.
+        columns: candidates to score.
+        images: `[N, C, H, W]`, normalised.
+        labels: `[N]`: the mean increase of the cross-entropy; None: the mean `KL(p || p_candidate)`
+            from the network's own answers.
+        batch: images per pass; bounds the memory.
+        partial: as in `over_batches`.
+        progress: called with (images and candidates done, in all).
 
     Raises:
         DataError: NaN or infinity, with the layer where it begins.
     """
-    totals = [0.0] * len(columns)
-    done, total = 0, len(columns) * len(images)
     runner = _Runner(candidates)
-    for part in torch.split(images, batch):
-        reference = runner.start(part).float().log_softmax(-1)
-        require_finite(reference, candidates.graph, part)
+
+    def measure(part: Batch) -> Rows:
+        reference = runner.start(part.images).double().log_softmax(-1)
+        require_finite(reference, candidates.graph, part.images)
+        rows = torch.zeros(len(part.images), len(columns), dtype=torch.float64)
         for index, column in enumerate(columns):
             logits = runner.again(column)
             if logits is not None:
-                changed = logits.float().log_softmax(-1)
-                totals[index] += float((reference.exp() * (reference - changed)).sum())
-            done += len(part)
-            if progress:
-                progress(done, total)
-    return [max(value / len(images), 0.0) for value in totals]
+                changed = logits.double().log_softmax(-1)
+                rows[:, index] = _cost(reference, changed, part.labels).flatten(1).sum(1).cpu()
+            part.tick()
+        return rows.numpy()
+
+    rows = over_batches(
+        measure,
+        images,
+        labels,
+        batch=batch,
+        ticks=len(columns),
+        partial=partial,
+        progress=progress,
+    )
+    return [max(float(value), 0.0) for value in rows.mean(0)]
+
+
+def _cost(reference: Tensor, changed: Tensor, labels: Tensor | None) -> Tensor:
+    """Of each image, from log-probabilities."""
+    if labels is None:
+        return reference.exp() * (reference - changed)
+    labels = labels.to(reference.device)
+    before, after = (F.nll_loss(p, labels, reduction="none") for p in (reference, changed))
+    return (after - before)[:, None]
 
 
 class _Runner:

@@ -1,0 +1,216 @@
+"""How far to trust the scores: predicted against measured loss of random configurations.
+
+Configurations are run as the search takes them: every tensor with the noise of its width, weights
+rounded to nearest, on images that were not scored. The truth is the divergence of the answers,
+`KL(float || quantized)`; the increase of the loss on the labels is measured beside it.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from scipy.stats import spearmanr
+from torch import Tensor
+
+from mpq.analyze import cost
+from mpq.analyze.batches import Progress
+from mpq.analyze.cost import Widths
+from mpq.analyze.perturb import Perturbations, perturb
+from mpq.analyze.sensitivity import Sensitivity
+from mpq.analyze.watch import Watch
+from mpq.graph.ir import QuantGraph
+
+FEW = 3
+"""Fewer points than this have no rank correlation."""
+
+
+@dataclass(frozen=True, slots=True)
+class Truth:
+    """One configuration: what was predicted, and what was measured.
+
+    Args:
+        widths: (weight bits, activation bits) of each layer.
+        effective_bits: mean width of the weights.
+        predicted: sum of the scores.
+        kl: mean divergence from the float network's answers, in nats.
+        loss: increase of the cross-entropy on the labels, in nats; None without labels.
+        top1: percent of the labels that are met; None without labels.
+    """
+
+    widths: dict[str, Widths]
+    effective_bits: float
+    predicted: float
+    kl: float
+    loss: float | None
+    top1: float | None
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Predicted and measured losses of random configurations, with Spearman's rank correlations."""
+
+    metric: str
+    images: int
+    seed: int
+    truths: tuple[Truth, ...]
+
+    @property
+    def rho(self) -> float:
+        """Rank correlation of prediction and divergence; NaN where either is constant."""
+        return spearman([t.predicted for t in self.truths], [t.kl for t in self.truths])
+
+    @property
+    def rho_loss(self) -> float | None:
+        """Rank correlation of prediction and increase of the loss; None without labels."""
+        losses = [t.loss for t in self.truths if t.loss is not None]
+        return spearman([t.predicted for t in self.truths], losses) if losses else None
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of `validation.json`."""
+        rho_loss = self.rho_loss
+        return {
+            "metric": self.metric,
+            "images": self.images,
+            "seed": self.seed,
+            "rho": _number(self.rho),
+            "rho_loss": None if rho_loss is None else _number(rho_loss),
+            "policies": [asdict(t) for t in self.truths],
+        }
+
+
+def spearman(predicted: Sequence[float], measured: Sequence[float]) -> float:
+    """Spearman's rank correlation; NaN for fewer than three points and for constant ones."""
+    if len(predicted) < FEW or len(set(predicted)) == 1 or len(set(measured)) == 1:
+        return float("nan")
+    return float(spearmanr(predicted, measured)[0])
+
+
+def _number(value: float) -> float | None:
+    return value if value == value else None
+
+
+def random_widths(
+    sensitivity: Sensitivity, pairs: Sequence[Widths], *, count: int, seed: int
+) -> list[dict[str, Widths]]:
+    """Random configurations, all different as far as there are so many.
+
+    Each has a random mixture of its own, so that they spread from all narrow to all wide; layers
+    that read one tensor agree on its width.
+    """
+    rng = random.Random(seed)
+    found: list[dict[str, Widths]] = []
+    head = {n: group[0] for group in sensitivity.groups for n in group}
+    seen: set[tuple[Widths, ...]] = set()
+    for _ in range(20 * count):
+        if len(found) == count:
+            break
+        odds = [rng.random() ** 2 for _ in pairs]
+        widths: dict[str, Widths] = {}
+        for layer in sensitivity.layers:
+            leader = widths.get(head.get(layer.name, ""))
+            allowed = [p for p in pairs if leader is None or p[1] == leader[1]]
+            odds_of = [odds[pairs.index(p)] for p in allowed]
+            widths[layer.name] = rng.choices(allowed, odds_of)[0]
+        key = tuple(widths.values())
+        if key not in seen:
+            seen.add(key)
+            found.append(widths)
+    return found
+
+
+def validate(
+    qg: QuantGraph,
+    sensitivity: Sensitivity,
+    pairs: Sequence[Widths],
+    *,
+    scored: Tensor,
+    images: Tensor,
+    labels: Tensor | None,
+    count: int = 50,
+    seed: int = 0,
+    predict: Callable[[Mapping[str, Widths]], float] | None = None,
+    progress: Progress | None = None,
+) -> Validation:
+    """Measure random configurations and compare with what the scores say of them.
+
+    Args:
+        qg: the graph that was scored, in stage `float`; it is not changed.
+        sensitivity: its scores.
+        pairs: widths to draw from.
+        scored: images that were scored; activation ranges are taken from them again.
+        images: other images `[N, C, H, W]` to measure on.
+        labels: `[N]`, or None.
+        count: number of configurations.
+        seed: of the draw.
+        predict: another prediction than the sum of the scores.
+        progress: told (done, count).
+    """
+    told = predict or sensitivity.predict
+    bits = [sorted({b for b in column if b is not None}) for column in zip(*pairs, strict=True)]
+    simulator = Simulator(
+        perturb(qg, scored, weight_bits=bits[0], activation_bits=bits[1]), images, labels
+    )
+    truths = []
+    try:
+        drawn = random_widths(sensitivity, pairs, count=count, seed=seed)
+        for done, widths in enumerate(drawn, 1):
+            kl, loss, top1 = simulator.measure(widths)
+            effective = cost.effective_bits(sensitivity.layers, widths)
+            truths.append(Truth(widths, effective, told(widths), kl, loss, top1))
+            if progress:
+                progress(done, len(drawn))
+    finally:
+        simulator.close()
+    return Validation(sensitivity.metric, len(images), seed, tuple(truths))
+
+
+class Simulator:
+    """Runs the float graph with the perturbations of one configuration after another."""
+
+    def __init__(
+        self, candidates: Perturbations, images: Tensor, labels: Tensor | None, batch: int = 100
+    ) -> None:
+        self.candidates, self.labels = candidates, labels
+        self.parts = torch.split(images, batch)
+        self.floats = {n: candidates.weight(n).clone() for n in candidates.graph.layers}
+        self.bits: dict[str, int] = {}
+        self.watch = Watch(candidates.graph, list(candidates.readers), self._quantize)
+        self.reference = self._log_probabilities()
+
+    def close(self) -> None:
+        """Remove all hooks."""
+        self.watch.close()
+
+    def measure(self, widths: Mapping[str, Widths]) -> tuple[float, float | None, float | None]:
+        """Divergence, increase of the loss, and top-1 of a configuration."""
+        readers = self.candidates.readers.items()
+        self.bits = {t: max(widths[n][1] or 32 for n in names) for t, names in readers}
+        for name, (bits, _) in widths.items():
+            if bits is not None:
+                quantized = self.floats[name] + self.candidates.weights[name, bits]
+                self.candidates.weight(name).copy_(quantized)
+        try:
+            found = self._log_probabilities()
+        finally:
+            for name, weight in self.floats.items():
+                self.candidates.weight(name).copy_(weight)
+            self.bits = {}
+        kl = float((self.reference.exp() * (self.reference - found)).sum(1).mean())
+        if self.labels is None:
+            return kl, None, None
+        loss = F.nll_loss(found, self.labels) - F.nll_loss(self.reference, self.labels)
+        return kl, float(loss), float((found.argmax(1) == self.labels).double().mean()) * 100
+
+    def _quantize(self, name: str, x: Tensor) -> Tensor:
+        grid = self.candidates.grids.get((name, self.bits.get(name, 32)))
+        return x if grid is None else x + grid.noise(x)
+
+    @torch.no_grad()
+    def _log_probabilities(self) -> Tensor:
+        found = [self.watch.run(part).double().log_softmax(1) for part in self.parts]
+        return torch.cat(found)

@@ -1,0 +1,54 @@
+"""Measured accuracy of configurations, for a search that aims at one."""
+
+from __future__ import annotations
+
+import logging
+
+from torch import Tensor
+
+from mpq.analyze.explain import allocation_policy
+from mpq.analyze.search import Allocation
+from mpq.data import sample_indices
+from mpq.graph.ir import QuantGraph
+from mpq.graph.passes import prepare
+from mpq.pipeline.subject import Subject
+from mpq.ptq import quantize_graph
+from mpq.train.evaluate import accuracy
+
+logger = logging.getLogger(__name__)
+CALIBRATION_IMAGES = 256
+MEASURED_IMAGES = 2000
+
+
+class DropMeter:
+    """Quantizes configurations as `mpq ptq` does and measures what they lose on held-out images.
+
+    Images are of the validation split, or of the training split where the data have none. A network
+    that was trained on them loses less there than on new images.
+
+    Args:
+        subject: the network and its data.
+        graph: its graph in stage `float`.
+        relative: give drops in percent of the float accuracy rather than in points.
+
+    Raises:
+        DataError: there are no data.
+    """
+
+    def __init__(self, subject: Subject, graph: QuantGraph, *, relative: bool = False) -> None:
+        data = subject.require_data("--max-drop")
+        source = data.validation if len(data.validation) else data.train
+        picked = sample_indices(source, MEASURED_IMAGES, 0)
+        self.images, self.labels = source.read(picked), source.labels[picked]
+        self.calibration: Tensor = subject.sample(CALIBRATION_IMAGES, 0, "--max-drop")
+        self.subject, self.graph, self.relative = subject, graph, relative
+        self.top1 = accuracy(subject.module, self.images, self.labels, subject.normalize)
+
+    def drop(self, allocation: Allocation) -> float:
+        """Top-1 lost by a configuration, in points or percent; negative where it gains."""
+        prepared = prepare(self.graph, allocation_policy(allocation))
+        quantize_graph(prepared, self.calibration)
+        found = accuracy(prepared.module, self.images, self.labels, self.subject.normalize)
+        lost = self.top1 - found
+        logger.info("%.2f effective bits: top-1 %.2f", allocation.effective_bits, found)
+        return 100 * lost / max(self.top1, 1e-9) if self.relative else lost

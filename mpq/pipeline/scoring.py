@@ -1,0 +1,92 @@
+"""Scores of a network, from where they lie already or else by scoring.
+
+Scores are kept in the run (`sensitivity.json`) and under `runs/.scores`, with a key that hashes
+weights, images and settings: another budget, or another run of the same network, scores nothing
+again. What an interrupted scoring has done lies there too, and the next one goes on from it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from mpq import files, rundir
+from mpq.analyze.batches import Progress
+from mpq.analyze.score import Scoring, score_layers
+from mpq.analyze.sensitivity import Sensitivity
+from mpq.errors import PolicyError
+from mpq.graph.ir import QuantGraph
+
+logger = logging.getLogger(__name__)
+KEPT = ".scores"
+"""Folder beside the runs."""
+
+
+def scores_of(
+    graph: QuantGraph,
+    images: Tensor | None,
+    labels: Tensor | None,
+    how: Scoring,
+    *,
+    places: Sequence[Path] = (),
+    rescore: bool = False,
+    progress: Progress | None = None,
+) -> tuple[Sensitivity, Path | None]:
+    """The scores, and the file that they were found in (None where they were made now).
+
+    Args:
+        graph: in stage `float`.
+        images: normalized; None for data-free scores.
+        labels: of the images, for the metrics that compare with them.
+        how: how to score.
+        places: sensitivity files to look into before the cache.
+        rescore: look into none of them.
+        progress: told (done, all).
+
+    Raises:
+        As `mpq.analyze.score_layers`.
+    """
+    key = how.key(graph, images, labels)
+    kept = rundir.RUNS / KEPT / f"{key}.json"
+    for place in () if rescore else (*places, kept):
+        found = _read(place, key)
+        if found is not None:
+            return found, place
+    partial = kept.with_suffix(".part.npz")
+    made = score_layers(
+        graph,
+        images,
+        labels,
+        bits=how.bits,
+        act_bits=how.act_bits,
+        metric=how.metric,
+        seed=how.seed,
+        batch=how.batch,
+        partial=partial,
+        progress=progress,
+    )
+    _keep(made, kept)
+    return made, None
+
+
+def _read(path: Path, key: str) -> Sensitivity | None:
+    """The scores in a file, if it is one of these scores."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        if key not in text:
+            return None
+        found = Sensitivity.from_json(text, str(path))
+    except (OSError, UnicodeDecodeError, PolicyError):
+        return None
+    return found if found.key == key else None
+
+
+def _keep(made: Sensitivity, path: Path) -> None:
+    """Write the scores into the cache; one that cannot be written costs time, never the run."""
+    try:
+        files.write_json(path, made.to_json())
+    except OSError as error:
+        logger.warning("scores are not kept in %s: %s", path.parent, error)
