@@ -1,217 +1,124 @@
-"""How well each metric ranks configurations: predicted against measured increase of the loss.
+"""How well each metric ranks configurations: predicted against measured loss of random policies.
 
-    python benchmarks/sensitivity.py model.pth --data cifar10 --kind free budget activations
+    python benchmarks/sensitivity.py model.pth --data cifar10 --kind w84 w1684 wa84 wa1684
 
-Random configurations are simulated on test images and compared by Spearman's rank correlation.
-`free`: weights at 8 or 4 bits in any proportion; `budget`: the same, all near one number of
-effective bits, which is the question that a search asks; `activations`: weights and activations at
-8 or 4. The truth is KL(float || quantized), the increase of the cross-entropy under the network's
-own answers; the increase under the labels is printed beside it.
+For each kind, random configurations are simulated once on test images that nobody scored, and every
+metric's prediction is compared with the divergence from the float network's answers (and with the
+increase of the loss on the labels) by Spearman's rank correlation. Kinds: weights only (`w`) or
+weights and activations (`wa`), of 8 and 4 bits (`84`) or 16, 8 and 4 (`1684`); `budget` draws 8/4
+weights near one number of effective bits, which is the question that a search asks.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import random
+import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from numpy.typing import NDArray
-from scipy.stats import spearmanr
 from torch import Tensor
 
-from mpq.analyze import cost
-from mpq.analyze.fisher import TEMPERATURE, fisher_terms
-from mpq.analyze.perturb import Column, Perturbations, perturb
-from mpq.analyze.score import score_layers
-from mpq.analyze.watch import Watch
+from mpq.analyze import candidates, score_layers
+from mpq.analyze.cost import Widths, effective_bits
+from mpq.analyze.interactions import blocks, quadratic
+from mpq.analyze.perturb import perturb
+from mpq.analyze.score import METRICS
+from mpq.analyze.sensitivity import Sensitivity
+from mpq.analyze.validate import Simulator, random_widths, spearman
 from mpq.checkpoint import load_model
 from mpq.data import Normalization, open_data, sample_indices
+from mpq.files import write_json
 from mpq.graph.ir import QuantGraph
 from mpq.graph.passes import to_float
-from mpq.layers import LayerInfo
-from mpq.rundir import write_json
 
-Widths = dict[str, tuple[int, int]]
-Scores = Mapping[Column, float]
-WIDTHS = (8, 4)
-KINDS = ("free", "budget", "activations")
+KINDS: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
+    "w84": ((8, 4), (8,)),
+    "w1684": ((16, 8, 4), (8,)),
+    "wa84": ((8, 4), (8, 4)),
+    "wa1684": ((16, 8, 4), (8, 4)),
+    "budget": ((8, 4), (8,)),
+}
 BAND = 0.15
 """How far from the budget the effective bits of a `budget` configuration may be."""
+Predict = Callable[[Mapping[str, Widths]], float]
+Labelled = tuple[Tensor, Tensor]
 
 
-@dataclass(frozen=True)
-class Truth:
-    """What a configuration really costs."""
-
-    widths: Widths
-    kl: float
-    loss: float
-    top1: float
-
-
-def random_policies(
-    layers: Sequence[LayerInfo], kind: str, *, count: int, budget: float, seed: int
-) -> list[Widths]:
-    """Random configurations of 8 and 4 bits."""
-    rng, found = random.Random(seed), []
-    while len(found) < count:
-        share, act_share = rng.random(), rng.random() if kind == "activations" else 0.0
-        widths = {
-            layer.name: (
-                4 if rng.random() < share else 8,
-                4 if rng.random() < act_share else 8,
-            )
-            for layer in layers
-        }
-        if kind != "budget" or abs(cost.effective_bits(layers, widths) - budget) <= BAND:
-            found.append(widths)
-    return found
-
-
-class Simulator:
-    """Runs the float graph with the perturbations of a configuration (8-bit activations exact)."""
-
-    def __init__(self, candidates: Perturbations, images: Tensor, labels: Tensor) -> None:
-        self.candidates, self.images, self.labels = candidates, images, labels
-        self.floats = {n: candidates.weight(n).clone() for n in candidates.graph.layers}
-        self.bits: dict[str, int] = {}
-        tensors = list(candidates.readers)
-        self.watch = Watch(candidates.graph, tensors, self._quantize)
-        self.reference = self._log_probabilities()
-
-    def _quantize(self, name: str, x: Tensor) -> Tensor:
-        bits = self.bits.get(name, 8)
-        return x if bits == 8 else x + self.candidates.grids[name, bits].noise(x)
-
-    @torch.no_grad()
-    def _log_probabilities(self) -> Tensor:
-        parts = torch.split(self.images, 100)
-        return torch.cat([self.watch.run(part).log_softmax(1) for part in parts])
-
-    def measure(self, widths: Widths) -> Truth:
-        """Simulate one configuration."""
-        readers = self.candidates.readers.items()
-        self.bits = {t: max(widths[n][1] for n in names) for t, names in readers}
-        for name, (bits, _) in widths.items():
-            quantized = self.floats[name] + self.candidates.weights[name, bits]
-            self.candidates.weight(name).copy_(quantized)
-        found = self._log_probabilities()
-        for name, weight in self.floats.items():
-            self.candidates.weight(name).copy_(weight)
-        self.bits = {}
-        loss = F.nll_loss(found, self.labels) - F.nll_loss(self.reference, self.labels)
-        return Truth(
-            widths,
-            kl=float((self.reference.exp() * (self.reference - found)).sum(1).mean()),
-            loss=float(loss),
-            top1=float((found.argmax(1) == self.labels).double().mean()) * 100,
-        )
-
-
-def fit_scores(candidates: Perturbations, images: Tensor, labels: Tensor) -> dict[Column, float]:
-    """FIT (Zandonati et al., 2022) of weights: `Tr(F) (range / (2^b - 1))^2 / 12` per channel."""
-    module, batch = candidates.graph.module, 16
-    parameters = {n: module.get_submodule(n).weight for n in candidates.graph.layers}
-    traces: dict[str, Tensor] = {n: torch.zeros(len(w)) for n, w in parameters.items()}  # type: ignore[arg-type]
-    for weight in parameters.values():
-        weight.requires_grad_(True)
-    steps = list(zip(torch.split(images, batch), torch.split(labels, batch), strict=True))
-    for x, y in steps:
-        grads = torch.autograd.grad(F.cross_entropy(module(x), y), list(parameters.values()))  # type: ignore[arg-type]
-        for name, grad in zip(parameters, grads, strict=True):
-            traces[name] += len(x) * grad.flatten(1).square().sum(1) / len(steps)
-    for weight in parameters.values():
-        weight.requires_grad_(False)
-    spans = {n: candidates.weight(n).flatten(1) for n in parameters}
-    spans = {n: flat.amax(1) - flat.amin(1) for n, flat in spans.items()}
-    return {
-        (n, "weight", b): float((traces[n] * (spans[n] / (2**b - 1)) ** 2).sum()) / 12
-        for n in parameters
-        for b in WIDTHS
-    }
-
-
-def metrics(
-    qg: QuantGraph, candidates: Perturbations, images: Tensor, labels: Tensor, seed: int
-) -> tuple[dict[str, Callable[[Sequence[Column]], float]], dict[str, float]]:
-    """Predictors of a configuration's loss from its columns, and the seconds that each took."""
-    predictors: dict[str, Callable[[Sequence[Column]], float]] = {}
-    seconds: dict[str, float] = {}
-
-    def additive(scores: Scores) -> Callable[[Sequence[Column]], float]:
-        return lambda chosen: sum(scores.get(c, 0.0) for c in chosen)
-
-    def timed(name: str, make: Callable[[], Scores]) -> None:
-        start = time.perf_counter()
-        predictors[name] = additive(make())
-        seconds[name] = time.perf_counter() - start
-
-    for metric in ("fisher", "gradient", "kl", "sqnr"):
-        timed(metric, lambda m=metric: _rows(qg, images, m, seed))  # type: ignore[misc]
-    timed("fit (weights)", lambda: fit_scores(candidates, images, labels))
-    columns = [
-        (name, part, bits)
-        for name in qg.layers
-        for part in ("weight", "activation")
-        for bits in WIDTHS
-    ]
-    for temperature in (1.0, TEMPERATURE, 4.0):
-        terms = fisher_terms(candidates, columns, images, seed=seed, temperature=temperature)  # type: ignore[arg-type]
-        block, diagonal = terms.scores()
-        for name, values in (("block", block), ("diagonal", diagonal)):
-            scores: Scores = dict(zip(columns, values.tolist(), strict=True))  # type: ignore[assignment,arg-type]
-            predictors[f"{name}, T={temperature:g}"] = additive(scores)
-        predictors[f"pairwise, T={temperature:g}"] = _quadratic(columns, terms.block)  # type: ignore[arg-type]
-    return predictors, seconds
-
-
-def _rows(qg: QuantGraph, images: Tensor, metric: str, seed: int) -> Scores:
-    found = score_layers(qg, images, bits=WIDTHS, act_bits=WIDTHS, metric=metric, seed=seed)  # type: ignore[arg-type]
-    return {(r.layer, r.part, r.bits): r.score for r in found.rows}
-
-
-def _quadratic(columns: Sequence[Column], block: Tensor) -> Callable[[Sequence[Column]], float]:
-    place = {c: i for i, c in enumerate(columns)}
-    return lambda chosen: float(block[:, [place[c] for c in chosen]].sum(1).square().mean() / 2)
-
-
-def chosen_columns(widths: Widths, kind: str) -> list[Column]:
-    """The candidates that a configuration takes."""
-    columns: list[Column] = []
-    for name, (bits, act_bits) in widths.items():
-        columns.append((name, "weight", bits))
-        if kind == "activations" and act_bits < 8:
-            columns.append((name, "activation", act_bits))
-    return columns
-
-
-def rho(predicted: Sequence[float], truth: Sequence[float]) -> float:
-    """Spearman's rank correlation."""
-    return float(spearmanr(predicted, truth)[0])
-
-
-def load(
-    args: argparse.Namespace,
-) -> tuple[QuantGraph, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+def load(args: argparse.Namespace) -> tuple[QuantGraph, Labelled, Labelled]:
     """The float graph, and (images, labels) of training and of test."""
     loaded = load_model(args.checkpoint, arch=args.model)
-    data = open_data(args.data, root=args.data_root)
+    data = open_data(args.data or loaded.data, root=args.data_root, size=loaded.info.input[1:])
     normalize = Normalization.parse(args.normalize or loaded.info.normalize)
 
-    def read(source: object, indices: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
-        images = torch.from_numpy(normalize.apply(source.read(indices)))  # type: ignore[attr-defined]
-        return images, torch.from_numpy(source.labels[indices])  # type: ignore[attr-defined]
+    def read(source: Any, indices: Any) -> Labelled:
+        images = torch.from_numpy(normalize.apply(source.read(indices)))
+        return images, torch.from_numpy(source.labels[indices])
 
     train = read(data.train, sample_indices(data.train, args.samples, args.seed))
-    test = read(data.test, np.arange(args.test))
+    test = read(data.test, np.arange(min(args.test, len(data.test))))
     return to_float(loaded.module, train[0][:2]), train, test
+
+
+def predictors(
+    qg: QuantGraph, train: Labelled, args: argparse.Namespace
+) -> tuple[dict[str, Predict], dict[str, float], Sensitivity]:
+    """What each metric predicts, the CPU seconds it took, and the scores of the default."""
+    found: dict[str, Predict] = {}
+    seconds: dict[str, float] = {}
+    default: Sensitivity | None = None
+    for metric in args.metric:
+        start = time.process_time()
+        scores = score_layers(
+            qg, *train, bits=(16, 8, 4), act_bits=(8, 4), metric=metric, seed=args.seed
+        )
+        seconds[metric] = round(time.process_time() - start, 2)
+        print(f"{metric}: {seconds[metric]:.2f} s of CPU", flush=True)
+        found[metric] = scores.predict
+        if scores.pairwise is not None:
+            default = default or scores
+            found[f"{metric}, blocks"] = quadratic(scores, blocks(scores))
+            found[f"{metric}, all pairs"] = quadratic(scores, None)
+    assert default is not None, "name the metric fisher among --metric"
+    return found, seconds, default
+
+
+def draw(scores: Sensitivity, kind: str, args: argparse.Namespace) -> list[dict[str, Widths]]:
+    """Random configurations of one kind."""
+    pairs = candidates(*KINDS[kind])
+    count = args.policies if kind != "budget" else 60 * args.policies
+    drawn = random_widths(scores, pairs, count=count, seed=args.seed)
+    if kind == "budget":
+        drawn = [
+            w for w in drawn if abs(effective_bits(scores.layers, w) - args.effective_bits) <= BAND
+        ]
+    return drawn[: args.policies]
+
+
+def judge(
+    kind: str,
+    told: Mapping[str, Predict],
+    scores: Sensitivity,
+    simulator: Simulator,
+    args: argparse.Namespace,
+) -> dict[str, Any]:
+    """Rank correlations of one kind, by metric: with the divergence and with the loss."""
+    drawn = draw(scores, kind, args)
+    measured = [simulator.measure(widths) for widths in drawn]
+    kl, loss = [m[0] for m in measured], [m[1] or 0.0 for m in measured]
+    print(f"\n{kind}: {len(drawn)} configurations, KL {min(kl):.3g}..{max(kl):.3g}")
+    print(f"{'metric':24s} {'rho KL':>7s} {'rho loss':>8s}  predicted/KL", flush=True)
+    rows = {}
+    for name, predict in told.items():
+        predicted = [predict(widths) for widths in drawn]
+        rows[name] = [spearman(predicted, kl), spearman(predicted, loss)]
+        ratio = float(np.median(np.array(predicted) / np.array(kl)))
+        print(f"{name:24s} {rows[name][0]:7.3f} {rows[name][1]:8.3f}  {ratio:.3g}", flush=True)
+    return {"configurations": len(drawn), "kl": kl, "loss": loss, "rho": rows}
 
 
 def main() -> None:
@@ -219,58 +126,37 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--model", help="architecture or module:factory")
-    parser.add_argument("--data", default="cifar10")
+    parser.add_argument("--data")
     parser.add_argument("--data-root")
     parser.add_argument("--normalize")
     parser.add_argument("--kind", nargs="+", choices=KINDS, default=list(KINDS))
-    parser.add_argument("--policies", type=int, default=60)
+    parser.add_argument("--metric", nargs="+", choices=METRICS, default=list(METRICS))
+    parser.add_argument("--policies", type=int, default=100)
     parser.add_argument("--effective-bits", type=float, default=4.8)
     parser.add_argument("--samples", type=int, default=512)
-    parser.add_argument("--test", type=int, default=2000)
+    parser.add_argument("--test", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, help="JSON file for the figures")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    qg, (images, labels), test = load(args)
-    candidates = perturb(qg, images, weight_bits=WIDTHS, activation_bits=WIDTHS)
-    predictors, seconds = metrics(qg, candidates, images, labels, args.seed)
-    print("seconds:", {k: round(v, 2) for k, v in seconds.items()})
-    simulator = Simulator(candidates, *test)
-    report: dict[str, object] = {"seconds": seconds, "samples": args.samples, "test": args.test}
+    qg, train, test = load(args)
+    told, seconds, scores = predictors(qg, train, args)
+    noise = perturb(qg, train[0], weight_bits=(16, 8, 4), activation_bits=(8, 4))
+    simulator = Simulator(noise, *test)
+    report: dict[str, Any] = {
+        "checkpoint": args.checkpoint.name,
+        "machine": platform.processor() or platform.machine(),
+        "torch": torch.__version__,
+        "samples": len(train[0]),
+        "test": len(test[0]),
+        "seed": args.seed,
+        "cpu_s": seconds,
+    }
     for kind in args.kind:
-        policies = random_policies(
-            list(qg.layers.values()),
-            kind,
-            count=args.policies,
-            budget=args.effective_bits,
-            seed=args.seed,
-        )
-        truths = [simulator.measure(widths) for widths in policies]
-        report[kind] = {
-            "rho": table(kind, predictors, truths),
-            "truths": [asdict(t) for t in truths],
-        }
-    if args.out:
-        write_json(args.out, json.loads(json.dumps(report)))
-
-
-def table(
-    kind: str,
-    predictors: Mapping[str, Callable[[Sequence[Column]], float]],
-    truths: Sequence[Truth],
-) -> dict[str, list[float]]:
-    """Print and return the rank correlations with KL, loss, and top-1 lost."""
-    kl, loss, lost = [t.kl for t in truths], [t.loss for t in truths], [-t.top1 for t in truths]
-    print(f"\n{kind}: {len(truths)} configurations, KL {min(kl):.3g}..{max(kl):.3g}")
-    print(f"{'metric':24s} {'KL':>6s} {'loss':>6s} {'top-1':>6s}  predicted/KL")
-    found = {}
-    for name, predict in predictors.items():
-        predicted = [predict(chosen_columns(t.widths, kind)) for t in truths]
-        found[name] = [rho(predicted, truth) for truth in (kl, loss, lost)]
-        ratio = float(np.median(np.array(predicted) / np.array(kl)))
-        print(f"{name:24s} " + " ".join(f"{r:6.3f}" for r in found[name]) + f"  {ratio:.3g}")
-    return found
+        report[kind] = judge(kind, told, scores, simulator, args)
+        if args.out:
+            write_json(args.out, json.loads(json.dumps(report)))
 
 
 if __name__ == "__main__":
