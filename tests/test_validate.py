@@ -78,7 +78,7 @@ def test_the_labels_are_measured_too(graph: QuantGraph, images: Tensor) -> None:
         noise.weight(name).add_(noise.weights[name, 2])
     logits = noise.graph.module(images)
     after = torch.nn.functional.cross_entropy(logits, labels)
-    assert loss == pytest.approx(float(after - before), rel=1e-4)
+    assert loss == pytest.approx(float((after - before).detach()), rel=1e-4)
     assert top1 == pytest.approx(100 * float((logits.argmax(1) == labels).double().mean()))
     assert simulator.measure(dict.fromkeys(graph.layers, (None, None)))[2] == 100.0
 
