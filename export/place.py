@@ -7,6 +7,8 @@
   weights of its own. Its WeightBiasQuantization pass matches a Conv or Gemm whose output reaches a
   QuantizeLinear directly or through Relu or Clip, and its QDQPropagation pass first moves that
   QuantizeLinear up through moves. A Max behind the layer is outside the pattern.
+- A strided stem works on blocks of pixels (`stem.py`), a grouped convolution in wider groups
+  (`groups.py`).
 - A per-channel Gemm gets its weight zero points written out, which old runtimes need to run it and
   new ones to fuse it.
 """
@@ -21,6 +23,8 @@ from numpy.typing import NDArray
 from onnx_ir.passes import common
 
 from .gates import hard_sigmoids
+from .groups import merge_groups
+from .stem import block_stem
 
 MOVES = frozenset(
     {"Reshape", "Flatten", "Slice", "Transpose", "MaxPool", "Squeeze", "Unsqueeze", "Split", "Pad"}
@@ -33,7 +37,8 @@ LOWEST = np.float32(-3.4e38)
 def place(model: ir.Model) -> int:
     """Run all placement passes; return the number of rewrites."""
     graph = model.graph
-    count = sum(step(graph) for step in (_pool, _sink, hard_sigmoids, _guard, _gemm_zero_points))
+    steps = (_pool, _sink, hard_sigmoids, _guard, _gemm_zero_points, block_stem, merge_groups)
+    count = sum(step(graph) for step in steps)
     common.RemoveUnusedNodesPass()(model)
     return count
 

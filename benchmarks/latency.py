@@ -1,0 +1,186 @@
+"""The speed table: float, mpq at 8 and at 8/4 bits, onnxruntime's int8, in one interleaved run.
+
+Torchvision's networks have random weights (speed does not depend on them); ResNet-20 is the
+checkpoint. The mixed policy gives 4 bits to the layers with the most weights until the mean is 4.8
+bits. All files of one network run in turn, round after round, on one thread and at batch 1, at
+onnxruntime's default options; the whole is repeated in fresh sessions, because where memory lands
+changes a session's speed by some percent. Milliseconds are CPU time of the one thread that runs, so
+that what else the machine does counts as little as possible; on an idle machine it is wall time.
+
+    MPQ_DATA=... python benchmarks/latency.py --out runs/latency [--models resnet18 ...]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import re
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from mpq import zoo
+from mpq.checkpoint import load_model
+from mpq.export import float_to_onnx, peers, runtime, to_onnx
+from mpq.export.bench import interleave, runner
+from mpq.graph.ir import QuantGraph
+from mpq.graph.passes import prepare, to_float
+from mpq.policy import LayerPolicy, Policy
+from mpq.ptq import calibrate
+from mpq.spec import weight_spec
+
+SIDES = {
+    "resnet20": 32,
+    "resnet18": 224,
+    "mobilenet_v2": 224,
+    "resnet50": 224,
+    "efficientnet_b0": 224,
+    "mobilenet_v3_large": 224,
+    "regnet_y_400mf": 224,
+}
+FILES = ("float", "mpq-w8a8", "mpq-8-4", "ort-static")
+MEAN_BITS = 4.8
+CALIBRATION = 4
+
+
+def network(name: str) -> nn.Module:
+    """The checkpoint of ResNet-20; else random weights, batch norms fit to noise."""
+    if name == "resnet20":
+        root = Path(os.environ["MPQ_DATA"])
+        return load_model(root / "checkpoints" / "resnet20-cifar10.pth").module
+    torch.manual_seed(0)
+    module = zoo.build(name, 1000)
+    norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = None  # plain averages of the batches seen
+    with torch.no_grad():
+        module.train()(images(name, 8))
+    return module.eval()
+
+
+def images(name: str, count: int) -> torch.Tensor:
+    """Noise of a fixed seed, `[count, 3, side, side]`."""
+    side = SIDES[name]
+    return torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(0))
+
+
+def mixed(graph: QuantGraph) -> Policy:
+    """4 bits for the layers with the most weights, until the mean width is `MEAN_BITS`."""
+    layers = sorted(graph.layers.values(), key=lambda layer: -layer.params)
+    total, entries = sum(layer.params for layer in layers), []
+    bits = 8 * total
+    for layer in layers:
+        if bits <= MEAN_BITS * total:
+            break
+        bits -= 4 * layer.params
+        entries.append(LayerPolicy(name=layer.name, weight=weight_spec(4)))
+    return Policy.uniform(8).model_copy(update={"layers": entries})
+
+
+def build(name: str, folder: Path) -> dict[str, Any]:
+    """Write the files of one network; what mpq promises is certified while it writes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    graph, sample = to_float(network(name), images(name, 2)), images(name, CALIBRATION)
+    float_to_onnx(graph, folder / "float.onnx")
+    facts: dict[str, Any] = {}
+    for label, policy in (("mpq-w8a8", Policy.uniform(8)), ("mpq-8-4", mixed(graph))):
+        quantized = prepare(graph, policy)
+        calibrate(quantized, sample, method="minmax")  # weights: nearest, per channel
+        start = time.perf_counter()
+        result = to_onnx(quantized, folder / f"{label}.onnx", policy=policy)
+        choices = policy.resolve(list(graph.layers))
+        stored = sum(
+            layer.weight_bytes(choices[n].weight_bits) for n, layer in graph.layers.items()
+        )
+        facts[label] = {
+            "export_s": round(time.perf_counter() - start, 1),
+            "weight_bytes": stored,
+            "bytes_to_weight_bytes": round(result.bytes / stored, 4),
+            "integer_macs_fraction": result.certificate.integer_macs_fraction,
+            "boundaries": result.certificate.boundaries,
+        }
+    peers.onnxruntime_static(folder / "float.onnx", folder / "ort-static.onnx", sample.numpy())
+    (folder / "facts.json").write_text(json.dumps(facts, indent=1) + "\n")
+    return facts
+
+
+def measure(files: Sequence[Path], *, rounds: int, repeats: int) -> list[dict[str, Any]]:
+    """Milliseconds and ratios of files that take turns; the first is the reference.
+
+    `ratio` is the median over all rounds of reference/file, `ratio_low` and `ratio_high` the least
+    and the greatest of the repeats' medians; `best_ms` is the fastest round.
+    """
+    times = []
+    for _ in range(repeats):
+        runners = [runner(p, threads=1, batch=1) for p in files]
+        times.append(1e3 * interleave(runners, runs=rounds, clock=time.thread_time))
+    whole = np.concatenate(times, axis=1)
+    rows = []
+    for i, path in enumerate(files):
+        medians = [float(np.median(t[0] / t[i])) for t in times]
+        rows.append(
+            {
+                "file": path.stem,
+                "bytes": path.stat().st_size,
+                "median_ms": round(float(np.median(whole[i])), 4),
+                "best_ms": round(float(whole[i].min()), 4),
+                "ratio": round(float(np.median(whole[0] / whole[i])), 3),
+                "ratio_low": round(min(medians), 3),
+                "ratio_high": round(max(medians), 3),
+                "ratio_best": round(float(whole[0].min() / whole[i].min()), 3),
+            }
+        )
+    return rows
+
+
+def cpu_name() -> str:
+    """The CPU as Linux names it."""
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.is_file() else None
+    return found.group(1) if found else platform.processor()
+
+
+def main() -> None:
+    """Build what is missing, measure, print a table, write `latency.json`."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("runs/latency"))
+    parser.add_argument("--models", nargs="+", default=list(SIDES), choices=list(SIDES))
+    parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--rebuild", action="store_true")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    table: dict[str, Any] = {
+        "cpu": cpu_name(),
+        "versions": {"torch": torch.__version__, "onnxruntime": runtime.version()},
+        "rounds": options.rounds * options.repeats,
+        "models": {},
+    }
+    for name in options.models:
+        folder = options.out / name
+        if options.rebuild or not (folder / "facts.json").is_file():
+            build(name, folder)
+        facts = json.loads((folder / "facts.json").read_text())
+        files = [folder / f"{label}.onnx" for label in FILES]
+        rows = measure(files, rounds=options.rounds, repeats=options.repeats)
+        table["models"][name] = [row | facts.get(row["file"], {}) for row in rows]
+        for row in rows:
+            print(
+                f"{name:20} {row['file']:10} {row['bytes']:>11,} {row['median_ms']:9.3f} ms"
+                f"  {row['ratio']:.2f}x ({row['ratio_low']:.2f} to {row['ratio_high']:.2f})"
+                f"  best {row['best_ms']:.3f} ms {row['ratio_best']:.2f}x",
+                flush=True,
+            )
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "latency.json").write_text(json.dumps(table, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
