@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import time
@@ -20,12 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
-import torch
+from common import accuracy_of, answers, setting
 
 from mpq import policies
 from mpq.data import load_arrays, open_data
-from mpq.export import runtime
 from mpq.files import write_text
 from mpq.graph.passes import freeze
 from mpq.pipeline.quantizing import load_quantized
@@ -56,13 +53,8 @@ def compare(folder: Path) -> dict[str, Any]:
     simulated = (
         predict(freeze(found.graph).module, images, found.subject.normalize).argmax(1).numpy()
     )
-    array = found.subject.normalize.apply(images)
-    answered = runtime.run(runtime.session(folder / "model.onnx"), array).argmax(1)
-    right = answered == labels
-    return {
-        "top1": round(100 * float(right.mean()), 2),
-        "top1_first_5000": round(100 * float(right[:5000].mean()), 2),
-        "top1_last_5000": round(100 * float(right[5000:].mean()), 2),
+    answered = answers(folder / "model.onnx", images, found.subject.normalize)
+    return accuracy_of(answered, labels) | {
         "agreement": round(100 * float((answered == simulated).mean()), 2),
         "bytes": (folder / "model.onnx").stat().st_size,
     }
@@ -116,8 +108,7 @@ def main() -> None:
     certificate = json.loads((out / "certificate.json").read_text())
     rows = [json.loads(line) for line in (out / "bench.jsonl").read_text().splitlines()]
     summary = {
-        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
-        "versions": {"torch": torch.__version__, "onnxruntime": onnxruntime.__version__},
+        "setting": setting(),
         "costs": costs,
         "results": results,
         "top1_mean": round(float(top1.mean()), 2),

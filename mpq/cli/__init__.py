@@ -39,7 +39,7 @@ COMMANDS = {
 }
 
 
-RESUMABLE = ("train", "qat")
+RESUMABLE = ("train", "ptq", "qat")
 """Commands that take `--resume`."""
 
 

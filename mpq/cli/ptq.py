@@ -9,10 +9,12 @@ import click
 
 from mpq import rundir
 from mpq.cli import options
+from mpq.pipeline.guard import check_start
 from mpq.pipeline.quantizing import check_policy_file, keep_policy, run_ptq, save_quantized
 from mpq.pipeline.subject import Source, policy_subject
 from mpq.policy import Policy
-from mpq.ptq import EFFORTS, METHODS
+from mpq.ptq import EFFORTS, EQUALIZE, MEMORY_MB, METHODS, Learning
+from mpq.ptq.blockwise import PROGRESS
 
 
 @click.command()
@@ -22,13 +24,24 @@ from mpq.ptq import EFFORTS, METHODS
 @click.option("--calibration", type=click.Choice(METHODS), default="mse", show_default=True,
               help="How activation ranges are chosen.")  # fmt: skip
 @click.option("--effort", type=click.Choice(EFFORTS), default="good", show_default=True,
-              help="fast: ranges only; good: also rounding and bias correction.")  # fmt: skip
+              help="fast: ranges and biases; good: also rounding with error feedback, seconds; "
+              "best: also learned rounding, minutes.")  # fmt: skip
+@click.option("--equalize", type=click.Choice(EQUALIZE), default="auto", show_default=True,
+              help="Rescale channels between layers: where it clearly pays, wherever it does, "
+              "never.")  # fmt: skip
+@click.option("--iterations", metavar="COUNT", type=click.IntRange(min=1),
+              default=Learning.iterations, show_default=True,
+              help="Steps per block of --effort best.")  # fmt: skip
 @click.option("--num-calib", metavar="COUNT", type=click.IntRange(min=1),
               help="Training images to calibrate on.  [default: the policy's]")  # fmt: skip
+@click.option("--memory-mb", metavar="MB", type=click.IntRange(min=1), default=MEMORY_MB,
+              show_default=True,
+              help="Activations to hold in memory; more lie in temporary files.")  # fmt: skip
 @options.seed
 @options.trust_pickle
 @options.as_json
 @options.force
+@options.resume
 @options.out("Run folder to write to.  [default: the policy's]")
 def ptq(
     policy_path: Path | None,
@@ -36,24 +49,30 @@ def ptq(
     data_root: Path | None,
     calibration: str,
     effort: str,
+    equalize: str,
+    iterations: int,
     num_calib: int | None,
+    memory_mb: int,
     seed: int,
     trust_pickle: bool,
     as_json: bool,
     force: bool,
+    resume: bool,
     out: Path | None,
 ) -> None:
     """Quantize the model of a policy without training; write quantized.pth.
 
+    An interrupted --effort best goes on with --resume and ends as if it had not been interrupted.
+
     \b
     mpq ptq
-    mpq ptq --policy p.yaml --effort fast
+    mpq ptq --policy p.yaml --effort best
     """
     path = options.in_run(policy_path, "policy.yaml")
     policy = Policy.load(path)
     folder = options.run_of(path, out)
     written = folder / "quantized.pth"
-    rundir.refuse_overwrite(written, force)
+    check_start(folder, written, resume=resume, force=force, state=PROGRESS)
     check_policy_file(path, folder, force=force)
     if num_calib:
         policy = policy.model_copy(
@@ -61,16 +80,24 @@ def ptq(
         )
     source = Source(data, data_root)
     subject = policy_subject(policy, path, source, weights=True, trust_pickle=trust_pickle)
+    if effort == "best":
+        keep_policy(path, rundir.touch_run(folder))
     with options.bars() as tell:
         found = run_ptq(
             policy,
             subject,
             method=calibration,  # type: ignore[arg-type]
             effort=effort,  # type: ignore[arg-type]
+            equalization=equalize,  # type: ignore[arg-type]
+            learning=Learning(iterations=iterations),
+            folder=folder,
+            resume=resume,
+            memory_mb=memory_mb,
             seed=seed,
             progress=tell,
         )
     save_quantized(found, written)
+    (folder / PROGRESS).unlink(missing_ok=True)  # the run is complete
     keep_policy(path, folder)
     if as_json:
         click.echo(json.dumps({"file": str(written), **found.metrics}))

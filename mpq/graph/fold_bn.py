@@ -73,12 +73,12 @@ def _fold(layer: nn.Module, bn: nn.modules.batchnorm._BatchNorm) -> None:
     factor = gamma.double() / (var.double() + bn.eps).sqrt()
     weight: Tensor = layer.weight.detach()  # type: ignore[union-attr,operator,assignment]
     bias: Tensor = torch.zeros_like(mean) if layer.bias is None else layer.bias.detach()  # type: ignore[union-attr,operator,assignment]
-    folded = _scale_outputs(weight.double(), factor, LayerOp.of(layer))
+    folded = scale_outputs(weight.double(), factor, LayerOp.of(layer))
     layer.weight = nn.Parameter(folded.to(weight.dtype))
     layer.bias = nn.Parameter(((bias.double() - mean) * factor + beta).to(weight.dtype))
 
 
-def _scale_outputs(weight: Tensor, factor: Tensor, op: LayerOp) -> Tensor:
+def scale_outputs(weight: Tensor, factor: Tensor, op: LayerOp) -> Tensor:
     """Multiply the weights of output channel `c` by `factor[c]`."""
     if op.kind != "conv_transpose":
         return weight * per_axis(factor, weight.ndim)

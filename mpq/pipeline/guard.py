@@ -11,19 +11,22 @@ from mpq.train.ensemble import Ensemble
 from mpq.train.resume import CHECKPOINT
 
 
-def check_start(folder: Path, out: Path, *, resume: bool, force: bool) -> None:
+def check_start(
+    folder: Path, out: Path, *, resume: bool, force: bool, state: str = CHECKPOINT
+) -> None:
     """Refuse to lose an unfinished or a finished run, or to resume none.
 
     Args:
-        folder: where the training keeps its checkpoint while it runs.
+        folder: where the work keeps its state while it runs.
         out: what it writes in the end.
         resume: go on from the checkpoint; what stands at `out` was given up when it began.
         force: start anew all the same.
+        state: the name of the file of that state.
 
     Raises:
         UsageError: what `resume` and `force` ask for does not fit what is there.
     """
-    checkpoint = folder / CHECKPOINT
+    checkpoint = folder / state
     if resume:
         if not checkpoint.is_file():
             state = f"{out} is finished" if out.exists() else "nothing was begun there"
@@ -34,7 +37,7 @@ def check_start(folder: Path, out: Path, *, resume: bool, force: bool) -> None:
         return
     if checkpoint.exists() and not force:
         raise UsageError(
-            f"{folder} holds an unfinished run ({CHECKPOINT}). Go on with --resume, start anew "
+            f"{folder} holds an unfinished run ({state}). Go on with --resume, start anew "
             "with --force, or write elsewhere with -o."
         )
     rundir.refuse_overwrite(out, force)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ from mpq.graph.passes import prepare
 from mpq.pipeline.guard import check_teacher
 from mpq.pipeline.subject import Source, Subject, policy_subject, settle
 from mpq.policy import Policy
-from mpq.ptq import Effort, Method, quantize_graph
+from mpq.ptq import MEMORY_MB, Effort, Equalize, Learning, Method, equalize, quantize_graph
+from mpq.ptq.blockwise import PROGRESS
 from mpq.train.engine import OnStep
 from mpq.train.ensemble import Ensemble
 from mpq.train.evaluate import accuracy
@@ -49,19 +50,58 @@ def run_ptq(
     *,
     method: Method = "mse",
     effort: Effort = "good",
+    equalization: Equalize = "auto",
+    learning: Learning | None = None,
+    folder: Path | None = None,
+    resume: bool = False,
+    memory_mb: float = MEMORY_MB,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Quantized:
     """Quantize without training and measure on the validation split.
 
+    Args:
+        policy: widths per layer.
+        subject: the network and its data.
+        method: how activation ranges are chosen.
+        effort: see `mpq.ptq.quantize_graph`.
+        equalization: whether channels are rescaled between layers; see `mpq.ptq.equalize`.
+        learning: how effort `best` learns; its seed is `seed`.
+        folder: where effort `best` keeps its finished blocks (`rounding.pth`); None keeps none.
+        resume: take them over.
+        memory_mb: activations held in memory, in MiB.
+        seed: of the calibration images and of learning.
+        progress: told (phase, done, all).
+
     Raises:
         PolicyError: the policy does not fit the network.
         DataError: there are no calibration images.
+        UsageError: finished blocks of another run.
     """
     images = subject.sample(policy.data.samples or 512, seed, "ptq")
-    graph = prepare(subject.graph(), policy)
-    quantize_graph(graph, images, method=method, effort=effort, progress=progress)
-    metrics = {"stage": "ptq", "calibration": method, "effort": effort, "seed": seed}
+    floats = subject.graph()
+    pairs = equalize(floats, images, policy, mode=equalization)
+    graph = prepare(floats, policy)
+    metrics: dict[str, Any] = {
+        "stage": "ptq",
+        "calibration": method,
+        "effort": effort,
+        "images": len(images),
+        "seed": seed,
+        "equalized": sum(not pair.reason for pair in pairs),
+    }
+    quantize_graph(
+        graph,
+        images,
+        method=method,
+        effort=effort,
+        learning=replace(learning or Learning(), seed=seed),
+        state=folder / PROGRESS if folder else None,
+        identity=metrics | {"policy": policy.to_yaml(), "weights": subject.info.sha256},
+        resume=resume,
+        memory_mb=memory_mb,
+        progress=progress,
+    )
     return Quantized(graph, settle(policy, subject), subject, metrics | validate(graph, subject))
 
 

@@ -21,13 +21,14 @@ from mpq.graph.ir import QuantGraph
 from mpq.numerics import choose_qparams, fake_quantize
 from mpq.quant.fake_quant import FakeQuant
 from mpq.quant.layer import QuantLayer
+from mpq.quant.ranges import best_ratio
 from mpq.spec import QuantSpec
 
 Method = Literal["minmax", "percentile", "mse", "kl"]
 METHODS: tuple[str, ...] = get_args(Method)
 BINS = 2048
 PERCENTILE = 1e-4
-RATIOS = torch.linspace(1.0, 0.2, 81)
+RATIOS = tuple(round(1.0 - 0.01 * i, 2) for i in range(81))
 Progress = Callable[[int, int], None]
 
 
@@ -164,19 +165,18 @@ def choose_range(histogram: Histogram, spec: QuantSpec, method: Method) -> tuple
         last = int((share >= 1 - PERCENTILE).nonzero()[0])
         return (float(centers[first]) if low < 0 else low), float(centers[last])
     score = _squared_error if method == "mse" else _divergence
-    costs = [score(histogram, low * float(r), high * float(r), spec) for r in RATIOS]
-    best = float(RATIOS[int(torch.tensor(costs).argmin())])
+    best = float(best_ratio(lambda r: score(histogram, low * r, high * r, spec), RATIOS))
     return low * best, high * best
 
 
-def _squared_error(histogram: Histogram, low: float, high: float, spec: QuantSpec) -> float:
+def _squared_error(histogram: Histogram, low: float, high: float, spec: QuantSpec) -> Tensor:
     scale, zero = choose_qparams(torch.tensor(low), torch.tensor(high), spec)
     x = histogram.centers
     error = (fake_quantize(x, scale, zero, spec) - x).double().pow(2)
-    return float((error * histogram.counts).sum())
+    return (error * histogram.counts).sum()
 
 
-def _divergence(histogram: Histogram, low: float, high: float, spec: QuantSpec) -> float:
+def _divergence(histogram: Histogram, low: float, high: float, spec: QuantSpec) -> Tensor:
     """KL(p || q): p the clipped histogram, q the same spread evenly over each step's bins."""
     x, counts = histogram.centers, histogram.counts
     inside = x.clamp(low, high)
@@ -191,4 +191,4 @@ def _divergence(histogram: Histogram, low: float, high: float, spec: QuantSpec) 
     bins = torch.zeros(size, dtype=torch.float64).index_add_(0, level[alive], counts[alive] * 0 + 1)
     q = torch.where(alive, mass[level] / bins[level].clamp(min=1), 0.0)
     p, q = p / p.sum(), q / q.sum().clamp(min=1e-30)
-    return float((p * ((p + 1e-12) / (q + 1e-12)).log())[p > 0].sum())
+    return (p * ((p + 1e-12) / (q + 1e-12)).log())[p > 0].sum()

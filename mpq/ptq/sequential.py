@@ -3,35 +3,67 @@
 At each layer the inputs of both networks are at hand: the integer weights are chosen on the
 quantized input against the float output, then the bias takes up what is left of the mean error
 (Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction", 2019,
-section 4.2, here with measured means). Later layers see the quantized network as it then is.
+section 4.2, here with measured means). Later layers see the quantized network as it then is. Where
+a block of layers ends, a `Learner` may go over it again as a whole.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor, fx, nn
 
 from mpq.errors import GraphError, UsageError
 from mpq.graph.ir import QuantGraph
-from mpq.ptq.observe import switched_off
+from mpq.numerics import per_axis
+from mpq.ptq.blocks import Block, blocks
 from mpq.ptq.rounding import (
     MAX_COLUMNS,
     Moments,
     grouped,
     input_vectors,
+    refine,
     round_rows,
     scales_by_output,
     target_weights,
 )
-from mpq.quant.fake_quant import FakeQuant
-from mpq.quant.layer import QuantLayer
+from mpq.ptq.shelf import Kept, Shelf
+from mpq.ptq.walk import FLOAT, QUANTIZED, LockStep
+from mpq.quant.layer import IslandLayer, QuantLayer, integer_bias
+from mpq.quant.ranges import weight_scales
 
 Progress = Callable[[int, int], None]
-QUANTIZED, FLOAT = 0, 1
+MEMORY_MB = 1024
+"""Activations of all calibration images that are held in memory; the rest lies on disk."""
+REFINED = 6
+"""Widest weights, in bits, for which coordinate descent is worth its time."""
+BATCH_BYTES = 64 * 2**20
+"""A batch is as large as lets its largest activation fit in this."""
+
+
+class Learner(Protocol):
+    """What may follow on the rounding of a block's layers."""
+
+    def restore(self, block: Block, walk: LockStep) -> dict[str, dict[str, Tensor]] | None:
+        """The state of a block's modules where it was done before, by module path."""
+
+    def learn(self, block: Block, walk: LockStep, targets: dict[str, Tensor]) -> None:
+        """Improve a block in place.
+
+        Args:
+            block: its nodes; the values of `block.entry` and of its last node are kept.
+            walk: both networks; the exit's quantized values are renewed.
+            targets: by layer, the real weights that its integers stand for.
+        """
+
+
+def batch_size(qg: QuantGraph) -> int:
+    """Images at a time, 4 to 128: as many as `BATCH_BYTES` allows."""
+    largest = max(max(info.in_elements, info.out_elements) for info in qg.layers.values())
+    return max(4, min(128, BATCH_BYTES // (4 * largest)))
 
 
 @torch.no_grad()
@@ -39,9 +71,11 @@ def quantize_layers(
     qg: QuantGraph,
     images: Tensor,
     *,
-    batch: int = 128,
+    batch: int | None = None,
     learn_rounding: bool = True,
     correct_bias: bool = True,
+    learner: Learner | None = None,
+    memory_mb: float = MEMORY_MB,
     progress: Progress | None = None,
 ) -> int:
     """Set scales, weights and biases of every quantized layer of a calibrated graph, in place.
@@ -49,9 +83,11 @@ def quantize_layers(
     Args:
         qg: a graph in stage `prepared` whose activation ranges are set.
         images: normalized `[N, C, H, W]`.
-        batch: images at a time.
+        batch: images at a time; by default what `batch_size` says.
         learn_rounding: sequential rounding with error feedback; off, rounding to nearest.
         correct_bias: make up for the mean error of each output channel.
+        learner: what goes over a block when its layers are done.
+        memory_mb: activations held in memory, in MiB; more of them are put on disk.
         progress: told (layers done, layers in all).
 
     Returns:
@@ -66,28 +102,96 @@ def quantize_layers(
     if len(images) == 0:
         raise UsageError("quantizing layers needs at least one image. Got none.")
     qg.module.eval()
+    _initial_scales(qg.module)
+    with Shelf(int(memory_mb * 2**20)) as shelf:
+        parts = torch.split(images, batch or batch_size(qg))
+        walk = LockStep(qg.module, parts, shelf)
+        work = _Sequential(walk, learn_rounding, correct_bias, learner, progress)
+        for block in blocks(qg.module):
+            work.quantize(block)
+    return work.done
+
+
+class _Sequential:
+    """The walk over the graph, block after block."""
+
+    def __init__(
+        self,
+        walk: LockStep,
+        learn_rounding: bool,
+        correct_bias: bool,
+        learner: Learner | None,
+        progress: Progress | None,
+    ) -> None:
+        self.walk, self.learner, self.progress = walk, learner, progress
+        self.learn_rounding, self.correct_bias = learn_rounding, correct_bias
+        self.total = sum(walk.layer(node) is not None for node in walk.module.graph.nodes)
+        self.done = 0
+
+    def quantize(self, block: Block) -> None:
+        """Take over a block that was done before, or quantize its layers and learn it."""
+        walk, learner = self.walk, self.learner
+        if learner is None:
+            for node in block.nodes:
+                self._node(node, {})
+            return
+        held = [n for n in (block.entry, block.exit) if n is not None]
+        for node in held:
+            walk.hold(node)
+        saved = learner.restore(block, walk)
+        targets: dict[str, Tensor] = {}
+        for node in block.nodes:
+            if saved is None:
+                self._node(node, targets)
+            else:
+                self._restore(node, saved)
+        if saved is None:
+            learner.learn(block, walk, targets)
+        for node in held:
+            walk.release(node)
+
+    def _node(self, node: fx.Node, targets: dict[str, Tensor]) -> None:
+        walk = self.walk
+        layer, wanted = walk.layer(node), walk.run(node, FLOAT)
+        if layer is None:
+            walk.keep(node, walk.run(node, QUANTIZED), wanted)
+            return
+        targets[str(node.target)] = layer.weight.detach().clone()
+        if _solvable(layer):
+            x_q, x = walk.inputs(node, QUANTIZED), walk.inputs(node, FLOAT)
+            targets[str(node.target)] = _choose_integers(layer, x_q, x, self.learn_rounding)
+        found = walk.run(node, QUANTIZED)
+        if self.correct_bias:
+            found = _correct_bias(layer, found, wanted, walk.shelf)
+        walk.keep(node, found, wanted)
+        self._tell()
+
+    def _restore(self, node: fx.Node, saved: dict[str, dict[str, Tensor]]) -> None:
+        walk = self.walk
+        wanted = walk.run(node, FLOAT)
+        if str(node.target) in saved:
+            walk.modules[str(node.target)].load_state_dict(saved[str(node.target)])
+        walk.keep(node, walk.run(node, QUANTIZED), wanted)
+        if walk.layer(node) is not None:
+            self._tell()
+
+    def _tell(self) -> None:
+        self.done += 1
+        if self.progress:
+            self.progress(self.done, self.total)
+
+
+def _initial_scales(module: nn.Module) -> None:
+    """Scales of least weight error, which those layers keep that no walk sees the inputs of."""
     seen: set[int] = set()
-    for module in qg.module.modules():  # those inside islands included
-        if isinstance(module, QuantLayer):
-            _unshare(module, seen)
-            module.scale.copy_(torch.maximum(module.scale, _scale_floor(module)))
-    walk = _LockStep(qg.module, torch.split(images, batch))
-    total = sum(walk.layer(node) is not None for node in qg.module.graph.nodes)
-    done = 0
-    for node in qg.module.graph.nodes:
-        layer = walk.layer(node)
-        wanted = walk.evaluate(node, FLOAT)
-        if layer is not None:
-            x_q, x = walk.inputs(node)
-            if _solvable(layer):
-                _choose_integers(layer, x_q, x, learn_rounding)
-            if correct_bias:
-                _correct_bias(layer, x_q, wanted)
-            done += 1
-            if progress:
-                progress(done, total)
-        walk.keep(node, walk.evaluate(node, QUANTIZED), wanted)
-    return done
+    islands = [m for m in module.modules() if isinstance(m, IslandLayer)]
+    inner = {id(layer) for island in islands for layer in island.modules()}
+    for layer in module.modules():
+        if isinstance(layer, QuantLayer):
+            _unshare(layer, seen)
+            if id(layer) in inner or not _solvable(layer):
+                layer.scale.copy_(weight_scales(layer.weight, layer.spec, layer.op.axis))
+            layer.scale.copy_(torch.maximum(layer.scale, _scale_floor(layer)))
 
 
 def _unshare(layer: QuantLayer, seen: set[int]) -> None:
@@ -115,31 +219,47 @@ def _scale_floor(layer: QuantLayer) -> Tensor:
     return floor if layer.scale.ndim else floor.amax()
 
 
-def _correct_bias(layer: QuantLayer, x_q: list[Tensor], wanted: list[Any]) -> None:
-    """Add the mean of what the float layer gives over what this one gives, per output channel."""
+def _correct_bias(
+    layer: QuantLayer, found: list[Kept], wanted: list[Kept], shelf: Shelf
+) -> list[Kept]:
+    """Add the mean of what the float layer gives over what this one gives, per output channel.
+
+    Returns:
+        The layer's output with its new bias.
+    """
     if layer.bias is None:
-        return
+        return found
     error, count = torch.zeros_like(layer.bias), 0
-    for part, target in zip(x_q, wanted, strict=True):
-        difference = target - layer(part)
+    for got, target in zip(found, wanted, strict=True):
+        difference = target.get() - got.get()
         channel = difference.ndim - 1 if layer.op.kind == "linear" else 1
         error.add_(difference.transpose(0, channel).flatten(1).sum(1))
         count += difference.numel() // difference.shape[channel]
+    before = _added(layer, layer.bias)
     layer.bias.add_(error / count)
+    shift = per_axis(_added(layer, layer.bias) - before, difference.ndim, channel)
+    moved = []
+    for got in found:
+        value = got.get() + shift
+        got.drop()
+        moved.append(shelf.put(value))
+    return moved
+
+
+def _added(layer: QuantLayer, bias: Tensor) -> Tensor:
+    """What a bias adds to the output: a multiple of the accumulator's step where that is whole."""
+    if layer.source is None:
+        return bias.detach().clone()
+    step = layer.source.step().detach() * layer.step().detach()
+    return integer_bias(bias.detach(), step) * step
 
 
 def _choose_integers(
-    layer: QuantLayer, x_q: list[Tensor], x: list[Tensor], learn_rounding: bool
-) -> None:
+    layer: QuantLayer, x_q: list[Kept], x: list[Kept], learn_rounding: bool
+) -> Tensor:
+    """Set scale and weights of a layer; return the real weights that its integers stand for."""
     w = grouped(layer.op, layer.weight.detach())
-    moments = Moments.empty(w.shape[0], w.shape[2])
-    total = sum(p.shape[0] * _positions(layer, p) for p in x_q)
-    thin = max(1, math.isqrt(total // MAX_COLUMNS))
-    for part_q, part in zip(x_q, x, strict=True):
-        moments.add(
-            input_vectors(layer.op, layer.weight, part_q, thin=thin),
-            input_vectors(layer.op, layer.weight, part, thin=thin),
-        )
+    moments = _moments(layer, w, x_q, x)
     wanted = target_weights(w, moments) if learn_rounding else w
     scale = scales_by_output(wanted, moments.quantized, layer.spec).reshape(-1)
     if layer.scale.ndim == 0:
@@ -148,7 +268,26 @@ def _choose_integers(
     if learn_rounding:
         steps = layer.scale.expand(w.shape[0] * w.shape[1]).reshape(w.shape[:2])
         q = round_rows(wanted, steps, moments.quantized, layer.spec)
+        if layer.scale.ndim and layer.spec.bits <= REFINED:
+            q, steps = refine(wanted, q, steps, moments.quantized, layer.spec)
+            layer.scale.copy_(torch.maximum(steps.reshape(-1), _scale_floor(layer)))
+            steps = layer.scale.reshape(steps.shape)
         layer.weight.copy_((q * steps[..., None]).reshape(layer.weight.shape))
+    return wanted.reshape(layer.weight.shape)
+
+
+def _moments(layer: QuantLayer, w: Tensor, x_q: list[Kept], x: list[Kept]) -> Moments:
+    moments, thin = Moments.empty(w.shape[0], w.shape[2]), 0
+    for part_q, part in zip(x_q, x, strict=True):
+        quantized = part_q.get()
+        if not thin:
+            total = len(x_q) * quantized.shape[0] * _positions(layer, quantized)
+            thin = max(1, math.isqrt(total // MAX_COLUMNS))
+        moments.add(
+            input_vectors(layer.op, layer.weight, quantized, thin=thin),
+            input_vectors(layer.op, layer.weight, part.get(), thin=thin),
+        )
+    return moments
 
 
 def _positions(layer: QuantLayer, x: Tensor) -> int:
@@ -156,66 +295,3 @@ def _positions(layer: QuantLayer, x: Tensor) -> int:
     if layer.op.kind == "linear":
         return x[0].numel() // x.shape[-1]
     return math.prod(-(-n // s) for n, s in zip(x.shape[2:], layer.op.stride, strict=True))
-
-
-class _LockStep:
-    """Evaluates a prepared graph node by node on quantized and float values, freeing as it goes."""
-
-    def __init__(self, module: fx.GraphModule, parts: tuple[Tensor, ...]) -> None:
-        self.module, self.parts = module, parts
-        self.modules: dict[str, nn.Module] = dict(module.named_modules())
-        self.values: tuple[dict[fx.Node, list[Any]], dict[fx.Node, list[Any]]] = ({}, {})
-        self.left = {n: len(n.users) for n in module.graph.nodes}
-
-    def layer(self, node: fx.Node) -> QuantLayer | None:
-        """The quantized layer that a node calls, if it calls one."""
-        module = self.modules.get(str(node.target)) if node.op == "call_module" else None
-        return module if isinstance(module, QuantLayer) else None
-
-    def inputs(self, node: fx.Node) -> tuple[list[Tensor], list[Tensor]]:
-        """The first input of a node in both networks, per batch."""
-        source = node.all_input_nodes[0]
-        return self.values[QUANTIZED][source], self.values[FLOAT][source]
-
-    def evaluate(self, node: fx.Node, which: int) -> list[Any]:
-        """What a node gives in one of the networks, per batch."""
-        if node.op == "placeholder":
-            return list(self.parts)
-        return [self._evaluate(node, part, which) for part in range(len(self.parts))]
-
-    def keep(self, node: fx.Node, quantized: list[Any], floats: list[Any]) -> None:
-        """Store the values of a node, and drop those that nothing reads any more."""
-        self.values[QUANTIZED][node], self.values[FLOAT][node] = quantized, floats
-        for used in node.all_input_nodes:
-            self.left[used] -= 1
-            if self.left[used] == 0:
-                del self.values[QUANTIZED][used], self.values[FLOAT][used]
-
-    def _evaluate(self, node: fx.Node, part: int, which: int) -> Any:
-        def value(n: fx.Node) -> Any:
-            return self.values[which][n][part]
-
-        args: Any = fx.node.map_arg(node.args, value)
-        kwargs: Any = fx.node.map_arg(node.kwargs, value)
-        if node.op == "output":
-            return args[0]
-        if node.op == "get_attr":
-            return _attribute(self.module, str(node.target))
-        if node.op == "call_function":
-            return node.target(*args, **kwargs)  # type: ignore[operator]
-        if node.op == "call_method":
-            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        module = self.modules[str(node.target)]
-        if which == QUANTIZED:
-            return module(*args, **kwargs)
-        if isinstance(module, FakeQuant) and module.ceiling is not None:
-            return args[0].clamp(max=module.ceiling)
-        with switched_off(module):
-            return module(*args, **kwargs)
-
-
-def _attribute(module: nn.Module, path: str) -> Any:
-    value: Any = module
-    for name in path.split("."):
-        value = getattr(value, name)
-    return value

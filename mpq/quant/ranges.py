@@ -3,12 +3,14 @@
 From 7 bits on, clipping buys nothing and the range decides. Below, an outlier costs every other
 value its precision, so each scale is searched: with `s_0` the clip-free scale, `s = r s_0` for `r`
 in `CLIP_RATIOS` that minimises `sum_k h_k (x_k - Q(x_k))^2` (Banner et al., "Post training 4-bit
-quantization of convolutional networks", 2019, search the same optimum in closed form).
+quantization of convolutional networks", 2019, search the same optimum in closed form). The search
+is `best_ratio`; what the loss is, is the caller's: error of weights, of a layer's output, of a
+histogram, or its divergence.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -51,7 +53,7 @@ def weight_scales(
         squares = squares if second_moment is None else squares * second_moment
         return squares.sum() if spec.granularity == "tensor" else squares.sum(1)
 
-    return scale * _best_ratio(error)
+    return scale * best_ratio(error)
 
 
 @torch.no_grad()
@@ -73,15 +75,20 @@ def activation_range(values: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
         scale, zero = choose_qparams(low * ratio, high * ratio, spec)
         return (fake_quantize(values, scale, zero, spec) - values).square_().sum()
 
-    ratio = _best_ratio(error)
+    ratio = best_ratio(error)
     return low * ratio, high * ratio
 
 
-def _best_ratio(error: Callable[[float], Tensor]) -> Tensor:
-    """The ratio of least error, elementwise over whatever shape `error` returns."""
-    best = error(CLIP_RATIOS[0])
-    chosen = torch.full_like(best, CLIP_RATIOS[0])
-    for ratio in CLIP_RATIOS[1:]:
+def best_ratio(error: Callable[[float], Tensor], ratios: Sequence[float] = CLIP_RATIOS) -> Tensor:
+    """The ratio of least error, elementwise over whatever shape `error` returns; ties go first.
+
+    Args:
+        error: the loss at a clipping ratio.
+        ratios: what to try, the widest range first.
+    """
+    best = error(ratios[0])
+    chosen = torch.full_like(best, ratios[0])
+    for ratio in ratios[1:]:
         now = error(ratio)
         chosen = torch.where(now < best, ratio, chosen)
         best = torch.minimum(now, best)

@@ -1,0 +1,55 @@
+"""What several benchmarks need: the answers of a file, and on what they were measured."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import torch
+from numpy.typing import NDArray
+
+from mpq.data import Normalization
+from mpq.export import runtime
+
+HALF = 5000
+"""Choices are made on the first half of CIFAR's test images by official index."""
+
+
+def answers(path: Path, images: NDArray[np.uint8], normalize: Normalization) -> NDArray[np.int64]:
+    """The class that a model file gives each image, in onnxruntime at its defaults."""
+    loaded = runtime.session(path)
+    parts = np.array_split(images, max(1, len(images) // 1000))
+    found = [runtime.run(loaded, normalize.apply(part)).argmax(1) for part in parts]
+    return np.concatenate(found)
+
+
+def accuracy_of(answered: NDArray[np.int64], labels: NDArray[np.int64]) -> dict[str, float]:
+    """Top-1 in percent on all images, on the first half and on the rest."""
+    right = answered == labels
+    return {
+        "top1": round(100 * float(right.mean()), 2),
+        "top1_first_5000": round(100 * float(right[:HALF].mean()), 2),
+        "top1_last_5000": round(100 * float(right[HALF:].mean()), 2),
+    }
+
+
+def setting() -> dict[str, Any]:
+    """Machine and versions."""
+    return {
+        "machine": f"{_cpu()}, {os.cpu_count()} cores",
+        "torch": torch.__version__,
+        "onnxruntime": onnxruntime.__version__,
+    }
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.machine()

@@ -1,0 +1,116 @@
+"""Learn block after block, so that an interruption costs one block at most.
+
+What a block was learned to is written down when it is done. A resumed run takes the finished blocks
+over and goes on; since all randomness of a block derives from (seed, place of the block), it ends
+as the uninterrupted run does, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from mpq.checkpoint import load_safe, save_atomic
+from mpq.errors import UsageError
+from mpq.ptq.blocks import Block, blocks
+from mpq.ptq.learn import Learning, block_states, learn_block, learnable
+from mpq.ptq.walk import LockStep
+
+FORMAT, VERSION = "mpq/rounding", 1
+PROGRESS = "rounding.pth"
+"""The file of finished blocks in a run."""
+State = dict[str, dict[str, Tensor]]
+
+
+class BlockLearner:
+    """Goes over each block of a walk (`sequential.Learner`), and remembers those that are done.
+
+    Args:
+        settings: how a block is learned.
+        path: where finished blocks are written down; None keeps them nowhere.
+        identity: what must be equal for them to be taken over.
+        resume: take over what `path` holds.
+        progress: told (steps done, steps in all).
+
+    Raises:
+        UsageError: what `path` holds belongs to another run or is no such file.
+    """
+
+    def __init__(
+        self,
+        settings: Learning,
+        *,
+        path: Path | None = None,
+        identity: Mapping[str, Any] | None = None,
+        resume: bool = False,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        self.settings, self.path, self.progress = settings, path, progress
+        self.identity = {"learning": asdict(settings), **(identity or {})}
+        self.done: list[State] = []
+        if resume and path is not None:
+            self.done = _read(path, self.identity)
+        self.ratios: dict[str, float] = {}
+        self._at, self._total = 0, 0
+
+    def restore(self, block: Block, walk: LockStep) -> State | None:
+        """The state of a block that was done before."""
+        if not self._total:
+            self._total = len(blocks(walk.module))
+        self._at += 1
+        if self._at > len(self.done):
+            return None
+        self._tell(self.settings.iterations)
+        return self.done[self._at - 1]
+
+    def learn(self, block: Block, walk: LockStep, targets: dict[str, Tensor]) -> None:
+        """Learn a block, and write down what it came to."""
+        if learnable(block, walk):
+            self.ratios[block.layers[0]] = learn_block(
+                block,
+                walk,
+                targets,
+                self.settings,
+                seed=1000 * self.settings.seed + self._at,
+                tell=self._tell,
+            )
+        self._tell(self.settings.iterations)
+        states = block_states(block, walk)
+        self.done.append({n: {k: v.clone() for k, v in s.items()} for n, s in states.items()})
+        if self.path is not None:
+            content = {
+                "format": FORMAT,
+                "version": VERSION,
+                "identity": self.identity,
+                "blocks": self.done,
+            }
+            save_atomic(content, self.path)
+
+    def _tell(self, steps: int) -> None:
+        if self.progress:
+            each = self.settings.iterations
+            self.progress((self._at - 1) * each + steps, self._total * each)
+
+
+def _read(path: Path, identity: Mapping[str, Any]) -> list[State]:
+    content = load_safe(path)
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise UsageError(f"{path} must hold the finished blocks of `mpq ptq`, but does not.")
+    if content.get("version") != VERSION:
+        raise UsageError(
+            f"{path}: version must be {VERSION}. Got {content.get('version')!r} instead."
+        )
+    saved = content["identity"]
+    changed = [k for k in identity if saved.get(k) != identity[k]]
+    if changed:
+        listed = "; ".join(f"{k} was {saved.get(k)!r}, is {identity[k]!r}" for k in changed)
+        raise UsageError(
+            f"{path} must be of the same run to be resumed, but {listed}. Use the old settings, "
+            "another folder, or start anew with --force."
+        )
+    found: list[State] = content["blocks"]
+    return found

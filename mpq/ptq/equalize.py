@@ -1,0 +1,226 @@
+"""Cross-layer equalization: rescale channels between two layers so that both quantize better.
+
+Channel `c` of the tensor between two layers is multiplied by `f_c`, the weights that write it
+alike, those that read it by `1 / f_c`; the network stays the same function (`pairs`). Nagel et al.,
+"Data-Free Quantization Through Weight Equalization and Bias Correction", 2019, section 4.1, set
+`1 / f_c = sqrt(r1_c r2_c) / r2_c` with the ranges of the channel in both weights. Here weights have
+a scale per output channel, to which the rows of the first layer do not matter, so `r1` is the range
+of the channel's activation, measured on images. The exponent 1/2 is one of several: `1 / f_c =
+r1_c^a / r2_c^(1 - a)` is tried for `a` from 0 (all for the weights) to 1 (all for the activation)
+and chosen by the noise that is to be expected of both roundings at the widths of the policy,
+`step^2 / 12` each.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from mpq.errors import UsageError
+from mpq.graph.fold_bn import scale_outputs
+from mpq.graph.ir import QuantGraph
+from mpq.policy import LayerChoice, Policy
+from mpq.ptq.pairs import Link, links
+from mpq.quant.layer import LayerOp
+
+logger = logging.getLogger(__name__)
+Equalize = Literal["auto", "on", "off"]
+EQUALIZE: tuple[str, ...] = get_args(Equalize)
+EXPONENTS = (0.0, 0.25, 0.5, 0.75, 1.0)
+WORTH = 0.5
+"""What is left of the expected noise at most, for `auto` to rescale a pair."""
+REACH = 1024.0
+"""Largest factor between two channels: beyond, a channel counts as dead."""
+IMAGES = 128
+
+
+@dataclass(frozen=True)
+class Pair:
+    """What became of one pair of layers.
+
+    Args:
+        first: the layer that writes the channels.
+        second: the one that reads them.
+        spread: largest over median range of the channels before.
+        gain: expected noise before over after; 1 where nothing was changed.
+        reason: why nothing was changed, or an empty string.
+    """
+
+    first: str
+    second: str
+    spread: float
+    gain: float
+    reason: str = ""
+
+
+@torch.no_grad()
+def equalize(
+    qg: QuantGraph, images: Tensor, policy: Policy, *, mode: Equalize = "auto"
+) -> list[Pair]:
+    """Rescale the channels between layers of a float graph, in place.
+
+    Args:
+        qg: a graph in stage `float`.
+        images: normalized `[N, C, H, W]`; the first 128 of them are looked at.
+        policy: the widths to come.
+        mode: `auto` rescales a pair where half or more of its expected noise goes, `on` where any
+            does, `off` none.
+
+    Returns:
+        A record for each pair.
+
+    Raises:
+        UsageError: an unknown mode.
+    """
+    if mode not in EQUALIZE:
+        raise UsageError(f"equalize must be one of {', '.join(EQUALIZE)}. Got {mode!r} instead.")
+    if mode == "off":
+        return []
+    choices = policy.resolve(list(qg.layers))
+    chains = links(qg)
+    seen = _Inputs(qg, [link for link in chains if not link.reason])
+    seen.run(images[:IMAGES])
+    worth = WORTH if mode == "auto" else 1.0
+    found = [_treat(qg, link, seen, choices[link.second], worth) for link in chains]
+    changed = [p for p in found if not p.reason]
+    for pair in found:
+        logger.info("%s -> %s: %s", pair.first, pair.second, pair.reason or f"{pair.gain:.1f}x")
+    if changed:
+        logger.info("equalized %d of %d pairs of layers", len(changed), len(found))
+    return found
+
+
+class _Inputs:
+    """Range and mean square of each channel that the second layer of a link reads."""
+
+    def __init__(self, qg: QuantGraph, chains: list[Link]) -> None:
+        self.qg, self.chains = qg, {link.second: len(link.limit) for link in chains}
+        self.high: dict[str, Tensor] = {}
+        self.low: dict[str, Tensor] = {}
+        self.power: dict[str, Tensor] = {}
+
+    def run(self, images: Tensor) -> None:
+        """Look at every batch."""
+        parts = torch.split(images, 32)
+        modules = [(n, self.qg.module.get_submodule(n)) for n in self.chains]
+        handles = [m.register_forward_pre_hook(self._watch(n, len(parts))) for n, m in modules]
+        try:
+            for part in parts:
+                self.qg.module(part)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _watch(self, name: str, parts: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            x, channels = args[0], self.chains[name]
+            last = LayerOp.of(module).kind == "linear"
+            rows = x.reshape(-1, x.shape[-1]).T if last else x.transpose(0, 1).flatten(1)
+            rows = rows.reshape(channels, -1)
+            zero = torch.zeros(channels)
+            self.high[name] = torch.maximum(self.high.get(name, zero), rows.amax(1))
+            self.low[name] = torch.minimum(self.low.get(name, zero), rows.amin(1))
+            self.power[name] = self.power.get(name, zero) + rows.square().mean(1) / parts
+
+        return hook
+
+
+def _treat(qg: QuantGraph, link: Link, seen: _Inputs, choice: LayerChoice, worth: float) -> Pair:
+    """Rescale one pair if that pays."""
+    if link.reason:
+        return Pair(link.first, link.second, 1.0, 1.0, link.reason)
+    module = qg.module.get_submodule(link.second)
+    op, weight = LayerOp.of(module), module.weight.detach()  # type: ignore[union-attr,operator]
+    high, low = seen.high[link.second], seen.low[link.second]
+    ranges = torch.maximum(high, -low)
+    spread = float(ranges.max() / ranges.median().clamp(min=1e-12))
+    columns = _columns(op, weight, len(ranges))
+
+    def noise(factor: Tensor) -> float:
+        span = float((high * factor).max() - (low * factor).min())
+        return _noise(columns, factor, span, seen.power[link.second], choice)
+
+    plain = noise(torch.ones_like(ranges))
+    tried = [_factors(ranges, columns, exponent, link.limit) for exponent in EXPONENTS]
+    costs = [noise(factor) for factor in tried]
+    best = min(range(len(costs)), key=costs.__getitem__)
+    if not plain or not costs[best] < worth * plain:
+        return Pair(link.first, link.second, spread, 1.0, "its ranges are even enough")
+    _apply(qg, link, tried[best])
+    return Pair(link.first, link.second, spread, plain / max(costs[best], 1e-30))
+
+
+def _factors(ranges: Tensor, columns: Tensor, exponent: float, limit: Tensor) -> Tensor:
+    """`[C]` factors that keep the widest channel's range where no limit keeps them lower."""
+    reading = columns.abs().amax((0, 2))
+    alive = (ranges > 0) & (reading > 0)
+    wish = torch.where(alive, reading ** (1 - exponent) / ranges**exponent, 1.0)
+    if not bool(alive.any()):
+        return torch.ones_like(ranges)
+    # The widest channel after rescaling is as wide as the widest was before.
+    wish = wish * ranges.max() / (wish * ranges)[alive].max()
+    wish = wish.clamp(1 / REACH, REACH).minimum(limit)
+    return torch.where(alive & (limit > 1), wish, 1.0)
+
+
+def _noise(
+    columns: Tensor, factor: Tensor, span: float, power: Tensor, choice: LayerChoice
+) -> float:
+    """Expected square of the second layer's output noise, per position."""
+    read = columns / factor[:, None]
+    total = 0.0
+    if choice.activation is not None:
+        step = span / (choice.activation.qmax - choice.activation.qmin)
+        total += step**2 / 12 * float(read.square().sum())
+    if choice.weight is not None:
+        steps = read.abs().amax((1, 2)) / choice.weight.qmax
+        if choice.weight.granularity == "tensor":
+            steps = steps.amax().expand_as(steps)
+        met = (read != 0).float() * (power * factor.square())[:, None]
+        total += float((steps.square() / 12 * met.sum((1, 2))).sum())
+    return total
+
+
+def _columns(op: LayerOp, weight: Tensor, channels: int) -> Tensor:
+    """Weights as `[O, C, K]` by the channel that they read, 0 where an output reads none of it."""
+    if op.kind == "linear":
+        return weight.reshape(weight.shape[0], channels, -1)
+    if op.kind == "conv_transpose":
+        return weight.flatten(1).reshape(channels, -1, 1).transpose(0, 1)
+    flat = weight.flatten(2)
+    if op.groups == 1:
+        return flat
+    each, width = weight.shape[0] // op.groups, weight.shape[1]
+    spread = torch.zeros(weight.shape[0], channels, flat.shape[2])
+    for group in range(op.groups):
+        rows = slice(group * each, (group + 1) * each)
+        spread[rows, group * width : (group + 1) * width] = flat[rows]
+    return spread
+
+
+def _apply(qg: QuantGraph, link: Link, factor: Tensor) -> None:
+    """Multiply what writes each channel, divide what reads it."""
+    first, second = qg.module.get_submodule(link.first), qg.module.get_submodule(link.second)
+    written: Tensor = first.weight.detach()  # type: ignore[union-attr,operator,assignment]
+    first.weight = nn.Parameter(scale_outputs(written, factor, LayerOp.of(first)))
+    if first.bias is not None:
+        first.bias = nn.Parameter(first.bias.detach() * factor)  # type: ignore[union-attr,operator]
+    read: Tensor = second.weight.detach()  # type: ignore[union-attr,operator,assignment]
+    second.weight = nn.Parameter(_scale_inputs(read, 1 / factor, LayerOp.of(second)))
+
+
+def _scale_inputs(weight: Tensor, factor: Tensor, op: LayerOp) -> Tensor:
+    """Multiply the weights that read channel `c` by `factor[c]`."""
+    if op.kind == "linear":
+        repeated = factor.repeat_interleave(weight.shape[1] // len(factor))
+        return weight * repeated
+    if op.kind == "conv_transpose":
+        return weight * factor.reshape(-1, *[1] * (weight.ndim - 1))
+    # [O, I / groups, *K]: output channel o reads the channels of its group.
+    read = factor.reshape(op.groups, 1, -1).expand(-1, weight.shape[0] // op.groups, -1)
+    return weight * read.reshape(*weight.shape[:2], *[1] * (weight.ndim - 2))

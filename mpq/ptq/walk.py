@@ -1,0 +1,124 @@
+"""Evaluate a prepared graph node by node, float and quantized network in lock step.
+
+Every node is evaluated for all calibration images before the next one is looked at, so that what is
+decided at a layer sees the quantized network as it is up to there. Values that nothing reads any
+more are dropped; the others lie on a `Shelf`, which bounds the memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from mpq.ptq.observe import switched_off
+from mpq.ptq.shelf import Kept, Shelf
+from mpq.quant.fake_quant import FakeQuant
+from mpq.quant.layer import QuantLayer
+
+QUANTIZED, FLOAT = 0, 1
+
+
+def evaluate(
+    root: nn.Module,
+    node: fx.Node,
+    value: Callable[[fx.Node], Any],
+    module: Callable[..., Any] | None = None,
+) -> Any:
+    """What a node gives.
+
+    Args:
+        root: the graph's module.
+        node: any node but a placeholder.
+        value: the values of the nodes before it.
+        module: stands in for the module that the node calls.
+    """
+    args: Any = fx.node.map_arg(node.args, value)
+    kwargs: Any = fx.node.map_arg(node.kwargs, value)
+    if node.op == "output":
+        return args[0]
+    if node.op == "get_attr":
+        found: Any = root
+        for name in str(node.target).split("."):
+            found = getattr(found, name)
+        return found
+    if node.op == "call_function":
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+    if node.op == "call_method":
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    return (module or root.get_submodule(str(node.target)))(*args, **kwargs)
+
+
+class LockStep:
+    """The values of both networks, as far as something still reads them.
+
+    Args:
+        module: a prepared graph in eval mode.
+        parts: the calibration images in batches.
+        shelf: where values are kept.
+    """
+
+    def __init__(self, module: fx.GraphModule, parts: Sequence[Tensor], shelf: Shelf) -> None:
+        self.module, self.parts, self.shelf = module, parts, shelf
+        self.modules: dict[str, nn.Module] = dict(module.named_modules())
+        self.values: tuple[dict[fx.Node, list[Kept]], dict[fx.Node, list[Kept]]] = ({}, {})
+        self.left = {n: len(n.users) for n in module.graph.nodes}
+
+    def layer(self, node: fx.Node) -> QuantLayer | None:
+        """The quantized layer that a node calls, if it calls one."""
+        module = self.modules.get(str(node.target)) if node.op == "call_module" else None
+        return module if isinstance(module, QuantLayer) else None
+
+    def inputs(self, node: fx.Node, which: int) -> list[Kept]:
+        """The first input of a node in one of the networks, per batch."""
+        return self.values[which][node.all_input_nodes[0]]
+
+    def run(self, node: fx.Node, which: int) -> list[Kept]:
+        """What a node gives in one of the networks, per batch."""
+        return [self.shelf.put(self._evaluate(node, k, which)) for k in range(len(self.parts))]
+
+    def keep(self, node: fx.Node, quantized: list[Kept], floats: list[Kept]) -> None:
+        """Store the values of a node, and drop those that nothing reads any more."""
+        self.values[QUANTIZED][node], self.values[FLOAT][node] = quantized, floats
+        for used in node.all_input_nodes:
+            self.release(used)
+        if not self.left[node]:
+            self._drop(node)
+
+    def hold(self, node: fx.Node) -> None:
+        """Keep a node's values until they are released."""
+        self.left[node] += 1
+
+    def release(self, node: fx.Node) -> None:
+        """One reader less."""
+        self.left[node] -= 1
+        if self.left[node] == 0:
+            self._drop(node)
+
+    def renew(self, node: fx.Node, quantized: list[Kept]) -> None:
+        """Replace what a node gives in the quantized network."""
+        for old in self.values[QUANTIZED][node]:
+            old.drop()
+        self.values[QUANTIZED][node] = quantized
+
+    def _drop(self, node: fx.Node) -> None:
+        for values in self.values:
+            for kept in values.pop(node, []):
+                kept.drop()
+
+    def _evaluate(self, node: fx.Node, part: int, which: int) -> Any:
+        if node.op == "placeholder":
+            return self.parts[part]
+
+        def value(n: fx.Node) -> Any:
+            return self.values[which][n][part].get()
+
+        module = self.modules.get(str(node.target)) if node.op == "call_module" else None
+        if which == QUANTIZED or module is None:
+            return evaluate(self.module, node, value)
+        if isinstance(module, FakeQuant):
+            x = value(node.all_input_nodes[0])
+            return x if module.ceiling is None else x.clamp(max=module.ceiling)
+        with switched_off(module):
+            return evaluate(self.module, node, value)

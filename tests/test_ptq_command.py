@@ -1,0 +1,103 @@
+"""`mpq ptq`: efforts, an interruption and its resumption, and what the help promises."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from mpq import zoo
+from mpq.checkpoint import load_safe, save_model
+from mpq.cli import main
+from mpq.policy import ModelInfo, Policy
+from mpq.ptq import blockwise
+
+BEST = ("ptq", "--effort", "best", "--iterations", "2", "--num-calib", "24")
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run with a W4A4 policy for a small network with random weights."""
+    monkeypatch.chdir(tmp_path)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        module = zoo.build("resnet20", 10)
+    info = ModelInfo(arch="resnet20", classes=10, input=(3, 16, 16), normalize="none")
+    save_model(Path("model.pth"), module, info=info, data="digits")
+    named = {"model": info.model_copy(update={"checkpoint": "model.pth"})}
+    data = Policy().data.model_copy(update={"name": "digits"})
+    policy = Policy.uniform(4, 4).model_copy(update={**named, "data": data})
+    Path("p.yaml").write_text(policy.to_yaml())
+    return tmp_path
+
+
+def state(run: str) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = load_safe(Path(run) / "quantized.pth")["state"]
+    return found
+
+
+def test_best_is_resumed_bit_for_bit(here, monkeypatch, capsys):
+    assert main([*BEST, "--policy", "p.yaml", "-o", "whole", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["effort"] == "best"
+    assert told["images"] == 24
+    assert not Path("whole/rounding.pth").exists()
+    real, calls = blockwise.learn_block, []
+
+    def interrupted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(blockwise, "learn_block", interrupted)
+    argv = [*BEST, "--policy", "p.yaml", "-o", "cut"]
+    assert main(argv) == 130
+    assert "Go on with: mpq ptq ... --resume" in capsys.readouterr().err
+    assert Path("cut/rounding.pth").exists()
+    assert not Path("cut/quantized.pth").exists()
+    monkeypatch.setattr(blockwise, "learn_block", real)
+    assert main(argv) == 2
+    assert "holds an unfinished run (rounding.pth). Go on with --resume" in capsys.readouterr().err
+    assert main([*argv, "--resume", "--seed", "3"]) == 2
+    told = capsys.readouterr().err
+    assert "must be of the same run to be resumed, but" in told
+    assert "seed was 0, is 3" in told
+    assert main([*argv, "--resume"]) == 0
+    whole, cut = state("whole"), state("cut")
+    assert all(torch.equal(value, cut[name]) for name, value in whole.items())
+    assert not Path("cut/rounding.pth").exists()
+    assert main([*argv, "--resume"]) == 2
+    assert "--resume must find cut/rounding.pth" in capsys.readouterr().err
+
+
+def test_efforts_and_equalization_differ(here, capsys):
+    states = []
+    for told in (("--effort", "fast"), (), ("--equalize", "on")):
+        argv = ("ptq", "--policy", "p.yaml", "--num-calib", "16", "--force", "-o", "r", *told)
+        assert main([*argv, "--json"]) == 0
+        metrics = json.loads(capsys.readouterr().out)
+        states.append(state("r"))
+    assert metrics["equalized"] > 0
+    for one, other in ((0, 1), (1, 2)):
+        assert any(not torch.equal(v, states[other][k]) for k, v in states[one].items())
+
+
+@pytest.mark.parametrize(
+    ("argv", "wanted"),
+    [
+        ("--effort heroic", "'fast', 'good', 'best'"),
+        ("--equalize maybe", "'auto', 'on', 'off'"),
+        ("--iterations 0", "--iterations"),
+        ("--memory-mb 0", "--memory-mb"),
+        ("--effort good --resume", "--resume must find r/rounding.pth"),
+    ],
+)
+def test_bad_options_end_with_2_and_write_nothing(here, capsys, argv, wanted):
+    assert main(["ptq", "--policy", "p.yaml", "-o", "r", *argv.split()]) == 2
+    err = capsys.readouterr().err
+    assert wanted in err
+    assert "Traceback" not in err
+    assert not Path("r").exists()
