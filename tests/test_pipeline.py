@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -15,6 +16,7 @@ import yaml
 
 from mpq.checkpoint import load_safe
 from mpq.cli import main
+from mpq.latency import LatencyProfile, LayerLatency
 from mpq.pipeline.quantizing import load_quantized
 from mpq.pipeline.subject import Source
 from mpq.pipeline.training import new_subject, run_train
@@ -88,6 +90,28 @@ def test_several_budgets_from_one_scoring(here, capsys, monkeypatch):
     assert "scores from" not in say(capsys, *again, "--num-score", "32", "--seed", "1")[1]
 
 
+def test_budgets_of_time_and_activations(here, capsys):
+    names = [layer["name"] for layer in json.loads(SENSITIVITY.read_text())["layers"]]
+    edges = dict.fromkeys(itertools.pairwise(names), 0.2)
+    costs = {name: LayerLatency(1.0, 3.0) for name in names}
+    LatencyProfile("cpu", "ort", 1, 1, costs, edges, 0.5).save(Path("times.json"))
+    argv = ["analyze", "model.pth", "--num-score", "64", "--bits", "16,8", "-o", "t"]
+    assert main([*argv, "--max-latency-ms", "30"]) == 2
+    assert "profile.json" in capsys.readouterr().err
+    argv += ["--profile", "times.json"]
+    told = as_json(capsys, *argv, "--max-latency-ms", "30")
+    wide = sum(
+        p[0] == 16 for p in json.loads(Path("t/sensitivity.json").read_text())["chosen"].values()
+    )
+    assert wide == 4  # 20.5 ms, two more for each wide layer, and 0.2 where they begin and end
+    assert told["latency_ms"] <= 30
+    assert main([*argv, "--max-latency-ms", "3", "--force"]) == 2
+    assert re.search(r"max_latency_ms must be in 20\.5\.\.60\.5, got 3", capsys.readouterr().err)
+    assert main([*argv, "--max-activation-mb", "0.0001", "--force"]) == 2
+    assert "max_activation_mb must be in 0." in capsys.readouterr().err
+
+
+SENSITIVITY = Path("runs/model/sensitivity.json")
 FOUND = ["policy.yaml", "policy-6.yaml", "policy-7.yaml"]
 
 

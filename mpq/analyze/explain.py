@@ -149,7 +149,7 @@ def _percent(share: float) -> str:
     return f"{share:.0%}" if share >= 0.01 else f"{share:.1%}" if share >= 0.001 else "< 0.1%"
 
 
-def allocation_policy(allocation: Allocation) -> Policy:
+def allocation_policy(widths: Mapping[str, Widths]) -> Policy:
     """The bare policy of a configuration, to prepare a graph with."""
     entries = [
         LayerPolicy(
@@ -157,7 +157,7 @@ def allocation_policy(allocation: Allocation) -> Policy:
             weight="float" if w is None else weight_spec(w),
             activation="float" if a is None else activation_spec(a),
         )
-        for name, (w, a) in allocation.widths.items()
+        for name, (w, a) in widths.items()
     ]
     return Policy(layers=entries)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -68,9 +69,13 @@ class Perturbations:
     grids: dict[tuple[str, int], Grid]
     readers: dict[str, tuple[str, ...]]
 
+    @cached_property
+    def _tensors(self) -> dict[str, str]:
+        return {name: tensor for tensor, names in self.readers.items() for name in names}
+
     def tensor_of(self, layer: str) -> str | None:
         """The tensor that a layer reads quantized, None if it computes in float."""
-        return next((t for t, names in self.readers.items() if layer in names), None)
+        return self._tensors.get(layer)
 
     def weight(self, layer: str) -> Tensor:
         """The float weights of a layer."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -39,6 +39,8 @@ Metric = Literal["fisher", "gradient", "kl", "loss", "fit", "hawq", "sqnr"]
 METRICS: tuple[Metric, ...] = get_args(Metric)
 LABELLED = ("loss", "fit", "hawq")
 """Metrics that look at the true labels."""
+MAX_BATCH, PASS_BYTES, BYTES_PER_ELEMENT = 64, 1_500_000_000, 12
+"""Images per pass; memory of a pass; what one output of a layer costs with what follows it."""
 TRACE_BATCH = 16
 """Images that a trace is taken from at a time, at most."""
 VERSION = 2
@@ -54,14 +56,21 @@ class Scoring:
         act_bits: activation widths besides.
         metric: what is measured.
         seed: of the random draws.
-        batch: images per pass; bounds the memory.
+        batch: images per pass; None: as many as `PASS_BYTES` hold, 64 at most.
     """
 
     bits: tuple[int, ...] = (8, 4)
     act_bits: tuple[int, ...] = (8,)
     metric: Metric = "fisher"
     seed: int = 0
-    batch: int = 64
+    batch: int | None = None
+
+    def batch_for(self, qg: QuantGraph) -> int:
+        """Images per pass: a backward pass keeps the outputs of all layers and what follows."""
+        if self.batch is not None:
+            return self.batch
+        image = sum(layer.out_elements for layer in qg.layers.values()) * BYTES_PER_ELEMENT
+        return max(1, min(MAX_BATCH, PASS_BYTES // image))
 
     def key(self, qg: QuantGraph, images: Tensor | None, labels: Tensor | None) -> str:
         """Hash of weights, network, images and settings: equal keys mean equal scores."""
@@ -69,7 +78,8 @@ class Scoring:
         for tensor in (images, labels if self.metric in LABELLED else None):
             if tensor is not None:
                 digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-        settings = (sorted(self.bits), sorted(self.act_bits), self.metric, self.seed, self.batch)
+        widths = sorted(self.bits), sorted(self.act_bits)
+        settings = (*widths, self.metric, self.seed, self.batch_for(qg))
         digest.update(repr((VERSION, settings, list(qg.layers.values()))).encode())
         return digest.hexdigest()
 
@@ -83,7 +93,7 @@ def score_layers(
     act_bits: Sequence[int] = (8,),
     metric: Metric = "fisher",
     seed: int = 0,
-    batch: int = 64,
+    batch: int | None = None,
     partial: Path | None = None,
     progress: Progress | None = None,
 ) -> Sensitivity:
@@ -99,7 +109,7 @@ def score_layers(
         act_bits: activation widths besides.
         metric: how to score.
         seed: of the random draws.
-        batch: images per pass; bounds the memory.
+        batch: images per pass; None: what fits into about 1.5 GB, 64 at most.
         partial: a file to keep what is done in, and to go on from (see `over_batches`).
         progress: called with (done, total).
 
@@ -111,6 +121,7 @@ def score_layers(
     """
     weight_bits, activation_bits = _check(bits, act_bits, metric, images, labels)
     how = Scoring(tuple(bits), tuple(act_bits), metric, seed, batch)
+    size = how.batch_for(qg)
     columns: list[Column] = [
         (name, part, width)
         for name in qg.layers
@@ -118,9 +129,11 @@ def score_layers(
         for width in widths
     ]
     candidates = perturb(
-        qg, images, weight_bits=weight_bits, activation_bits=activation_bits, batch=batch
+        qg, images, weight_bits=weight_bits, activation_bits=activation_bits, batch=size
     )
-    scores, pairwise = _score(candidates, columns, images, labels, how, partial, progress)
+    scores, pairwise = _score(
+        candidates, columns, images, labels, replace(how, batch=size), partial, progress
+    )
     rows = zip(columns, scores, strict=True)
     return Sensitivity(
         rows=tuple(Row(*c, score=s, sqnr=candidates.sqnr(c)) for c, s in rows),
@@ -145,6 +158,7 @@ def _score(
     progress: Progress | None,
 ) -> tuple[list[float], NDArray[np.float64] | None]:
     """Scores in the order of `columns`, and their interactions where the metric has them."""
+    assert how.batch is not None
     if how.metric == "sqnr" or images is None:
         return [_noise_share(candidates, column) for column in columns], None
     if how.metric in ("fisher", "gradient"):

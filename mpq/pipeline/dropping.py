@@ -46,7 +46,7 @@ class DropMeter:
 
     def drop(self, allocation: Allocation) -> float:
         """Top-1 lost by a configuration, in points or percent; negative where it gains."""
-        prepared = prepare(self.graph, allocation_policy(allocation))
+        prepared = prepare(self.graph, allocation_policy(allocation.widths))
         quantize_graph(prepared, self.calibration)
         found = accuracy(prepared.module, self.images, self.labels, self.subject.normalize)
         lost = self.top1 - found
