@@ -245,9 +245,10 @@ class _Search:
             locked=self.kept,
             profile=self.profile,
         )
+        cap = budget.budgets().get(self.minimize)
         return least_cost(
             lambda value: self.allocate(rest.model_copy(update={self.minimize: value})),
-            span,
+            span if cap is None else (min(span[0], cap), min(span[1], cap)),
             measure,
             max_drop=budget.max_drop,
             told=told,
