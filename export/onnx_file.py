@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,11 +16,12 @@ from mpq.graph.ir import QuantGraph
 from mpq.graph.passes import freeze
 from mpq.policy import Policy
 
-from . import meta
+from . import meta, runtime
 from .certify import Certificate, certify
 from .lower import Lowered, lower
 from .verify import VerifyReport, verify
 
+logger = logging.getLogger(__name__)
 LIMIT = 2**31 - 1
 """Largest protobuf message: one file holds no more."""
 
@@ -89,6 +91,35 @@ def float_to_onnx(qg: QuantGraph, path: str | Path) -> Path:
     """
     _write(serialize(lower(qg), None), Path(path))
     return Path(path)
+
+
+def verify_file(qg: QuantGraph, path: Path, images: Tensor) -> VerifyReport:
+    """Compare a file that is there with the graph it was made from, as `to_onnx` does.
+
+    Which value of the file belongs to which quantizer is found by lowering the graph again; a file
+    of other operations (of another version, or with other options) is compared end to end only.
+
+    Args:
+        qg: a graph in stage `prepared` or `frozen`.
+        path: the file.
+        images: normalized `[N, C, H, W]`.
+
+    Raises:
+        ExportError: the runtime cannot load or run the file.
+    """
+    runtime.session(path)  # refuses what is no model
+    frozen = qg if qg.stage == "frozen" else freeze(qg)
+    data, lowered = path.read_bytes(), lower(frozen)
+    same = _operations(data) == _operations(serialize(lowered, None))
+    if not same:
+        logger.warning("%s was lowered in another way: comparing its answers only", path)
+    return verify(frozen, data, lowered.sites if same else {}, images)
+
+
+def _operations(data: bytes) -> list[tuple[str, tuple[str, ...], tuple[str, ...]]]:
+    """Operators and names of values; nothing of their contents."""
+    nodes = onnx.load_from_string(data).graph.node
+    return [(n.op_type, tuple(n.input), tuple(n.output)) for n in nodes]
 
 
 def serialize(lowered: Lowered, policy: Policy | None) -> bytes:

@@ -186,15 +186,18 @@ def _run_batch(loaded: ort.InferenceSession, takes: ModelInput, part: Array) -> 
     return np.asarray(output[:count]).reshape(count, -1)
 
 
-def values(model: bytes, images: Array, names: Sequence[str]) -> dict[str, Array]:
-    """Named graph outputs for one batch of images, at default options.
+def values(
+    model: bytes, images: Array, names: Sequence[str], *, optimize: bool = True
+) -> dict[str, Array]:
+    """Named graph outputs for one batch of images.
 
     Args:
         model: bytes of a model that has these outputs.
         images: one batch, in the layout and type that the model takes.
         names: outputs.
+        optimize: as for `session`; an optimized graph is run as it stands.
     """
-    loaded = session(model)
+    loaded = session(model, optimize=optimize)
     results = loaded.run(list(names), {model_input(loaded).name: images})
     return dict(zip(names, results, strict=True))
 

@@ -30,6 +30,7 @@ FILES = {
     "float.onnx": "mpq export --onnx",
     "certificate.json": "mpq export --onnx",
     "verify.json": "mpq export --onnx",
+    "exact.json": "mpq verify --exact",
     "bench.jsonl": "mpq bench",
     "report.html": "mpq report",
 }

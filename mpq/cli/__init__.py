@@ -33,6 +33,7 @@ COMMANDS = {
     "ptq": Entry("mpq.cli.ptq:ptq", "Quantize by a policy, without training."),
     "qat": Entry("mpq.cli.qat:qat", "Quantize by a policy, with training and teachers."),
     "export": Entry("mpq.cli.export:export", "Write the ONNX file, verified and certified."),
+    "verify": Entry("mpq.cli.verify:verify", "Does a file answer as promised, to the bit?"),
     "certify": Entry("mpq.cli.certify:certify", "What onnxruntime makes of any ONNX file."),
     "bench": Entry("mpq.cli.bench:bench", "Accuracy, latency and size of files, side by side."),
     "report": Entry("mpq.cli.report:report", "One self-contained HTML page of a run."),

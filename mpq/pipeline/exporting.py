@@ -48,7 +48,7 @@ def export_run(
         found.graph,
         target,
         policy=found.policy,
-        images=_test_images(found.subject, images, seed),
+        images=held_out(found.subject, images, seed),
         allow_float_fallback=allow_float_fallback,
     )
     files.write_text(folder / "certificate.json", result.certificate.to_json() + "\n")
@@ -77,7 +77,8 @@ def export_float(subject: Subject, path: Path) -> Path:
     return written
 
 
-def _test_images(subject: Subject, count: int, seed: int) -> Tensor | None:
+def held_out(subject: Subject, count: int, seed: int) -> Tensor | None:
+    """A seeded sample of the test images, normalized; None without data or for none."""
     if subject.data is None or count == 0:
         return None
     test = subject.data.test

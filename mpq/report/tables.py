@@ -245,3 +245,29 @@ def verify_table(verify: Json) -> Grid:
         f"largest difference {short(verify['max_step'])} steps"
     )
     return Grid("Runtime against simulation", heads, tuple(body), note)
+
+
+def exact_table(exact: Json) -> Grid:
+    """The integer reference, op type by op type: `exact` is `exact.json`; what differs by name."""
+    heads = columns("operator", "#nodes", "#tensors equal", "#values", "#differ", "#steps", "note")
+    groups: dict[tuple[str, str], list[Json]] = {}
+    for node in exact["nodes"]:
+        different = f": {node['name']}" if node["mismatches"] else ""
+        groups.setdefault((node["op"] + different, node["reason"]), []).append(node)
+    body = [
+        (
+            op,
+            str(len(nodes)),
+            "-" if reason else str(sum(not n["mismatches"] for n in nodes)),
+            f"{sum(n['elements'] for n in nodes):,}",
+            "-" if reason else f"{sum(n['mismatches'] for n in nodes):,}",
+            "-" if reason else f"{max(n['max_step'] for n in nodes):g}",
+            f"not predicted: {reason}" if reason else "",
+        )
+        for (op, reason), nodes in groups.items()
+    ]
+    note = (
+        f"{'every' if exact['exact'] else 'NOT every'} predicted tensor equals onnxruntime "
+        f"{exact['runtime']}'s in every bit, on {exact['n']} images"
+    )
+    return Grid("Integer reference", heads, tuple(body), note)

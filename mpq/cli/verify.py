@@ -1,0 +1,110 @@
+"""`mpq verify`: does a file answer as its quantized network, and are its integers as predicted?"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from mpq import files, rundir
+from mpq.cli import options
+from mpq.errors import ExportError, UsageError
+from mpq.pipeline.quantizing import load_quantized
+from mpq.pipeline.subject import Source
+from mpq.pipeline.verifying import exact_run, verify_run
+from mpq.report.tables import exact_table, verify_table
+
+
+@click.command()
+@click.argument("file", required=False, type=click.Path(path_type=Path))
+@click.option("--exact", is_flag=True,
+              help="Predict every integer tensor of the runtime, bit for bit.")  # fmt: skip
+@click.option("--quantized", metavar="PATH", type=click.Path(path_type=Path),
+              help="What FILE was made from.  [default: quantized.pth beside FILE]")  # fmt: skip
+@click.option("--images", metavar="COUNT", type=click.IntRange(min=1),
+              help="Test images.  [default: 1000, with --exact 4]")  # fmt: skip
+@options.data
+@options.data_root
+@options.seed
+@options.as_json
+def verify(
+    file: Path | None,
+    exact: bool,
+    quantized: Path | None,
+    images: int | None,
+    data: str | None,
+    data_root: Path | None,
+    seed: int,
+    as_json: bool,
+) -> None:
+    """Verify FILE in onnxruntime; without FILE, model.onnx of the newest run.
+
+    By default against the quantized network it was made from: PyTorch, onnxruntime unoptimized
+    and at its defaults, end to end and tensor by tensor. With --exact against an integer reference
+    that needs nothing but FILE, which may be anybody's. In a run, verify.json or exact.json is
+    written. Exit code 2 if FILE does not answer as it must.
+
+    \b
+    mpq verify
+    mpq verify model.onnx --exact
+    """
+    path = options.in_run(file, "model.onnx")
+    if not path.is_file():
+        raise UsageError(f"{path} does not exist. Name an ONNX file, or a run that holds one.")
+    source = Source(data, data_root)
+    if exact:
+        if quantized is not None:
+            raise UsageError("--exact needs nothing but the file. Give it without --quantized.")
+        _exact(path, source, images or 4, seed, as_json)
+    else:
+        _against(path, quantized, source, images or 1000, seed, as_json)
+
+
+def _exact(path: Path, source: Source, images: int, seed: int, as_json: bool) -> None:
+    with options.status() as tell:
+        tell("comparing node by node")
+        report = exact_run(path, source, images=images, seed=seed)
+    _tell(path, "exact.json", report.to_json(), as_json)
+    differing = report.differing()
+    if differing:
+        names = ", ".join(f"{node.op} {node.name}" for node in differing[:5])
+        raise ExportError(
+            f"{path}: {len(differing)} of {len(report.nodes)} nodes differ from the integer "
+            f"reference: {names}."
+        )
+    if not report.same_output:
+        raise ExportError(f"{path}: the runtime's optimized graph answers differently when dumped.")
+
+
+def _against(
+    path: Path, quantized: Path | None, source: Source, images: int, seed: int, as_json: bool
+) -> None:
+    network = quantized or path.parent / "quantized.pth"
+    if not network.is_file():
+        raise UsageError(
+            f"{path} must be verified against the network it was made from, but {network} does "
+            "not exist. Name it with --quantized, or use --exact, which needs none."
+        )
+    with options.status() as tell:
+        tell("loading")
+        found = load_quantized(network, source)
+        tell("comparing")
+        report = verify_run(found, path, images=images, seed=seed)
+    _tell(path, "verify.json", report.to_json(), as_json)
+    if report.failures():
+        raise ExportError(
+            f"{path} does not answer as {network} does: " + "; ".join(report.failures())
+        )
+
+
+def _tell(path: Path, name: str, text: str, as_json: bool) -> None:
+    """Show a report; keep it where the file is the model of a run."""
+    if as_json:
+        click.echo(text)
+    else:
+        table = exact_table if name == "exact.json" else verify_table
+        options.stdout.print(table(json.loads(text)))
+    if path.name == "model.onnx" and rundir.is_run(path.parent):
+        files.write_text(path.parent / name, text + "\n")
+        options.say(f"wrote {path.parent / name}")

@@ -1,0 +1,90 @@
+"""`verify`: does a file that is there answer as the quantized network it was made from?
+
+And without that network: are its integers, in the runtime, those of the integer reference?
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpq.data import Normalization, open_data, sample_indices
+from mpq.errors import DataError, UsageError
+from mpq.export import bench, runtime
+from mpq.export.exact import ExactReport, verify_exact
+from mpq.export.onnx_file import verify_file
+from mpq.export.verify import VerifyReport
+from mpq.pipeline.exporting import held_out
+from mpq.pipeline.quantizing import Quantized
+from mpq.pipeline.subject import Source
+
+logger = logging.getLogger(__name__)
+
+
+def verify_run(found: Quantized, path: Path, *, images: int = 1000, seed: int = 0) -> VerifyReport:
+    """Compare a file with its quantized network, as the export did.
+
+    Args:
+        found: the quantized network.
+        path: the ONNX file.
+        images: test images (fewer if there are fewer).
+        seed: of the sample.
+
+    Raises:
+        DataError: there are no images to compare on.
+        UsageError: there is no such file.
+        ExportError: the runtime cannot load or run the file.
+    """
+    if not path.is_file():
+        raise UsageError(f"{path} does not exist; `mpq export --onnx` writes model.onnx.")
+    found.subject.require_data("verification")
+    sample = held_out(found.subject, images, seed)
+    if sample is None:
+        raise DataError("verification needs at least one image. Got --images 0.")
+    return verify_file(found.graph, path, sample)
+
+
+def exact_run(path: Path, source: Source, *, images: int = 4, seed: int = 0) -> ExactReport:
+    """Hold every integer tensor of a file against the integer reference.
+
+    Args:
+        path: any ONNX classifier.
+        source: where test images come from; without data named here or in the file, noise.
+        images: how many.
+        seed: of the sample, or of the noise.
+
+    Raises:
+        UsageError: there is no such file, or no image is asked for.
+        DataError: data that are named here cannot be read, or do not fit the file.
+        ExportError: the runtime cannot load or run the file.
+    """
+    if images < 1:
+        raise UsageError(f"images must be at least 1. Got {images}.")
+    return verify_exact(path, _batch(path, source, images, seed))
+
+
+def _batch(path: Path, source: Source, count: int, seed: int) -> NDArray[Any]:
+    """Test images as the file takes them; noise where nothing is known."""
+    info, takes = bench.file_info(path), runtime.model_input(runtime.session(path))
+    name = source.data or info.data or "none"
+    if name != "none":
+        try:
+            shape = takes.shape(1)
+            height, width = shape[1:3] if takes.channels_last else shape[2:4]
+            test = open_data(name, root=source.root, size=(height, width)).test
+            pixels = test.read(sample_indices(test, count, seed))
+        except DataError as error:
+            if source.data is not None:
+                raise
+            logger.warning("comparing on noise: %s", error)
+        else:
+            norm = Normalization.parse(info.normalize or "none")
+            return pixels if takes.integer else norm.apply(pixels)
+    rng = np.random.default_rng(seed)
+    if takes.integer:
+        return rng.integers(0, 256, takes.shape(takes.batch or count), np.uint8)
+    return rng.standard_normal(takes.shape(takes.batch or count), np.float32)
