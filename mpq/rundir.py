@@ -24,6 +24,8 @@ FILES = {
     "pareto.png": "mpq analyze MODEL.pth",
     "validation.json": "mpq analyze MODEL.pth --validate 50",
     "validation.png": "mpq analyze MODEL.pth --validate 50",
+    "rank.json": "mpq rank ARCH",
+    "rank.png": "mpq rank ARCH",
     "quantized.pth": "mpq qat --policy policy.yaml",
     "metrics.jsonl": "mpq qat --policy policy.yaml",
     "model.onnx": "mpq export --onnx",

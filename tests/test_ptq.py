@@ -13,7 +13,14 @@ from mpq.numerics import choose_qparams, sqnr_db
 from mpq.policy import Policy
 from mpq.ptq import METHODS, calibrate, quantize_graph, quantize_layers
 from mpq.ptq.observe import Histogram, choose_range
-from mpq.ptq.rounding import Moments, input_vectors, round_rows, scales_by_output, target_weights
+from mpq.ptq.rounding import (
+    Moments,
+    input_vectors,
+    refine,
+    round_rows,
+    scales_by_output,
+    target_weights,
+)
 from mpq.quant.fake_quant import FakeQuant
 from mpq.quant.layer import LayerOp, QuantLayer
 from mpq.spec import activation_spec, weight_spec
@@ -88,6 +95,35 @@ def test_rounded_weights_are_integers_of_the_format() -> None:
     assert torch.equal(q, q.round())
     assert float(q.min()) >= -4
     assert float(q.max()) <= 3
+
+
+@pytest.mark.parametrize("vectors", [0, 1, 40])
+def test_fewer_input_vectors_than_inputs(vectors: int) -> None:
+    """A classifier over 1,280 features and a few images: their second moment is singular."""
+    generator = torch.Generator().manual_seed(0)
+    w = torch.randn(1, 3, 1280, generator=generator)
+    x = torch.randn(1, 1280, vectors, generator=generator).relu() * 30
+    h = x @ x.transpose(1, 2)
+    spec = weight_spec(4)
+    scale = scales_by_output(w, h, spec)
+    q = round_rows(w, scale, h, spec)
+    found, steps = refine(w, q, scale, h, spec)
+    for integers in (q, found):
+        assert torch.equal(integers, integers.round().clamp(-8, 7))
+    assert bool((steps > 0).all() and steps.isfinite().all())
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_refinement_lowers_the_error_of_every_row(bits: int) -> None:
+    w, h = problem(correlated=True)
+    spec = weight_spec(bits)
+    scale = scales_by_output(w, h, spec)
+    q = round_rows(w, scale, h, spec)
+    found, steps = refine(w, q, scale, h, spec)
+    off = q * scale[..., None] - w, found * steps[..., None] - w
+    before, after = (((d @ h) * d).sum(-1) for d in off)
+    assert bool((after <= before * 1.001).all())
+    assert float(after.sum()) < 0.98 * float(before.sum())
 
 
 def test_the_target_makes_up_for_a_scaled_input() -> None:

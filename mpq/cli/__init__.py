@@ -28,6 +28,7 @@ COMMANDS = {
     "demo": Entry("mpq.cli.demo:demo", "The whole pipeline on embedded data, in two minutes."),
     "train": Entry("mpq.cli.train:train", "Train a float model: baseline, teacher or student."),
     "ensemble": Entry("mpq.cli.ensemble:ensemble", "Bundle teachers, measured together."),
+    "rank": Entry("mpq.cli.rank:command", "Which networks take low precision well."),
     "analyze": Entry("mpq.cli.analyze:analyze", "Find each layer's bits; write policy.yaml."),
     "diff": Entry("mpq.cli.diff:diff", "What two policies differ in, layer by layer."),
     "ptq": Entry("mpq.cli.ptq:ptq", "Quantize by a policy, without training."),
@@ -40,7 +41,7 @@ COMMANDS = {
 }
 
 
-RESUMABLE = ("train", "ptq", "qat")
+RESUMABLE = ("train", "rank", "ptq", "qat")
 """Commands that take `--resume`."""
 
 

@@ -133,7 +133,9 @@ def sequential(w: Tensor, scale: Tensor, h: Tensor, spec: QuantSpec) -> Tensor:
     order = h.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True)  # what matters most first
     h = h.take_along_dim(order[:, :, None], 1).take_along_dim(order[:, None, :], 2)
     work = w.take_along_dim(order[:, None, :], 2)
-    upper = torch.linalg.cholesky(torch.linalg.inv(_damped(h, DAMPING)), upper=True)
+    # In float64: with fewer input vectors than inputs, float32 loses the sign of small pivots.
+    inverse = torch.linalg.inv(_damped(h.double(), DAMPING))
+    upper = torch.linalg.cholesky(inverse, upper=True).float()
     q, error = torch.empty_like(work), torch.empty_like(work)
     for start in range(0, w.shape[2], BLOCK):
         stop = min(start + BLOCK, w.shape[2])
@@ -179,4 +181,4 @@ def refine(
 
 def _damped(h: Tensor, share: float) -> Tensor:
     mean = h.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-12)
-    return h + share * mean[:, None, None] * torch.eye(h.shape[-1])
+    return h + share * mean[:, None, None] * torch.eye(h.shape[-1], dtype=h.dtype)

@@ -85,7 +85,7 @@ def _score_panel(axis: Axes, sensitivity: Json, part: str, names: Sequence[str])
         )
     axis.set_xscale("log")
     axis.set_title(f"{part}s", fontsize=10)
-    _clean(axis)
+    clean(axis)
     axis.legend(
         loc="lower center",
         bbox_to_anchor=(0.5, 1.0 + 0.25 / max(0.2 * len(names), 1.2)),
@@ -122,7 +122,7 @@ def pareto_plot(sensitivity: Json) -> Figure:
         _mark_chosen(axis, front[index], name, _LINES[(place + 1) % len(_LINES)])
     axis.set_xlabel("effective weight bits")
     axis.set_ylabel("predicted drop")
-    _clean(axis)
+    clean(axis)
     axis.grid(axis="y", color="#eeeeee")
     axis.legend(loc="upper right", fontsize=8, frameon=False)
     return figure
@@ -152,7 +152,7 @@ def validation_plot(validation: Json) -> Figure:
     axis.set_title(f"{validation['metric']}: Spearman's rho {rho}", fontsize=10)
     axis.set_xlabel("predicted drop")
     axis.set_ylabel(f"measured divergence, nats ({validation['images']} images)")
-    _clean(axis)
+    clean(axis)
     return figure
 
 
@@ -184,7 +184,7 @@ def _curve_panel(axis: Axes, metrics: Sequence[Json], keys: Sequence[str]) -> No
         axis.plot(epochs, values, color=colour, lw=1.4, marker="o", ms=2.5, label=key)
     axis.set_xlabel("epoch", fontsize=9)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _clean(axis)
+    clean(axis)
     axis.grid(axis="y", color="#eeeeee")
     axis.legend(fontsize=8, frameon=False)
 
@@ -197,6 +197,7 @@ def _number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _clean(axis: Axes) -> None:
+def clean(axis: Axes) -> None:
+    """Take away what a plot does not need."""
     axis.spines[["top", "right"]].set_visible(False)
     axis.tick_params(labelsize=8, colors="#333333")

@@ -1,0 +1,95 @@
+"""`mpq rank`: which networks take low precision well."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from mpq import rundir
+from mpq.cli import options, training
+from mpq.data import Normalization
+from mpq.pipeline.ranking import FILE, PICTURE, Hooks, Ranking, rank
+from mpq.pipeline.subject import Source
+from mpq.ptq import EFFORTS
+from mpq.report.ranking import rank_table
+
+
+@click.command("rank")
+@click.argument("candidates", nargs=-1, required=True, metavar="ARCH...|CHECKPOINT...")
+@options.data
+@options.data_root
+@options.normalize
+@options.limit("--effective-bits", "Mean weight bits of the mixed policy.  [default: 4.8]")
+@click.option("--effort", type=click.Choice(EFFORTS), default="good", show_default=True,
+              help="As in mpq ptq.")  # fmt: skip
+@training.recipe("plain")
+@click.option("--epochs", metavar="N", type=click.IntRange(min=1), default=10, show_default=True,
+              help="Training of candidates that are architectures.")  # fmt: skip
+@training.settings
+@click.option("--num-calib", metavar="COUNT", type=click.IntRange(min=1), default=512,
+              show_default=True, help="Training images to score and calibrate on.")  # fmt: skip
+@click.option("--num-val", metavar="COUNT", type=click.IntRange(min=1), default=2000,
+              show_default=True, help="Validation images to measure on.")  # fmt: skip
+@options.seed
+@training.device
+@options.as_json
+@options.force
+@options.resume
+@options.out("Run folder to write to.  [default: runs/rank]")
+def command(
+    candidates: tuple[str, ...],
+    data: str | None,
+    data_root: Path | None,
+    normalize: Normalization | None,
+    effective_bits: float | None,
+    effort: str,
+    recipe: str,
+    epochs: int,
+    settings: tuple[str, ...],
+    num_calib: int,
+    num_val: int,
+    seed: int,
+    device: str,
+    as_json: bool,
+    force: bool,
+    resume: bool,
+    out: Path | None,
+) -> None:
+    """Compare networks by what 8, 4 and mixed bits cost them; write rank.json and rank.png.
+
+    A candidate is a checkpoint, or an architecture, which is trained for --epochs first. Nothing is
+    trained after quantization. An interrupted run goes on with --resume.
+
+    \b
+    mpq rank resnet20 mobilenet_v2_cifar --data cifar10 --epochs 20
+    mpq rank a.pth b.pth --data cifar10 --effective-bits 4.5
+    """
+    folder = rundir.resolve_out(out, "rank")
+    if not resume:
+        rundir.refuse_overwrite(folder / FILE, force)
+    how = Ranking(
+        effective_bits=effective_bits or Ranking.effective_bits,
+        effort=effort,  # type: ignore[arg-type]
+        samples=num_calib,
+        images=num_val,
+        recipe=training.recipe_from(recipe, epochs, settings),
+        seed=seed,
+    )
+    with training.live(epochs) as (on_step, on_epoch):
+        rows = rank(
+            candidates,
+            Source(data, data_root),
+            folder,
+            how,
+            normalize=normalize,
+            resume=resume,
+            device=device,
+            hooks=Hooks(options.say, on_step, on_epoch),
+        )
+    if as_json:
+        click.echo(json.dumps(rows))
+    else:
+        options.stdout.print(rank_table(rows))
+    options.say(f"wrote {folder / FILE} and {folder / PICTURE}")

@@ -1,0 +1,87 @@
+"""The table and the picture of `mpq rank`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+from mpq.report.grid import Grid, columns, fixed, short, tiny
+from mpq.report.plots import STYLES, clean
+
+Json = Mapping[str, Any]
+_POINTS = (("8", "8 bits", STYLES[8]), ("mixed", "mixed", ("#009E73", "*")),
+           ("4", "4 bits", STYLES[4]))  # fmt: skip
+_LIMIT = 24
+
+
+def rank_table(rows: Sequence[Json]) -> Grid:
+    """Candidates, best first: `rows` are those of `rank.json`."""
+    heads = columns("network", "#top-1", "#8 bits", "#4 bits", "#mixed", "#bits", "#per bit")
+    heads += columns("?#KL", "#kB", "?#float", "#GBitOps")
+    body = []
+    for row in rows:
+        forms = row["forms"]
+        mixed = forms["mixed"]
+        body.append(
+            (
+                _short(row["name"]),
+                fixed(row["top1"], 2),
+                f"{-forms['8']['drop']:+.2f}",
+                f"{-forms['4']['drop']:+.2f}",
+                f"{-mixed['drop']:+.2f}",
+                fixed(mixed["effective_bits"], 2),
+                "-" if row["drop_per_bit"] is None else f"{-row['drop_per_bit']:+.2f}",
+                tiny(mixed["kl"]),
+                f"{mixed['bytes'] / 1e3:,.0f}",
+                short(row["float_bytes"]),
+                f"{mixed['bitops'] / 1e9:.3g}",
+            )
+        )
+    images = ", ".join(f"{n:,}" for n in sorted({row["images"] for row in rows}))
+    note = (
+        f"top-1 of the float network in percent of {images} validation images and what is lost of "
+        "it, in points; per bit: for each effective bit below 8; kB, GBitOps: of the mixed policy"
+    )
+    return Grid("Networks by how well they take low precision", heads, tuple(body), note)
+
+
+def _short(name: str) -> str:
+    """A path's last part, its middle left out where it is long."""
+    plain = name.rpartition("/")[2]
+    half = (_LIMIT - 3) // 2
+    return plain if len(plain) <= _LIMIT else f"{plain[:half]}...{plain[-half:]}"
+
+
+def rank_plot(rows: Sequence[Json]) -> Figure:
+    """Size of the file against top-1, a line from 8 to 4 bits for each network."""
+    figure = Figure(figsize=(7.0, 4.4), layout="constrained")
+    axis = figure.subplots()
+    for row in rows:
+        forms = row["forms"]
+        spots = [(forms[form]["bytes"] / 1e3, forms[form]["top1"]) for form, _, _ in _POINTS]
+        axis.plot(*zip(*spots, strict=True), color="#bbbbbb", lw=1.2, zorder=1)
+        axis.hlines(row["top1"], spots[-1][0], spots[0][0], color="#dddddd", lw=0.9, ls=":")
+        right = max(spots)
+        axis.annotate(
+            _short(row["name"]), right, xytext=(7, 0), textcoords="offset points", fontsize=8,
+            va="center",
+        )  # fmt: skip
+    for form, label, (colour, marker) in _POINTS:
+        x = [row["forms"][form]["bytes"] / 1e3 for row in rows]
+        y = [row["forms"][form]["top1"] for row in rows]
+        size = 90 if marker == "*" else 34
+        axis.scatter(x, y, s=size, color=colour, marker=marker, lw=0, label=label, zorder=3)
+    axis.set_xscale("log")
+    axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda size, _: f"{size:,.0f}"))
+    axis.xaxis.set_minor_formatter(NullFormatter())
+    axis.margins(x=0.2)
+    axis.set_xlabel("predicted size of the file, kB")
+    axis.set_ylabel("top-1, percent (dotted: float)")
+    clean(axis)
+    axis.grid(axis="y", color="#eeeeee")
+    axis.legend(loc="best", fontsize=8, frameon=False)
+    return figure

@@ -1,0 +1,142 @@
+"""`mpq rank`: trained and given candidates, one table, one plot, resumption, refusals."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from mpq.cli import main
+from mpq.pipeline import ranking
+from mpq.report.plots import png
+from mpq.report.ranking import rank_plot, rank_table
+
+QUICK = ("--data", "digits", "--epochs", "1", "--set", "batch=128", "--set", "lr=0.1")
+FEW = ("--num-calib", "32", "--num-val", "100", "--effort", "fast")
+ARGV = ["rank", "resnet20", "resnet20_conv", *QUICK, *FEW, "-o", "r"]
+
+
+@pytest.fixture(scope="module")
+def ranked(tmp_path_factory) -> Path:
+    """A folder in which `r` holds a ranking of two architectures."""
+    folder = tmp_path_factory.mktemp("ranked")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert main(ARGV) == 0
+    return folder
+
+
+@pytest.fixture
+def here(ranked, tmp_path, monkeypatch) -> Path:
+    shutil.copytree(ranked, tmp_path / "p")
+    monkeypatch.chdir(tmp_path / "p")
+    return tmp_path / "p"
+
+
+def rows(path: str = "r/rank.json") -> list[dict[str, object]]:
+    found: list[dict[str, object]] = json.loads(Path(path).read_text())["rows"]
+    return found
+
+
+def test_rows_say_what_precision_costs(here):
+    assert {row["name"] for row in rows()} == {"resnet20", "resnet20_conv"}
+    for row in rows():
+        forms = row["forms"]
+        assert forms["8"]["effective_bits"] == 8
+        assert forms["4"]["effective_bits"] == 4
+        assert 4 < forms["mixed"]["effective_bits"] <= 4.8
+        assert forms["4"]["bytes"] < forms["mixed"]["bytes"] < forms["8"]["bytes"]
+        assert forms["4"]["bitops"] < forms["mixed"]["bitops"] < forms["8"]["bitops"]
+        assert forms["8"]["kl"] < forms["4"]["kl"]
+        for form in forms.values():
+            assert form["drop"] == pytest.approx(row["top1"] - form["top1"], abs=2e-3)
+        saved = 8 - forms["mixed"]["effective_bits"]
+        lost = forms["8"]["top1"] - forms["mixed"]["top1"]
+        assert row["drop_per_bit"] == pytest.approx(lost / saved, abs=2e-3)
+    assert [-row["forms"]["mixed"]["top1"] for row in rows()] == sorted(
+        -row["forms"]["mixed"]["top1"] for row in rows()
+    )
+    assert Path("r/rank.png").read_bytes().startswith(b"\x89PNG")
+    assert Path("r/resnet20.pth").is_file()
+
+
+def test_a_finished_ranking_is_kept_and_a_new_candidate_added(here, monkeypatch, capsys):
+    """A checkpoint trained before is a candidate like any other."""
+    shutil.copy("r/resnet20_conv.pth", "own.pth")
+    measured = []
+    real = ranking._measure
+
+    def measure(name, *args):
+        measured.append(name)
+        return real(name, *args)
+
+    before = {row["name"]: row for row in rows()}
+    monkeypatch.setattr(ranking, "_measure", measure)
+    argv = ["rank", "own.pth", "resnet20", *QUICK, *FEW, "-o", "r"]
+    assert main([*argv, "--resume", "--json"]) == 0
+    told = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
+    assert measured == ["own.pth"]
+    assert told["resnet20"] == before["resnet20"]
+    assert told["own.pth"]["forms"] == before["resnet20_conv"]["forms"]
+
+
+def test_an_interrupted_ranking_goes_on(here, monkeypatch, capsys):
+    real, calls = ranking.run_ptq, []
+
+    def interrupted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) > 3:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    Path("r/rank.json").unlink()
+    monkeypatch.setattr(ranking, "run_ptq", interrupted)
+    monkeypatch.setattr(ranking, "run_train", lambda *args, **kwargs: None)  # trained already
+    assert main(ARGV) == 130
+    assert "Go on with: mpq rank ... --resume" in capsys.readouterr().err
+    assert [row["name"] for row in rows()] == ["resnet20"]
+    monkeypatch.setattr(ranking, "run_ptq", real)
+    assert main([*ARGV, "--resume"]) == 0
+    assert len(rows()) == 2
+
+
+def test_the_table_fits_80_columns(here):
+    console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(rank_table(rows()))
+    text = console.export_text()
+    assert max(map(len, text.splitlines())) <= 80
+    assert "resnet20_conv" in text
+    assert "per bit" in text
+
+
+def test_the_plot_has_a_line_for_each_network(here):
+    figure = rank_plot(rows())
+    assert {text.get_text() for text in figure.axes[0].texts} == {"resnet20", "resnet20_conv"}
+    assert png(figure).startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("argv", "wanted"),
+    [
+        ("rank", "Missing argument 'ARCH...|CHECKPOINT...'"),
+        ("rank resnet21 -o a", "resnet20"),
+        ("rank none.pth -o a", "checkpoint none.pth does not exist"),
+        ("rank resnet20 resnet20 -o a", "every candidate must be named once. Got resnet20 twice"),
+        ("rank resnet20 -o r", "r/rank.json exists already"),
+        ("rank resnet20 -o a --resume", "--resume must find a/rank.json"),
+        ("rank resnet20 -o r --resume", "was measured with other settings (data, "),
+        ("rank resnet20 -o a --effective-bits 0", "must be a number above 0"),
+        ("rank resnet20 -o a --set lr", "--set must be KEY=VALUE"),
+        ("rank resnet20 -o a --data none", "--data must name images to measure on"),
+    ],
+)
+def test_mistakes_end_with_2_and_write_nothing(here, capsys, argv, wanted):
+    before = sorted(Path().rglob("*"))
+    assert main(argv.split()) == 2
+    err = capsys.readouterr().err
+    assert wanted in err
+    assert "Traceback" not in err
+    assert sorted(Path().rglob("*")) == before
