@@ -22,6 +22,8 @@ from mpq.policy import LayerChoice
 from mpq.target import ONNXRUNTIME_CPU
 
 from . import meta, runtime
+from .form import INT4, NEEDS
+from .reasons import Wiring, why_float
 
 INTEGER_OPS = frozenset({
     *("QLinearConv", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat"),
@@ -73,6 +75,7 @@ class Certificate:
         runtime: version of onnxruntime that was asked.
         opset: of the file.
         bytes: size of the file.
+        needs: the oldest runtime that the file says it runs on; empty where it says nothing.
     """
 
     layers: tuple[LayerCertificate, ...]
@@ -81,6 +84,7 @@ class Certificate:
     runtime: str
     opset: int
     bytes: int
+    needs: str = ""
 
     @property
     def integer_macs_fraction(self) -> float:
@@ -132,6 +136,8 @@ def certify(
     if choices is None:
         choices = _inside(proto, [n.name for n in layers])
     runs, shapes, known = _Runs(optimized.graph), _shapes(proto), macs or {}
+    told = {p.key: p.value for p in proto.metadata_props}
+    wiring = Wiring(proto.graph)
     readers = {name: node for node in proto.graph.node for name in node.input}
     producers = {name: node for node in proto.graph.node for name in node.output}
     rows = [
@@ -141,6 +147,8 @@ def certify(
             runs.find(node, readers, producers),
             known.get(node.name) or _macs(node, roots[_weight(node)], shapes),
             choices.get(node.name),
+            wiring,
+            decoding_asked=INT4 in told,
         )
         for node in layers
     ]
@@ -151,6 +159,7 @@ def certify(
         runtime.version(),
         next((o.version for o in proto.opset_import if not o.domain), 0),
         len(model) if isinstance(model, bytes) else model.stat().st_size,
+        told.get(NEEDS, ""),
     )
 
 
@@ -165,6 +174,9 @@ def _row(
     run: _Execution,
     macs: int,
     choice: LayerChoice | None,
+    wiring: Wiring,
+    *,
+    decoding_asked: bool,
 ) -> LayerCertificate:
     integer = run.op in INTEGER_OPS
     asked, broken, reason = "-", False, ""
@@ -173,8 +185,13 @@ def _row(
         asked = f"W{w or 32}A{a or 32}"
         promised, reason = _promise(node, w, a)
         broken = promised != integer or run.decoding
-        if broken:
+        if broken and decoding_asked and weight.data_type == onnx.TensorProto.INT4:
+            broken = False
+            reason = "stored for other runtimes, as --int4-format dq asks"
+        elif broken:
             reason = f"asked for {asked}, but the runtime executes {run.op or 'no such node'}"
+    if not integer and (broken or not reason):
+        reason += (": " if reason else "") + why_float(node, wiring)
     if run.decoding:
         reason += (", " if reason else "") + "its weights dequantized at every run"
     return LayerCertificate(

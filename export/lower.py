@@ -1,6 +1,6 @@
 """Lower a graph to ONNX: torch's exporter with our translations, then our placement and storage.
 
-    GraphModule -> torch.onnx -> simplify -> tag -> place -> pack -> slim -> ir.Model
+    GraphModule -> torch.onnx -> simplify -> tag -> place -> pack -> slim -> set_opset -> ir.Model
 
 `tag` ties node names to module paths: the matrix node of a layer carries the layer's path, the
 QuantizeLinear of a site the site's. It reads them off the exporter's initializer names, so it runs
@@ -25,6 +25,8 @@ from mpq.errors import ExportError
 from mpq.graph.ir import QuantGraph
 from mpq.quant.fake_quant import FrozenQuant
 
+from .form import Form, choose_form
+from .opset import set_opset
 from .pack import pack, weight_names
 from .place import place
 from .qdq import TRANSLATIONS
@@ -42,15 +44,21 @@ class Lowered:
         model: the ONNX model.
         sites: module path of each quantizer -> name of the uint8 value that holds its integers.
         layers: module path of each layer that has a matrix node of that name.
+        form: how it is written.
     """
 
     model: ir.Model
     sites: dict[str, str]
     layers: tuple[str, ...]
+    form: Form
 
 
-def lower(qg: QuantGraph) -> Lowered:
+def lower(qg: QuantGraph, form: Form | None = None) -> Lowered:
     """Lower a graph in stage `frozen` (quantized) or `float` (the reference).
+
+    Args:
+        qg: the graph.
+        form: how the file is to be written; None: the default for its widths.
 
     Raises:
         ExportError: the exporter does not know an operation, or a layer got lost on the way.
@@ -65,13 +73,15 @@ def lower(qg: QuantGraph) -> Lowered:
     _tag(model, list(qg.layers), quantizers)
     place(model)
     bits = {n: p.choice.weight.bits for n, p in qg.plans.items() if p.choice.weight is not None}
-    pack(model, bits)
+    form = form or choose_form(set(bits.values()))
+    pack(model, bits, form)
     sites = slim(model, frozenset(qg.layers), frozenset(quantizers))
+    set_opset(model, form)
     layers = tuple(str(n.name) for n in model.graph if n.name in qg.layers)
     missing = [name for name in qg.layers if name not in layers]
     if missing:
         raise ExportError(f"layers {missing} have no node in the exported graph.")
-    return Lowered(model, sites, layers)
+    return Lowered(model, sites, layers, form)
 
 
 def _export(qg: QuantGraph) -> ir.Model:

@@ -18,6 +18,7 @@ from mpq.policy import Policy
 
 from . import meta, runtime
 from .certify import Certificate, certify
+from .form import Int4Format, choose_form
 from .lower import Lowered, lower
 from .verify import VerifyReport, verify
 
@@ -43,6 +44,8 @@ def to_onnx(
     policy: Policy | None = None,
     images: Tensor | None = None,
     allow_float_fallback: bool = False,
+    int4_format: Int4Format | None = None,
+    min_runtime: str | None = None,
 ) -> ExportResult:
     """Export a quantized graph to one ONNX file that onnxruntime runs as integers.
 
@@ -53,13 +56,18 @@ def to_onnx(
         images: normalized `[N, C, H, W]` to verify on; without them nothing is compared.
         allow_float_fallback: write the file even if a layer that was promised as integer runs in
             float.
+        int4_format: storage of 4-bit weights (`mpq.export.form`).
+        min_runtime: the oldest onnxruntime that must run the file.
 
     Raises:
+        UsageError: `min_runtime` and `int4_format` contradict each other.
         ExportError: an operation cannot be lowered, a promise is broken, or the file does not
             answer as the graph does. Nothing is written then.
     """
     frozen = qg if qg.stage == "frozen" else freeze(qg)
-    lowered = lower(frozen)
+    widths = {p.choice.weight.bits for p in frozen.plans.values() if p.choice.weight is not None}
+    form = choose_form(widths, int4_format=int4_format, min_runtime=min_runtime)
+    lowered = lower(frozen, form)
     data = serialize(lowered, policy)
     choices = {name: plan.choice for name, plan in frozen.plans.items()}
     macs = {name: layer.macs for name, layer in frozen.layers.items()}
@@ -128,6 +136,7 @@ def serialize(lowered: Lowered, policy: Policy | None) -> bytes:
     Raises:
         ExportError: more than 2 GB.
     """
+    lowered.model.metadata_props.update(lowered.form.metadata())
     if policy is not None:
         lowered.model.metadata_props[meta.KEY] = meta.to_metadata(policy)
     proto: onnx.ModelProto = ir.to_proto(lowered.model)

@@ -1,9 +1,8 @@
 """Storage forms of weights: what lies in the file is one thing, what runs another.
 
-`cast`: 4-bit weights are an INT4 initializer and a Cast to INT8 that the runtime folds at load, so
-that the layer is an INT8 layer when it runs (onnxruntime 1.23 or newer). `unpack`: weights of 2, 3,
-5 or 6 bits are packed bytes and bit operations that fold at load likewise. 8- and 16-bit weights
-are stored as they are.
+A narrow integer type and a Cast to INT8, or packed bytes and bit operations: the runtime folds both
+at load, so that the layer is an INT8 layer when it runs (`form.py`). 8- and 16-bit weights are
+stored as they are.
 """
 
 from __future__ import annotations
@@ -15,15 +14,17 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from .form import Form
 from .unpack import Unpacker
 
 
-def pack(model: ir.Model, bits: Mapping[str, int]) -> int:
+def pack(model: ir.Model, bits: Mapping[str, int], form: Form) -> int:
     """Give each layer's weights their storage form.
 
     Args:
         model: a placed model, weights as INT8 or INT16 initializers named `<path>.weight`.
         bits: weight width of each layer by module path.
+        form: which forms the file may use.
 
     Returns:
         The number of weights that changed form.
@@ -35,7 +36,7 @@ def pack(model: ir.Model, bits: Mapping[str, int]) -> int:
         for name in weight_names(path):
             value = model.graph.initializers.get(name)
             if value is not None:
-                _replace(model.graph, value, width)
+                _replace(model.graph, value, width, form)
                 count += 1
     return count
 
@@ -45,14 +46,20 @@ def weight_names(path: str) -> tuple[str, str]:
     return f"{path}.weight", f"{path}.layer.weight"
 
 
-def _replace(graph: ir.Graph, weight: ir.Value, bits: int) -> None:
+def _replace(graph: ir.Graph, weight: ir.Value, bits: int, form: Form) -> None:
     assert weight.const_value is not None
     array = weight.const_value.numpy().astype(np.int8)
     uses = list(weight.uses())
     users = {user for user, _ in uses}
     first = next(n for n in graph if n in users)
-    if bits == 4:
-        decoded = _cast_form(graph, first, f"{weight.name}.int4", array)
+    if bits == 4 and form.int4 == "dq":
+        _standard_form(graph, weight, array)
+        return
+    elif (bits == 4 and form.int4 == "cast") or (bits == 2 and form.int2):
+        stored = _stored(graph, f"{weight.name}.int{bits}", array, bits)
+        cast = ir.node("Cast", [stored], attributes={"to": ir.DataType.INT8})
+        graph.insert_before(first, cast)
+        decoded = cast.outputs[0]
     else:
         decoded = Unpacker(graph, first, str(weight.name)).weight(array, bits)
     for user, index in uses:
@@ -60,9 +67,27 @@ def _replace(graph: ir.Graph, weight: ir.Value, bits: int) -> None:
     del graph.initializers[str(weight.name)]
 
 
-def _cast_form(graph: ir.Graph, anchor: ir.Node, name: str, array: NDArray[np.int8]) -> ir.Value:
-    stored = ir.val(name, const_value=ir.tensor(array.astype(ml_dtypes.int4)))
+def _standard_form(graph: ir.Graph, weight: ir.Value, array: NDArray[np.int8]) -> None:
+    """INT4 straight into DequantizeLinear: nothing between, and no zero point of another type."""
+    for user, _ in list(weight.uses()):
+        if user.op_type == "Transpose":
+            turned = np.ascontiguousarray(array.T)
+            stored = _stored(graph, f"{weight.name}.turned", turned, 4)
+            ir.convenience.replace_all_uses_with(user.outputs[0], stored)
+            graph.remove(user, safe=True)
+        else:
+            stored = _stored(graph, f"{weight.name}.int4", array, 4)
+            user.replace_input_with(0, stored)
+        for decode, _ in stored.uses():
+            decode.resize_inputs(2)
+    del graph.initializers[str(weight.name)]
+
+
+def _stored(graph: ir.Graph, name: str, array: NDArray[np.int8], bits: int) -> ir.Value:
+    """An initializer of a 4- or 2-bit type."""
+    if name in graph.initializers:
+        return graph.initializers[name]
+    narrow = array.astype(ml_dtypes.int4 if bits == 4 else ml_dtypes.int2)
+    stored = ir.val(name, const_value=ir.tensor(narrow))
     graph.register_initializer(stored)
-    cast = ir.node("Cast", [stored], attributes={"to": ir.DataType.INT8})
-    graph.insert_before(anchor, cast)
-    return cast.outputs[0]
+    return stored

@@ -209,7 +209,8 @@ def optimized_model(model: str | Path | bytes) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         dump = Path(folder) / "optimized.onnx"
         session(model, dump_to=dump)
-        return onnx.load(dump)
+        # Large weights may still lie in the data file of the original, which is not beside it.
+        return onnx.load(dump, load_external_data=False)
 
 
 def quantize_static(source: Path, out: Path, feeds: Iterable[Mapping[str, Array]]) -> None:

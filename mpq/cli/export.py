@@ -10,6 +10,7 @@ import click
 from mpq import rundir
 from mpq.cli import options
 from mpq.export import ExportResult
+from mpq.export.form import INT4_FORMATS
 from mpq.pipeline.exporting import export_float, export_run, float_reference
 from mpq.pipeline.quantizing import load_quantized
 from mpq.pipeline.subject import Source
@@ -22,6 +23,11 @@ from mpq.pipeline.subject import Source
               show_default=True, help="Test images to verify on.")  # fmt: skip
 @click.option("--allow-float-fallback", is_flag=True,
               help="Accept layers that run in float against the policy.")  # fmt: skip
+@click.option("--int4-format", type=click.Choice(INT4_FORMATS),
+              help="Storage of 4-bit weights; dq is for other runtimes.  [default: cast, or "
+              "unpack for a --min-runtime below 1.23]")  # fmt: skip
+@click.option("--min-runtime", metavar="VERSION",
+              help="The oldest onnxruntime that must run the file.  [default: 1.23]")  # fmt: skip
 @options.data
 @options.data_root
 @options.seed
@@ -33,6 +39,8 @@ def export(
     onnx: bool,
     images: int,
     allow_float_fallback: bool,
+    int4_format: str | None,
+    min_runtime: str | None,
     data: str | None,
     data_root: Path | None,
     seed: int,
@@ -63,6 +71,8 @@ def export(
             images=images,
             seed=seed,
             allow_float_fallback=allow_float_fallback,
+            int4_format=int4_format,  # type: ignore[arg-type]
+            min_runtime=min_runtime,
             force=force,
         )
         if reference is not None:
@@ -83,6 +93,7 @@ def _summary(result: ExportResult) -> dict[str, object]:
         "bytes": result.bytes,
         "integer_macs_fraction": result.certificate.integer_macs_fraction,
         "boundaries": result.certificate.boundaries,
+        "needs": result.certificate.needs,
         "top1_agreement": checked.top1_agreement if checked else None,
     }
 
@@ -92,7 +103,8 @@ def _show(result: ExportResult) -> None:
     boundaries = certificate.boundaries
     options.show(
         f"{result.bytes:,} bytes; {certificate.integer_macs_fraction:.1%} of the MACs run as "
-        f"integers, {boundaries} precision {'boundary' if boundaries == 1 else 'boundaries'}"
+        f"integers, {boundaries} precision {'boundary' if boundaries == 1 else 'boundaries'}; "
+        f"needs {certificate.needs}"
     )
     if checked is None:
         options.show("not verified: there are no images to verify on")

@@ -11,6 +11,7 @@ from mpq import files, rundir
 from mpq.data import sample_indices
 from mpq.errors import CheckpointError, PolicyError
 from mpq.export import ExportResult, float_to_onnx, to_onnx
+from mpq.export.form import Int4Format
 from mpq.pipeline.quantizing import Quantized
 from mpq.pipeline.subject import Source, Subject, policy_subject
 
@@ -25,6 +26,8 @@ def export_run(
     images: int = 1000,
     seed: int = 0,
     allow_float_fallback: bool = False,
+    int4_format: Int4Format | None = None,
+    min_runtime: str | None = None,
     force: bool = False,
 ) -> ExportResult:
     """Export, certify and verify; write the files of a run.
@@ -35,6 +38,8 @@ def export_run(
         images: test images to verify on (fewer if there are fewer; none without data).
         seed: of the sample.
         allow_float_fallback: accept layers that were promised as integers and run in float.
+        int4_format: storage of 4-bit weights; None: what `min_runtime` takes.
+        min_runtime: the oldest onnxruntime that must run the file.
         force: replace an existing file.
 
     Raises:
@@ -50,6 +55,8 @@ def export_run(
         policy=found.policy,
         images=held_out(found.subject, images, seed),
         allow_float_fallback=allow_float_fallback,
+        int4_format=int4_format,
+        min_runtime=min_runtime,
     )
     files.write_text(folder / "certificate.json", result.certificate.to_json() + "\n")
     if result.verification is None:
