@@ -6,7 +6,8 @@
 For each budget of effective weight bits: what the search finds, `size` (the largest layers are
 narrowed first, which needs no scores) and random policies, each filled up to the budget. All are
 quantized without training (`mpq ptq` at the effort named) and measured on the first test images by
-official index; so choices are made on images that the final figures are not stated on.
+official index: top-1, and the divergence from the float network, which tells policies apart that
+differ by less than the noise of top-1.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from mpq.graph.passes import prepare
 from mpq.pipeline.subject import Source, Subject, open_checkpoint
 from mpq.policy import Constraints
 from mpq.ptq import quantize_graph
-from mpq.train.evaluate import accuracy
+from mpq.train.evaluate import predict, top1
 
 Config = dict[str, Widths]
 
@@ -79,14 +80,28 @@ def rivals(
     return named
 
 
-def measure(graph: QuantGraph, widths: Config, subject: Subject, args: argparse.Namespace) -> float:
-    """Top-1 of the simulation after `ptq`."""
-    prepared = prepare(graph, allocation_policy(widths))
-    images = subject.sample(args.calibration, args.seed, "calibration")
-    quantize_graph(prepared, images, effort=args.effort)
-    test = subject.require_data("the comparison").test
-    first = np.arange(min(args.test, len(test)))
-    return accuracy(prepared.module, test.read(first), test.labels[first], subject.normalize)
+class Judge:
+    """Quantizes configurations and measures them on the first test images."""
+
+    def __init__(self, subject: Subject, graph: QuantGraph, args: argparse.Namespace) -> None:
+        test = subject.require_data("the comparison").test
+        first = np.arange(min(args.test, len(test)))
+        self.images, self.labels = test.read(first), test.labels[first]
+        self.calibration = subject.sample(args.calibration, args.seed, "calibration")
+        self.subject, self.graph, self.effort = subject, graph, args.effort
+        self.reference = self._log_probabilities(graph.module)
+        self.top1 = top1(self.reference, self.labels)
+
+    def _log_probabilities(self, module: torch.nn.Module) -> torch.Tensor:
+        return predict(module, self.images, self.subject.normalize).double().log_softmax(1)
+
+    def measure(self, widths: Config) -> tuple[float, float]:
+        """Top-1 in percent, and the divergence from the float network's answers in nats."""
+        prepared = prepare(self.graph, allocation_policy(widths))
+        quantize_graph(prepared, self.calibration, effort=self.effort)
+        found = self._log_probabilities(prepared.module)
+        kl = (self.reference.exp() * (self.reference - found)).sum(1).mean()
+        return top1(found, self.labels), float(kl)
 
 
 def main() -> None:
@@ -123,14 +138,30 @@ def main() -> None:
         graph, images, labels, bits=args.bits, act_bits=(args.act_bits,), metric=args.metric
     )
     print(f"scoring: {time.process_time() - start:.1f} s of CPU")
+    judge = Judge(subject, graph, args)
+    print(f"float: {judge.top1:.2f} of {len(judge.labels)} images")
     rows: list[dict[str, Any]] = []
     for budget in args.budgets:
         named = rivals(scores, args.bits, args.act_bits, budget, args)
         for name, widths in named.items():
             bits = effective_bits(scores.layers, widths)
-            top1 = measure(graph, widths, subject, args)
-            rows.append({"budget": budget, "policy": name, "effective_bits": bits, "top1": top1})
-            print(f"{budget:4.1f} {name:10s} {bits:.3f} bits  {top1:.2f}", flush=True)
+            found, kl = judge.measure(widths)
+            rows.append(
+                {
+                    "budget": budget,
+                    "policy": name,
+                    "effective_bits": bits,
+                    "top1": found,
+                    "kl": kl,
+                    "predicted": scores.predict(widths),
+                    "widths": [pair[0] for pair in widths.values()],
+                }
+            )
+            print(
+                f"{budget:4.1f} {name:10s} {bits:.3f} bits  top-1 {found:.2f}  KL {kl:.4f}"
+                f"  {' '.join(str(pair[0]) for pair in widths.values())}",
+                flush=True,
+            )
         if args.out:
             write_json(args.out, json.loads(json.dumps({"settings": str(args), "rows": rows})))
 

@@ -398,6 +398,18 @@ def test_locked_entries_of_a_base_policy_survive() -> None:
     assert {n: (c.weight_bits, c.activation_bits) for n, c in choices.items()} == found.widths
 
 
+def test_reasons_tell_of_the_input_where_there_was_a_choice() -> None:
+    s, pairs = problem(6), candidates((8,), (8, 4))
+    names = [info.name for info in s.layers]
+    limit = cost.bitops(s.layers, dict.fromkeys(names, (8, 4))) * 1.4 / 1e9
+    found = allocate(s, Constraints(max_bops=limit), pairs=pairs)
+    s = dataclasses.replace(s, rows=tuple(r for r in s.rows if r.bits != 16))
+    evidence = policy_of(s, found, Constraints(max_bops=limit)).evidence
+    for name, (_, act) in found.widths.items():
+        assert f"; input {'kept at 8' if act == 8 else 'at 4'} bits: " in evidence[name]["reason"]
+    assert {act for _, act in found.widths.values()} == {8, 4}
+
+
 def test_reasons_name_the_layer_that_loses_most() -> None:
     s = problem(6)
     rows = [

@@ -130,8 +130,21 @@ def reasons_for(allocation: Allocation, sensitivity: Sensitivity) -> dict[str, s
             text = f"{_ORDINALS[place]} loss per byte saved: {at_stake}, {share}"
         else:
             text = f"kept: {at_stake}, {share}"
-        reasons[layer.name] = text
+        reasons[layer.name] = text + _input_reason(layer.name, allocation, sensitivity)
     return reasons
+
+
+def _input_reason(name: str, allocation: Allocation, sensitivity: Sensitivity) -> str:
+    """Why the input of a layer has its width; empty where there was no choice."""
+    scored = [b for b in sensitivity.bits("activation") if b < 16]
+    bits = allocation.widths[name][1]
+    if len(scored) < 2 or bits is None or bits > max(scored):
+        return ""
+    narrow = min(scored)
+    total = sum(sensitivity.score(i.name, "activation", narrow) for i in sensitivity.layers)
+    share = sensitivity.score(name, "activation", narrow) / (total or 1.0)
+    kept = "kept at" if bits > narrow else "at"
+    return f"; input {kept} {bits} bits: {_percent(share)} of the inputs' loss at {narrow}"
 
 
 _ORDINALS = ("most", "second most", "third most")
