@@ -215,6 +215,38 @@ def test_pareto_plot_marks_the_chosen_configuration():
     assert star.get_ydata() == [chosen["predicted_drop"]]
 
 
+def test_a_front_over_another_limit_and_several_choices():
+    data = sensitivity() | {"sweep": "max_size_mb"}
+    data["choices"] = [
+        {"file": name, "widths": data["front"][k]["widths"]}
+        for name, k in (("policy.yaml", 5), ("policy-7.yaml", 2))
+    ]
+    axis = plots.pareto_plot(data).axes[0]
+    assert axis.get_xlabel() == "bytes of the file, MB"
+    stars = {line.get_label().partition(":")[0]: line.get_xdata() for line in axis.lines[1:]}
+    assert stars["policy.yaml"] == [data["front"][5]["bytes"] / 1e6]
+    assert stars["policy-7.yaml"] == [data["front"][2]["bytes"] / 1e6]
+    grid = tables.configurations_table(data, limit=3)
+    assert {row[-1] for row in grid.rows} >= {"policy.yaml", "policy-7.yaml"}
+    assert len(grid.marked) == 2
+
+
+def test_validation_is_shown_with_its_correlation():
+    policies = [
+        {"effective_bits": 4 + k, "predicted": 0.1 / (k + 1), "kl": 0.2 / (k + 1), "loss": None,
+         "top1": None}
+        for k in range(4)
+    ]  # fmt: skip
+    data = {"metric": "fisher", "images": 10, "rho": 1.0, "rho_loss": None, "policies": policies}
+    axis = plots.validation_plot(data).axes[0]
+    assert axis.get_title() == "fisher: Spearman's rho 1.000"
+    spots = axis.collections[0].get_offsets()
+    assert sorted(map(tuple, spots)) == sorted((p["predicted"], p["kl"]) for p in policies)
+    grid = tables.validation_table(data)
+    assert [row[0] for row in grid.rows] == ["7.00", "6.00", "5.00", "4.00"]
+    assert "rho of prediction and divergence 1.000" in grid.note
+
+
 def test_curves_skip_what_is_no_number():
     rows = [{"epoch": 0, "loss": float("nan"), "val_top1": None}, {"epoch": 1, "loss": 2.0}]
     figure = plots.curves_plot(rows)

@@ -32,6 +32,7 @@ class Analysis:
         choices: one for each budget, the first of which is `policy.yaml`.
         sensitivity: what they were solved from.
         front: the Pareto front, with all choices on it.
+        sweep: the limit that the front is over.
         scores_from: the file that the scores came from; None where they were made now.
         measured: what a search for an accuracy measured on the way.
         validation: the scores against measurements, where that was asked for.
@@ -40,6 +41,7 @@ class Analysis:
     choices: tuple[Choice, ...]
     sensitivity: Sensitivity
     front: list[Allocation]
+    sweep: str = "effective_bits"
     scores_from: Path | None = None
     measured: tuple[Measured, ...] = ()
     validation: Validation | None = None
@@ -79,6 +81,7 @@ def write_analysis(found: Analysis, folder: Path, *, force: bool) -> None:
 def analysis_json(found: Analysis) -> dict[str, Any]:
     """The content of `sensitivity.json`."""
     data = found.sensitivity.to_json()
+    data["sweep"] = found.sweep
     data["front"] = [point.to_json() for point in found.front]
     data["chosen"] = {name: list(pair) for name, pair in found.allocation.widths.items()}
     data["choices"] = [

@@ -136,7 +136,7 @@ class _Work:
         ]
         front = search.front(budgets[0], found)
         truth = self._validate(graph, scores, pairs, images, validate) if validate else None
-        return Analysis(tuple(choices), scores, front, place, tuple(measured), truth)
+        return Analysis(tuple(choices), scores, front, self.minimize, place, tuple(measured), truth)
 
     def _validate(
         self,

@@ -182,6 +182,7 @@ SECTIONS: tuple[Callable[[Path], Section | None], ...] = (
 
 def _files(folder: Path) -> list[tuple[str, str]]:
     there = [folder / name for name in rundir.FILES if name != "report.html"]
+    there += sorted(folder.glob("policy-*.yaml"))
     return [(p.name, f"{p.stat().st_size:,}") for p in there if p.is_file()]
 
 

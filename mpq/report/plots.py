@@ -16,7 +16,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from mpq.report.tables import PARTS, chosen_indices
+from mpq.report.tables import PARTS, SWEEPS, chosen_indices, swept
 
 Json = Mapping[str, Any]
 STYLES = {
@@ -109,18 +109,20 @@ def _score_dots(
 
 
 def pareto_plot(sensitivity: Json) -> Figure:
-    """Effective weight bits against predicted drop, the chosen configuration marked."""
-    front = sorted(sensitivity["front"], key=lambda c: c["effective_bits"])
+    """What the front is over (effective weight bits) against predicted drop; the chosen marked."""
+    front = swept(sensitivity)
+    key, label, unit = SWEEPS[sensitivity.get("sweep", "effective_bits")]
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
     axis = figure.subplots()
-    bits = [c["effective_bits"] for c in front]
+    costs = [c[key] / unit for c in front]
     drops = [c["predicted_drop"] for c in front]
-    axis.plot(bits, drops, color=STYLES[8][0], lw=1.2, marker="o", ms=3.5, label="Pareto front")
+    axis.plot(costs, drops, color=STYLES[8][0], lw=1.2, marker="o", ms=3.5, label="Pareto front")
     if drops and min(drops) > 0 and max(drops) / min(drops) > 30:
         axis.set_yscale("log")
     for place, (index, name) in enumerate(chosen_indices(sensitivity, front).items()):
-        _mark_chosen(axis, front[index], name, _LINES[(place + 1) % len(_LINES)])
-    axis.set_xlabel("effective weight bits")
+        spot = costs[index], drops[index]
+        _mark_chosen(axis, spot, front[index], name, _LINES[(place + 1) % len(_LINES)])
+    axis.set_xlabel(label)
     axis.set_ylabel("predicted drop")
     clean(axis)
     axis.grid(axis="y", color="#eeeeee")
@@ -128,10 +130,12 @@ def pareto_plot(sensitivity: Json) -> Figure:
     return figure
 
 
-def _mark_chosen(axis: Axes, chosen: Json, name: str, colour: str) -> None:
-    spot = chosen["effective_bits"], chosen["predicted_drop"]
+def _mark_chosen(
+    axis: Axes, spot: tuple[float, float], chosen: Json, name: str, colour: str
+) -> None:
     # Its figures stand in the legend, where they cannot cover the curve.
-    told = f"{name}: {spot[0]:.2f} bits, {chosen['bytes'] / 1e3:,.0f} kB, drop {spot[1]:.3g}"
+    size = f"{chosen['effective_bits']:.2f} bits, {chosen['bytes'] / 1e3:,.0f} kB"
+    told = f"{name}: {size}, drop {spot[1]:.3g}"
     axis.plot(*spot, "*", color=colour, ms=15, mec="black", mew=0.7, ls="", label=told)
 
 

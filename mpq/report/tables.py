@@ -106,7 +106,7 @@ def widths_text(widths: Sequence[int | None] | None) -> str:
 
 def configurations_table(sensitivity: Json, limit: int = 12) -> Grid:
     """The Pareto front as a table, thinned evenly to `limit` rows; those chosen stand out."""
-    front = sorted(sensitivity["front"], key=lambda c: c["effective_bits"])
+    front = swept(sensitivity)
     picked = chosen_indices(sensitivity, front)
     kept = _thin(len(front), limit, list(picked))
     bits = sorted({w[0] for c in front for w in c["widths"].values() if w[0]}, reverse=True)
@@ -130,6 +130,22 @@ def configurations_table(sensitivity: Json, limit: int = 12) -> Grid:
     marked = frozenset(kept.index(i) for i in kept if i in picked)
     note = f"{len(kept)} of {len(front)} configurations; W8: layers with 8-bit weights"
     return Grid("Configurations on the Pareto front", heads, tuple(body), note, marked)
+
+
+SWEEPS = {
+    "effective_bits": ("effective_bits", "effective weight bits", 1.0),
+    "max_size_mb": ("bytes", "bytes of the file, MB", 1e6),
+    "max_bops": ("bitops", "BitOps per image, 10^9", 1e9),
+    "max_activation_mb": ("activation_bytes", "activations alive at one time, MB", 1e6),
+    "max_latency_ms": ("latency_ms", "latency, ms", 1.0),
+}
+"""What a front may be over: key of its entries, words, and unit."""
+
+
+def swept(sensitivity: Json) -> list[Json]:
+    """The front by rising value of what it is over."""
+    key = SWEEPS[sensitivity.get("sweep", "effective_bits")][0]
+    return sorted(sensitivity["front"], key=lambda c: (c[key], -c["predicted_drop"]))
 
 
 _SPARE: dict[str, tuple[str, Callable[[float | None], str]]] = {
