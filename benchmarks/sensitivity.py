@@ -79,8 +79,8 @@ def predictors(
         seconds[metric] = round(time.process_time() - start, 2)
         print(f"{metric}: {seconds[metric]:.2f} s of CPU", flush=True)
         found[metric] = scores.predict
-        if scores.pairwise is not None:
-            default = default or scores
+        if metric == "fisher":
+            default = scores
             found[f"{metric}, blocks"] = quadratic(scores, blocks(scores))
             found[f"{metric}, all pairs"] = quadratic(scores, None)
     assert default is not None, "name the metric fisher among --metric"
