@@ -299,9 +299,5 @@ def runner(path: Path, *, threads: int, batch: int) -> Callable[[], object]:
     takes = runtime.model_input(loaded)
     if takes.batch and takes.batch != batch:
         raise UsageError(f"{path} runs {takes.batch} images at a time; --batch must be that.")
-    rng, shape = np.random.default_rng(0), takes.shape(batch)
-    feed: Array = rng.standard_normal(shape, np.float32)
-    if takes.integer:
-        feed = rng.integers(0, 256, shape, np.uint8)
-    feeds = {takes.name: feed}
+    feeds = {takes.name: runtime.noise(loaded, batch)}
     return lambda: loaded.run(None, feeds)

@@ -104,10 +104,17 @@ class Certificate:
 
 @dataclass(frozen=True, slots=True)
 class _Execution:
-    """What became of a matrix node; `decoding`: its weights are dequantized at every run."""
+    """What became of a matrix node.
+
+    Args:
+        op: op type in the optimized graph.
+        decoding: its weights are dequantized at every run.
+        index: of the node in the optimized graph.
+    """
 
     op: str = ""
     decoding: bool = False
+    index: int = -1
 
 
 def certify(
@@ -161,6 +168,20 @@ def certify(
         len(model) if isinstance(model, bytes) else model.stat().st_size,
         told.get(NEEDS, ""),
     )
+
+
+def executed_nodes(model: bytes, optimized: onnx.ModelProto) -> dict[str, int]:
+    """The index in the runtime's optimized graph of each named matrix node of a file."""
+    graph = onnx.load_from_string(model).graph
+    runs, roots = _Runs(optimized.graph), _constant_roots(graph)
+    readers = {name: node for node in graph.node for name in node.input}
+    producers = {name: node for node in graph.node for name in node.output}
+    found = {
+        n.name: runs.find(n, readers, producers).index
+        for n in graph.node
+        if n.op_type in MATRIX and n.name and _weight(n) in roots
+    }
+    return {name: index for name, index in found.items() if index >= 0}
 
 
 def _inside(proto: onnx.ModelProto, names: list[str]) -> dict[str, LayerChoice]:
@@ -275,11 +296,12 @@ class _Runs:
 
     def __init__(self, optimized: onnx.GraphProto) -> None:
         producers = {out: n for n in optimized.node for out in n.output}
-        nodes = [n for n in optimized.node if n.op_type in MATRIX]
+        indexed = [(i, n) for i, n in enumerate(optimized.node) if n.op_type in MATRIX]
+        nodes = [n for _, n in indexed]
         weights = Counter(_weight(n) for n in nodes)
         self.by_node: dict[str, _Execution] = {}
         self.by_value: dict[str, _Execution] = {}
-        runs = [(n, _Execution(n.op_type, _decoding(n, producers))) for n in nodes]
+        runs = [(n, _Execution(n.op_type, _decoding(n, producers), i)) for i, n in indexed]
         for node, run in runs:
             self.by_node.setdefault(node.name, run)
             for out in node.output:

@@ -18,6 +18,7 @@ RUNS = Path("runs")
 """Where runs lie unless `-o` says otherwise, relative to the working directory."""
 
 FILES = {
+    "profile.json": "mpq profile MODEL.pth",
     "policy.yaml": "mpq analyze MODEL.pth",
     "sensitivity.json": "mpq analyze MODEL.pth",
     "sensitivity.png": "mpq analyze MODEL.pth",

@@ -29,6 +29,7 @@ COMMANDS = {
     "train": Entry("mpq.cli.train:train", "Train a float model: baseline, teacher or student."),
     "ensemble": Entry("mpq.cli.ensemble:ensemble", "Bundle teachers, measured together."),
     "rank": Entry("mpq.cli.rank:command", "Which networks take low precision well."),
+    "profile": Entry("mpq.cli.profile:profile", "Measure each layer's latency on this CPU."),
     "analyze": Entry("mpq.cli.analyze:analyze", "Find each layer's bits; write policy.yaml."),
     "diff": Entry("mpq.cli.diff:diff", "What two policies differ in, layer by layer."),
     "ptq": Entry("mpq.cli.ptq:ptq", "Quantize by a policy, without training."),

@@ -1,0 +1,80 @@
+"""`mpq profile`: measured latency of each layer on this CPU."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from mpq import rundir
+from mpq.checkpoint import load_model
+from mpq.cli import options
+from mpq.pipeline.profiling import check as hold
+from mpq.pipeline.profiling import profile_module
+from mpq.report.tables import profile_table
+
+
+@click.command()
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@options.model
+@options.trust_pickle
+@click.option("--input-size", metavar="PIXELS", type=click.IntRange(min=8),
+              help="Image side, if not the usual one.")  # fmt: skip
+@options.threads
+@options.batch
+@click.option("--check", type=click.Path(path_type=Path), metavar="FILE",
+              help="Hold the prediction against this exported file.")  # fmt: skip
+@options.as_json
+@click.option("--force", is_flag=True, help="Measure again, and replace profile.json.")
+@options.out()
+def profile(
+    checkpoint: Path,
+    model: str | None,
+    trust_pickle: bool,
+    input_size: int | None,
+    threads: int,
+    batch: int,
+    check: Path | None,
+    as_json: bool,
+    force: bool,
+    out: Path | None,
+) -> None:
+    """Measure each layer of CHECKPOINT as integers and in float, and what conversions cost.
+
+    Writes profile.json into the run, which `mpq analyze --max-latency-ms` reads. What was measured
+    on this CPU with this onnxruntime is kept and not measured again. The machine should be idle.
+
+    \b
+    mpq profile model.pth
+    mpq profile model.pth --check runs/model/model.onnx
+    """
+    folder = rundir.resolve_out(out, checkpoint.stem)
+    loaded = load_model(checkpoint, arch=model, trust_pickle=trust_pickle)
+    channels, height, width = loaded.info.input
+    size = (channels, input_size or height, input_size or width)
+    with options.status() as tell:
+        found = profile_module(
+            loaded.module, size, threads=threads, batch=batch, again=force, progress=tell
+        )
+        checked = None if check is None else hold(found, check)
+    told = json.loads(found.to_json())
+    if checked is not None:
+        told["check"] = {
+            "file": checked.file,
+            "predicted_ms": checked.predicted_ms,
+            "measured_ms": checked.measured_ms,
+            "error_percent": checked.error,
+        }
+    if as_json:
+        click.echo(json.dumps(told))
+    else:
+        options.stdout.print(profile_table(told))
+    if checked is not None and not as_json:
+        options.show(
+            f"{checked.file}: predicted {checked.predicted_ms:.3f} ms, measured "
+            f"{checked.measured_ms:.3f} ms, {checked.error:+.1f} %"
+        )
+    rundir.touch_run(folder)
+    found.save(folder / "profile.json")
+    options.say(f"wrote {folder / 'profile.json'}; next: mpq analyze --max-latency-ms")
