@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from mpq.data import Normalization
 from mpq.errors import DataError, TrainError, UsageError
+from mpq.train.answers import Answers, answer_folders
 from mpq.train.augment import Targets, augment, epoch_rng, mix
 from mpq.train.diagnose import first_nonfinite
 from mpq.train.ensemble import Ensemble
@@ -60,6 +62,7 @@ class Engine:
         weighting: Weighting | None,
         seed: int,
         device: str,
+        answers: Path | None = None,
     ) -> None:
         self.recipe, self.normalize, self.seed = recipe, normalize, seed
         self.accelerator, self.device = _accelerator(device)
@@ -90,6 +93,12 @@ class Engine:
             "weighting": getattr(weighting, "__qualname__", type(weighting).__name__),
             "processes": ranks,
         }
+        self._folders: list[Path] = []
+        if answers is not None and teacher is not None:
+            images = {k: identity[k] for k in ("seed", "data", "processes")}
+            images |= {"rank": self.rank, "device": self.device.type}
+            self._folders = answer_folders(answers, teacher, recipe, images)
+        self._answers: Answers | None = None
         ema = Ema(model, recipe.ema) if recipe.ema else None
         self.state = State(model, build_optimizer(model, recipe), ema, identity)
 
@@ -123,11 +132,15 @@ class Engine:
         rng = epoch_rng(self.seed, epoch, 1 + self.rank)
         torch.manual_seed(int(rng.integers(2**62)))  # for dropout and the like
         totals = Totals()
+        if self._folders:
+            self._answers = Answers([f / f"epoch-{epoch:04}.pth" for f in self._folders])
         for step in range(self.steps):
             index = order[step * self.recipe.batch : (step + 1) * self.recipe.batch]
             loss = self._step(epoch, step, index[self.rank :: self.ranks], rng, totals)
             if on_step and self._look(step):
                 on_step(epoch, step, self.steps, float(loss))
+        if self._answers is not None:
+            self._answers.close()
         lr = learning_rate(self.recipe, (epoch + 1) * self.steps - 1, self.steps)
         return {"epoch": epoch, "lr": lr, **totals.record(self.accelerator), "val_top1": None}
 
@@ -202,9 +215,13 @@ class Engine:
     def _teach(self, images: Tensor) -> Tensor | None:
         if self.teacher is None:
             return None
+        teacher = self.teacher
         with torch.no_grad():
-            logits: Tensor = self.teacher(images)
-        return logits
+            if self._answers is None:
+                logits: Tensor = teacher(images)
+                return logits
+            known = self._answers.take(len(images), lambda k: teacher.answer(k, images))
+            return known.to(self.device, non_blocking=True)
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(
@@ -216,7 +233,7 @@ class Engine:
         with self._autocast():
             culprit = first_nonfinite(self.model, lambda: self.model(self._input(images)))
             if not culprit and self.teacher is not None:
-                culprit = first_nonfinite(self.teacher, lambda: self._teach(images))
+                culprit = first_nonfinite(self.teacher, lambda: self.teacher(images))
                 culprit = culprit and f"teacher {culprit}"
         return (
             f"the loss became non-finite in epoch {epoch}, step {step}. First non-finite output: "

@@ -86,7 +86,11 @@ class Ensemble(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits of every member; each gets the images normalized its own way."""
-        return torch.stack([_logits(m, images) for m in self.members])
+        return torch.stack([self.answer(k, images) for k in range(len(self.members))])
+
+    def answer(self, index: int, images: Tensor) -> Tensor:
+        """Logits `[B, C]` of one member."""
+        return _logits(self.members[index], images)
 
 
 def _logits(member: Member, images: Tensor) -> Tensor:

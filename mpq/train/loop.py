@@ -52,6 +52,7 @@ def fit(
     resume: bool = False,
     seed: int = 0,
     device: str = "cpu",
+    answers: Path | None = None,
     on_step: OnStep | None = None,
     on_epoch: Callable[[Record], None] | None = None,
 ) -> FitResult:
@@ -70,6 +71,8 @@ def fit(
         resume: continue from `checkpoint.pth` if there is one.
         seed: of data order, augmentation and dropout.
         device: `cpu` or `cuda`.
+        answers: folder that keeps the teachers' logits for other runs on the same images; what lies
+            there already is not computed again.
         on_step: called after a step.
         on_epoch: called with the record of each epoch, after it has been saved.
 
@@ -92,6 +95,7 @@ def fit(
         weighting=weighting,
         seed=seed,
         device=device,
+        answers=answers,
     )
     state = engine.state
     with engine.environment():
