@@ -19,6 +19,7 @@ from mpq.policy import Policy
 @options.policy
 @training.teacher
 @training.teacher_normalize
+@training.answers
 @options.data
 @options.data_root
 @training.recipe("qat")
@@ -35,6 +36,7 @@ def qat(
     policy_path: Path | None,
     teacher: Path | None,
     teacher_normalize: str,
+    answers: Path | None,
     data: str | None,
     data_root: Path | None,
     recipe: str,
@@ -76,6 +78,7 @@ def qat(
             resume=resume,
             seed=seed,
             device=device,
+            answers=answers,
             on_start=lambda: keep_policy(path, rundir.touch_run(folder)),
             on_step=on_step,
             on_epoch=on_epoch,

@@ -21,6 +21,7 @@ from mpq.pipeline.training import initial_weights, new_subject, run_train, worki
 @options.normalize
 @training.teacher
 @training.teacher_normalize
+@training.answers
 @click.option("--init", metavar="FILE", type=click.Path(path_type=Path),
               help="Checkpoint to start from.")  # fmt: skip
 @training.recipe("plain")
@@ -41,6 +42,7 @@ def train(
     normalize: Normalization | None,
     teacher: Path | None,
     teacher_normalize: str,
+    answers: Path | None,
     init: Path | None,
     recipe: str,
     epochs: int | None,
@@ -84,6 +86,7 @@ def train(
             resume=resume,
             seed=seed,
             device=device,
+            answers=answers,
             on_step=on_step,
             on_epoch=on_epoch,
         )

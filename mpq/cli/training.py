@@ -39,6 +39,14 @@ teacher_normalize = click.option(
     default="",
     help="As --normalize, for a single teacher whose file does not carry it.",
 )
+# answers: Path | None
+answers = click.option(
+    "--keep-answers",
+    "answers",
+    metavar="FOLDER",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Keep the teachers' answers there, for other runs on the same images.",
+)
 # epochs: int | None
 epochs = click.option(
     "--epochs", metavar="N", type=click.IntRange(min=1), help="Epochs, instead of the recipe's."

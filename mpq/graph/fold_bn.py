@@ -76,6 +76,9 @@ def _fold(layer: nn.Module, bn: nn.modules.batchnorm._BatchNorm) -> None:
     folded = scale_outputs(weight.double(), factor, LayerOp.of(layer))
     layer.weight = nn.Parameter(folded.to(weight.dtype))
     layer.bias = nn.Parameter(((bias.double() - mean) * factor + beta).to(weight.dtype))
+    before = getattr(layer, "folded", None)
+    kept = factor if before is None else factor * before
+    layer.folded = kept.to(weight.dtype)  # type: ignore[assignment]  # `attach_norms` undoes it
 
 
 def scale_outputs(weight: Tensor, factor: Tensor, op: LayerOp) -> Tensor:

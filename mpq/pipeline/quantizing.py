@@ -15,6 +15,7 @@ from mpq.checkpoint import load_safe, save_atomic
 from mpq.data import load_arrays, sample_indices
 from mpq.errors import CheckpointError, UsageError
 from mpq.graph.ir import QuantGraph
+from mpq.graph.norms import absorb_norms, attach_norms
 from mpq.graph.passes import prepare
 from mpq.pipeline.guard import check_teacher
 from mpq.pipeline.subject import Source, Subject, policy_subject, settle
@@ -115,6 +116,7 @@ def run_qat(
     resume: bool = False,
     seed: int = 0,
     device: str = "cpu",
+    answers: Path | None = None,
     progress: Progress | None = None,
     on_start: Callable[[], None] | None = None,
     on_step: OnStep | None = None,
@@ -135,6 +137,8 @@ def run_qat(
     images = subject.sample(policy.data.samples or 512, seed, "qat")
     graph = prepare(subject.graph(), policy)
     quantize_graph(graph, images, progress=progress)
+    if recipe.norm == "live":
+        attach_norms(graph, images)
     if on_start:
         on_start()
     result = fit(
@@ -148,10 +152,12 @@ def run_qat(
         resume=resume,
         seed=seed,
         device=device,
+        answers=answers,
         on_step=on_step,
         on_epoch=on_epoch,
     )
     graph.module.cpu()
+    absorb_norms(graph)
     metrics = {
         "stage": "qat",
         "epochs": recipe.epochs,

@@ -60,6 +60,7 @@ def run_train(
     resume: bool = False,
     seed: int = 0,
     device: str = "cpu",
+    answers: Path | None = None,
     on_step: OnStep | None = None,
     on_epoch: Callable[[Record], None] | None = None,
 ) -> FitResult:
@@ -86,6 +87,7 @@ def run_train(
         resume=resume,
         seed=seed,
         device=device,
+        answers=answers,
         on_step=on_step,
         on_epoch=on_epoch,
     )

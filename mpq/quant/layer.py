@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from mpq.numerics import TINY, choose_qparams, quantize
 from mpq.quant import ops
 from mpq.quant.fake_quant import FakeQuant, FrozenQuant
 from mpq.quant.lsq import learned_fake_quantize
+from mpq.quant.norm import LiveNorm
 from mpq.spec import QuantSpec
 
 CONVS: dict[type[nn.Module], Callable[..., Tensor]] = {
@@ -127,8 +128,18 @@ def integer_bias(bias: Tensor, scale: Tensor) -> Tensor:
     return torch.round(bias.double() / scale.double()).clamp(-limit, limit).to(torch.int32)
 
 
+class Constants(NamedTuple):
+    """A layer as it is evaluated: integer weights, their scales, and the float bias."""
+
+    weight: Tensor
+    scale: Tensor
+    bias: Tensor | None
+
+
 class QuantLayer(nn.Module):
     """A Conv, ConvTranspose or Linear with learned weight steps.
+
+    A `norm` behind it belongs to it: it is part of the scales and the bias in eval mode.
 
     Args:
         layer: the float layer; its parameters are taken over, not copied.
@@ -141,6 +152,8 @@ class QuantLayer(nn.Module):
         self.op, self.spec = LayerOp.of(layer), spec
         self.weight: nn.Parameter = layer.weight  # type: ignore[assignment]
         self.bias: nn.Parameter | None = layer.bias  # type: ignore[assignment]
+        self.norm: LiveNorm | None = None
+        self.folded: Tensor | None = getattr(layer, "folded", None)
         self.enabled = True
         self._source = (source,)  # in a tuple: a reference, not a child module
         flat = self._channels(self.weight.detach())
@@ -161,10 +174,41 @@ class QuantLayer(nn.Module):
 
     def integers(self) -> Tensor:
         """The weights as stored: int8, or int16 at 16 bits."""
-        scale = self.step().detach()
-        zero = torch.zeros_like(scale)
-        q = quantize(self.weight.detach(), scale, zero, self.spec, self.op.axis)
-        return q.to(torch.int16 if self.spec.bits > 8 else torch.int8)
+        return self.constants().weight
+
+    @torch.no_grad()
+    def constants(self) -> Constants:
+        """What eval mode and the frozen layer compute with."""
+        factor = None if self.norm is None else self.norm.factor()
+        bias = self.bias if self.norm is None else self.norm.shift()
+        step = torch.maximum(self.step(), self._least_step(bias, factor))
+        zero = torch.zeros_like(step)
+        q = quantize(self.weight, step, zero, self.spec, self.op.axis)
+        stored = q.to(torch.int16 if self.spec.bits > 8 else torch.int8)
+        scale = step if factor is None else step * factor
+        return Constants(stored, scale, None if bias is None else bias.detach())
+
+    def _least_step(self, bias: Tensor | None, factor: Tensor | None) -> Tensor:
+        """Steps with which the integer bias stays below 2^30, shaped like `scale`.
+
+        A channel whose weights have died still has its bias, and in eval mode its scale carries it.
+        """
+        if bias is None or self.source is None:
+            return torch.zeros_like(self.scale)
+        floor = bias.abs() / (self.source.step() * 2.0**30)
+        floor = floor if factor is None else floor / factor
+        return floor if self.scale.ndim else floor.amax()
+
+    @torch.no_grad()
+    def absorb_norm(self) -> None:
+        """Take the norm into weights, steps and bias for good; eval mode answers as before."""
+        if self.norm is None:
+            return
+        found = self.constants()
+        self.weight.copy_(ops.dequantize(found.weight, found.scale, self.op.axis))
+        self.scale.copy_(found.scale)
+        assert found.bias is not None
+        self.bias, self.norm = nn.Parameter(found.bias.clone()), None
 
     def frozen(self) -> FrozenLayer:
         """This layer as constants."""
@@ -173,7 +217,7 @@ class QuantLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Training: learned fake quantization. Eval: exactly what the frozen layer does."""
         if not self.enabled:
-            return self.op.float(x, self.weight, self.bias)
+            return self._normed(self.op.float(x, self.weight, self.bias))
         if self.training:
             scale = self.step()
             weight = learned_fake_quantize(
@@ -184,15 +228,17 @@ class QuantLayer(nn.Module):
                 axis=self.op.axis,
                 count=self.weight.numel() // scale.numel(),
             )
-            return self.op.float(x, weight, self.bias)
-        scale = self.step().detach()
-        source = self.source
+            return self._normed(self.op.float(x, weight, self.bias))
+        found, source = self.constants(), self.source
         if source is None or not source.enabled:
-            weight = ops.dequantize(self.integers(), scale, self.op.axis)
-            return self.op.float(x, weight, self.bias)
+            weight = ops.dequantize(found.weight, found.scale, self.op.axis)
+            return self.op.float(x, weight, found.bias)
         x_scale = source.step().detach()
-        bias = None if self.bias is None else integer_bias(self.bias.detach(), x_scale * scale)
-        return self.op.integer(x, x_scale, self.integers(), scale, bias)
+        bias = None if found.bias is None else integer_bias(found.bias, x_scale * found.scale)
+        return self.op.integer(x, x_scale, found.weight, found.scale, bias)
+
+    def _normed(self, x: Tensor) -> Tensor:
+        return x if self.norm is None else self.norm(x)
 
     def extra_repr(self) -> str:
         """The operation and format, for `print(module)`."""
@@ -210,13 +256,13 @@ class FrozenLayer(nn.Module):
     def __init__(self, layer: QuantLayer) -> None:
         super().__init__()
         self.op, self.spec = layer.op, layer.spec
-        scale = layer.step().detach().clone()
+        found = layer.constants()
         x_scale = None if layer.source is None else layer.source.step().detach().clone()
-        bias = None if layer.bias is None else layer.bias.detach().clone()
+        bias = found.bias if found.bias is None else found.bias.clone()
         if bias is not None and x_scale is not None:
-            bias = integer_bias(bias, x_scale * scale)
-        self.register_buffer("weight", layer.integers())
-        self.register_buffer("scale", scale)
+            bias = integer_bias(bias, x_scale * found.scale)
+        self.register_buffer("weight", found.weight)
+        self.register_buffer("scale", found.scale.clone())
         self.register_buffer("bias", bias)
         self.register_buffer("x_scale", x_scale)
 

@@ -15,7 +15,6 @@ from torch import Tensor
 from mpq.numerics import per_axis
 from mpq.spec import QuantSpec
 
-
 EDGE = 1e-6
 """Values this much, relatively, beyond an end of the range count as lying on it."""
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from mpq.data import Normalization
 from mpq.errors import DataError, TrainError, UsageError
+from mpq.graph.norms import freeze_norms
 from mpq.train.answers import Answers, answer_folders
 from mpq.train.augment import Targets, augment, epoch_rng, mix
 from mpq.train.diagnose import first_nonfinite
@@ -127,6 +128,7 @@ class Engine:
     def train_epoch(self, epoch: int, on_step: OnStep | None) -> Record:
         """Train for one epoch; the record lacks only validation and time."""
         self.model.train()
+        freeze_norms(self.model, epoch >= self.recipe.epochs * (1 - self.recipe.norm_frozen))
         order = torch.from_numpy(epoch_rng(self.seed, epoch).permutation(len(self.images)))
         order = order.to(self.images.device)
         rng = epoch_rng(self.seed, epoch, 1 + self.rank)

@@ -47,6 +47,16 @@ class Recipe(BaseModel):
     step_lr: float = Field(
         default=1.0, ge=0, description="factor on lr for quantizer steps (parameters `.scale`)"
     )
+    norm: Literal["live", "folded"] = Field(
+        default="live",
+        description="quantized layers train with batch norm behind them, or with its fold",
+    )
+    norm_frozen: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="last part of the run in which live norms keep their statistics",
+    )
     clip_norm: float = Field(default=0.0, ge=0, description="largest gradient norm; 0: any")
     warmup_epochs: float = Field(default=0.0, ge=0, description="linear rise of the rate")
     final_lr: float = Field(
