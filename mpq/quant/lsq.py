@@ -28,32 +28,44 @@ class _LearnedStep(torch.autograd.Function):
             x = x.float()  # their 8 or 11 significant bits do not hold an 8-bit grid
         s, z = per_axis(scale, x.ndim, axis), per_axis(zero, x.ndim, axis).to(x.dtype)
         v = (x / s).add_(z)
-        q = v.round().clamp_(spec.qmin, spec.qmax)
+        q = v.round().clamp_(spec.qmin, spec.qmax).sub_(z)
         ctx.save_for_backward(v, q, scale, z)
         ctx.spec, ctx.axis, ctx.g = spec, axis, g
-        return (q - z).mul_(s)
+        return q * s
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        v, q, scale, z = ctx.saved_tensors
-        # Float arithmetic throughout: on a CPU masks and `where` cost twenty times as much.
+        v, q, scale, z = ctx.saved_tensors  # q is q - z already
         dx = _inside(grad, v, ctx.spec)
-        ds = (q - v).mul_(dx) + (grad - dx).mul_(q - z)
-        if scale.ndim == 0 or scale.numel() == 1:
-            d_scale = ds.sum().reshape(scale.shape)
+        if scale.numel() == 1:
+            d_scale = _dot(grad, q) - _dot(dx, v) + z * dx.sum()
+            d_scale = d_scale.reshape(scale.shape)
         else:
-            d_scale = ds.transpose(0, ctx.axis).flatten(1).sum(1).to(scale.dtype)
-        return dx, d_scale * ctx.g, None, None, None, None
+            ds = grad * q - dx * (v - z)
+            d_scale = ds.transpose(0, ctx.axis).flatten(1).sum(1)
+        return dx, d_scale.to(scale.dtype) * ctx.g, None, None, None, None
 
 
 def _inside(grad: Tensor, v: Tensor, spec: QuantSpec) -> Tensor:
-    """`grad` where `qmin <= v <= qmax`, else 0; the ends count, up to rounding."""
+    """`grad` where `qmin <= v <= qmax`, else 0; the ends count, up to rounding.
+
+    A kernel of float arithmetic: on a CPU masks and `where` cost twenty times as much.
+    """
     low, high = (
         end + sign * EDGE * max(1, abs(end)) for end, sign in ((spec.qmin, -1), (spec.qmax, 1))
     )
     out: Tensor = torch.ops.aten.hardtanh_backward(grad, v, low, high)
     return out
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """`sum a b`, without the product in memory where both lie there in the same order."""
+    order = sorted(range(a.ndim), key=a.stride, reverse=True)
+    rows, others = a.permute(order), b.permute(order)
+    if rows.is_contiguous() and others.is_contiguous() and a.dtype == b.dtype:
+        return torch.dot(rows.view(-1), others.view(-1))
+    return (a * b).sum()
 
 
 def learned_fake_quantize(
