@@ -180,8 +180,9 @@ def quiet_c() -> Iterator[None]:
 
 
 def say(text: str) -> None:
-    """One line on stderr: what was chosen, what was written."""
-    stderr.print(text, markup=False, soft_wrap=True)
+    """One line on stderr: what was chosen, what was written. The leading process speaks."""
+    if rundir.leading():
+        stderr.print(text, markup=False, soft_wrap=True)
 
 
 def show(text: str) -> None:

@@ -83,6 +83,8 @@ def qat(
             on_step=on_step,
             on_epoch=on_epoch,
         )
+    if not rundir.leading():
+        return
     save_quantized(found, written)
     (folder / "checkpoint.pth").unlink(missing_ok=True)  # the run is complete
     if as_json:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from mpq import rundir
 from mpq.cli import options, training
 from mpq.data import Normalization
 from mpq.pipeline.guard import check_start
@@ -90,6 +91,8 @@ def train(
             on_step=on_step,
             on_epoch=on_epoch,
         )
+    if not rundir.leading():
+        return
     if as_json:
         click.echo(json.dumps({"file": str(out), "validation_top1": result.top1}))
     else:

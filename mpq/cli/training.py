@@ -11,6 +11,7 @@ import click
 import torch
 import yaml
 
+from mpq import rundir
 from mpq.cli import options
 from mpq.data import Normalization
 from mpq.errors import UsageError
@@ -118,7 +119,13 @@ Hooks = tuple[Callable[[int, int, int, float], None], Callable[[Record], None]]
 
 @contextmanager
 def live(epochs: int) -> Iterator[Hooks]:
-    """Hooks for the loop: a bar per epoch while it runs, a line per epoch when it is done."""
+    """Hooks for the loop: a bar per epoch while it runs, a line per epoch when it is done.
+
+    Of several processes the leading one speaks.
+    """
+    if not rundir.leading():
+        yield (lambda *_: None), (lambda _: None)
+        return
     with options.bars() as tell:
 
         def on_step(epoch: int, step: int, steps: int, loss: float) -> None:

@@ -45,7 +45,7 @@ def attach_norms(qg: QuantGraph, images: Tensor, *, batch: int = 128) -> int:
     moments = [_Moments(layer) for layer in layers]
     handles = [m.layer.register_forward_hook(m.hook) for m in moments]
     try:
-        for part in images.split(batch):
+        for part in torch.split(images, batch):
             qg.module(part)
     finally:
         for handle in handles:

@@ -16,6 +16,8 @@ def check_start(
 ) -> None:
     """Refuse to lose an unfinished or a finished run, or to resume none.
 
+    Of several processes the leading one looks.
+
     Args:
         folder: where the work keeps its state while it runs.
         out: what it writes in the end.
@@ -26,12 +28,14 @@ def check_start(
     Raises:
         UsageError: what `resume` and `force` ask for does not fit what is there.
     """
+    if not rundir.leading():
+        return  # the leading process may have begun to write already
     checkpoint = folder / state
     if resume:
         if not checkpoint.is_file():
-            state = f"{out} is finished" if out.exists() else "nothing was begun there"
+            why = f"{out} is finished" if out.exists() else "nothing was begun there"
             raise UsageError(
-                f"--resume must find {checkpoint}, but it does not exist: {state}. "
+                f"--resume must find {checkpoint}, but it does not exist: {why}. "
                 "Run without --resume."
             )
         return

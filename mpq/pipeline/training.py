@@ -91,6 +91,8 @@ def run_train(
         on_step=on_step,
         on_epoch=on_epoch,
     )
+    if not rundir.leading():
+        return result
     metrics = {"validation_top1": result.top1, "epochs": recipe.epochs, "seed": seed}
     info = subject.info.model_copy(update={"checkpoint": "", "sha256": ""})
     save_model(out, subject.module.cpu(), info=info, data=subject.data_name, metrics=metrics)

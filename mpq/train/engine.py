@@ -29,6 +29,7 @@ from mpq.train.evaluate import Images, Labels, as_tensor, normalize_unit
 from mpq.train.metrics import Record, Totals
 from mpq.train.objective import Objective
 from mpq.train.optim import Ema, build_optimizer, learning_rate
+from mpq.train.oscillation import dampening, strength
 from mpq.train.recipe import Recipe
 from mpq.train.resume import State, fingerprint, structure
 from mpq.train.weighting import Weighting
@@ -195,7 +196,10 @@ class Engine:
         self._check_logits(student, teachers)
         labels = targets.for_classes(student.shape[1])
         parts = self.objective(student, teachers, labels, progress=progress)
-        self.accelerator.backward(parts.loss * share)
+        loss = parts.loss
+        if self.recipe.dampen:
+            loss = loss + self.recipe.dampen * strength(progress) * dampening(self.model)
+        self.accelerator.backward(loss * share)
         totals.add(parts, student.detach(), labels)
         return parts.loss.detach() * share
 
@@ -234,8 +238,9 @@ class Engine:
         """Who made the loss of this batch infinite or NaN."""
         with self._autocast():
             culprit = first_nonfinite(self.model, lambda: self.model(self._input(images)))
-            if not culprit and self.teacher is not None:
-                culprit = first_nonfinite(self.teacher, lambda: self.teacher(images))
+            teacher = self.teacher
+            if not culprit and teacher is not None:
+                culprit = first_nonfinite(teacher, lambda: teacher(images))
                 culprit = culprit and f"teacher {culprit}"
         return (
             f"the loss became non-finite in epoch {epoch}, step {step}. First non-finite output: "

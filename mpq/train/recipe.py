@@ -57,6 +57,11 @@ class Recipe(BaseModel):
         le=1,
         description="last part of the run in which live norms keep their statistics",
     )
+    dampen: float = Field(
+        default=0.0,
+        ge=0,
+        description="pull of weights of 4 bits and less to their grid, reached at the end; 0: none",
+    )
     clip_norm: float = Field(default=0.0, ge=0, description="largest gradient norm; 0: any")
     warmup_epochs: float = Field(default=0.0, ge=0, description="linear rise of the rate")
     final_lr: float = Field(

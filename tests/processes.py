@@ -1,0 +1,42 @@
+"""What `test_processes.py` runs under a launcher: a short training whose weights are written."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from test_loop import NORMALIZE, pictures
+from torch import nn
+
+from mpq import rundir
+from mpq.train.ensemble import Ensemble, Member
+from mpq.train.loop import fit
+from mpq.train.recipe import Recipe
+
+
+def linear(seed: int) -> nn.Sequential:
+    """Without batch statistics and dropout, the shares of a batch add up to the batch."""
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Flatten(), nn.Linear(192, 4))
+
+
+def main(out: Path) -> None:
+    """Train for two epochs, without augmentation: its random numbers differ by process."""
+    model = linear(0)
+    recipe = Recipe(epochs=2, batch=32, lr=0.05, crop=0, flip=False, ema=0.9)
+    fit(
+        model,
+        train=pictures(),
+        validation=None,
+        normalize=NORMALIZE,
+        recipe=recipe,
+        folder=out,
+        teacher=Ensemble([Member("t", linear(1), NORMALIZE)]),
+    )
+    if rundir.leading():
+        torch.save(model.state_dict(), out / "weights.pth")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
