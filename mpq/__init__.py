@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from mpq.analyze import allocate, build_policy, pareto_front, score_layers
     from mpq.graph.ir import QuantGraph
+    from mpq.graph.norms import absorb_norms, attach_norms
     from mpq.graph.passes import freeze, prepare, to_float
     from mpq.policy import Constraints, LayerPolicy, Policy
     from mpq.ptq import calibrate, quantize_graph
@@ -26,7 +27,9 @@ _HOME = {
     "Policy": "mpq.policy",
     "QuantGraph": "mpq.graph.ir",
     "QuantSpec": "mpq.spec",
+    "absorb_norms": "mpq.graph.norms",
     "allocate": "mpq.analyze",
+    "attach_norms": "mpq.graph.norms",
     "build_policy": "mpq.analyze",
     "calibrate": "mpq.ptq",
     "fit": "mpq.train.loop",
@@ -43,7 +46,9 @@ __all__ = [
     "Policy",
     "QuantGraph",
     "QuantSpec",
+    "absorb_norms",
     "allocate",
+    "attach_norms",
     "build_policy",
     "calibrate",
     "fit",

@@ -1,0 +1,170 @@
+"""Quantization-aware training with and without teachers, judged on the exported files.
+
+For ResNet-20 on CIFAR-10, from its checkpoint: each configuration of widths is quantized without
+training, then trained for `--epochs` with the teachers and without, exported to ONNX and run in
+onnxruntime on all test images. `float` is distilled and not quantized. Every measurement is a line
+of `distill.jsonl`; what is there already is not measured again, and a training that was interrupted
+goes on from its checkpoint. The teachers' answers are computed once and shared by all runs.
+
+    MPQ_DATA=... python benchmarks/distill.py --out runs/distill --epochs 10
+    MPQ_DATA=... python benchmarks/distill.py --only 4.8 w4a4 --train teachers --seeds 2
+    MPQ_DATA=... python benchmarks/distill.py --only 4.8 --set weighting=dynamic
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import accuracy_of, answers, setting
+
+from mpq.analyze import allocate, build_policy, score_layers
+from mpq.cli.training import recipe_from
+from mpq.data import Normalization, load_arrays
+from mpq.export import float_to_onnx, to_onnx
+from mpq.pipeline.quantizing import run_ptq, run_qat
+from mpq.pipeline.subject import Source, Subject, open_checkpoint
+from mpq.pipeline.training import build_ensemble
+from mpq.policy import Constraints, DataInfo, Policy
+from mpq.train.ensemble import Ensemble
+from mpq.train.loop import fit
+from mpq.train.recipe import Recipe
+
+CHECKPOINTS = Path(os.environ.get("MPQ_DATA", ".")) / "checkpoints"
+TEACHERS = ("resnet32-cifar10.pth", "resnet44-cifar10.pth", "resnet56-cifar10.pth")
+UNIFORM = {"w8a8": (8, 8), "w4a8": (4, 8), "w4a4": (4, 4)}
+MIXED = {"16/8": ((16, 8), 12.0), "4.8": ((8, 4), 4.8), "4.2": ((8, 4), 4.2)}
+"""Widths to choose from, and effective bits."""
+CONFIGURATIONS = ("float", *UNIFORM, *MIXED)
+TRAINING = ("none", "labels", "teachers")
+
+
+def policy_for(configuration: str, subject: Subject) -> Policy:
+    """The policy of a configuration, from one scoring on 512 images."""
+    data = DataInfo(name=subject.data_name, samples=512, seed=0)
+    named = {"model": subject.info, "data": data}
+    if configuration in UNIFORM:
+        return Policy.uniform(*UNIFORM[configuration]).model_copy(update=named)
+    bits, budget = MIXED[configuration]
+    constraints = Constraints(effective_bits=budget)
+    images = subject.sample(512, 0, "scoring")
+    sensitivity = score_layers(subject.graph(), images, bits=bits)
+    chosen = allocate(sensitivity, constraints)
+    return build_policy(chosen, sensitivity, constraints=constraints, **named)
+
+
+def make(
+    configuration: str,
+    training: str,
+    seed: int,
+    folder: Path,
+    *,
+    subject: Subject,
+    recipe: Recipe,
+    teacher: Ensemble,
+) -> Path:
+    """Train, quantize and export; returns the model file."""
+    guide = teacher if training == "teachers" else None
+    kept = {"folder": folder, "teacher": guide, "answers": folder.parent / "answers"}
+    path = folder / "model.onnx"
+    if configuration == "float":
+        if training != "none":
+            data = subject.require_data("training")
+            fit(
+                subject.module,
+                train=load_arrays(data.train),
+                validation=None,
+                normalize=subject.normalize,
+                recipe=recipe,
+                resume=True,
+                seed=seed,
+                on_epoch=lambda record: print(json.dumps(record), flush=True),
+                **kept,  # type: ignore[arg-type]
+            )
+        return float_to_onnx(subject.graph(), path)
+    policy = policy_for(configuration, subject)
+    if training == "none":
+        found = run_ptq(policy, subject, seed=seed)
+    else:
+        found = run_qat(
+            policy,
+            subject,
+            recipe,
+            resume=True,
+            seed=seed,
+            on_epoch=lambda record: print(json.dumps(record), flush=True),
+            **kept,  # type: ignore[arg-type]
+        )
+    to_onnx(found.graph, path, policy=found.policy)
+    return path
+
+
+def measure(configuration: str, training: str, seed: int, options: Any) -> dict[str, Any]:
+    """One line of the table."""
+    normalize = Normalization.parse("imagenet")
+    source = Source("cifar10")
+    subject = open_checkpoint(CHECKPOINTS / "resnet20-cifar10.pth", source, normalize=normalize)
+    paths = [CHECKPOINTS / name for name in options.teachers]
+    teacher, _, _ = build_ensemble(paths, source, normalize=normalize)
+    name = f"{configuration.replace('/', '-')}-{training}-{options.name}-seed{seed}"
+    folder = options.out / name
+    folder.mkdir(parents=True, exist_ok=True)
+    start = time.perf_counter()
+    path = make(
+        configuration,
+        training,
+        seed,
+        folder,
+        subject=subject,
+        recipe=options.recipe,
+        teacher=teacher,
+    )
+    images, labels = load_arrays(subject.require_data("the table").test)
+    result = accuracy_of(answers(path, images, normalize), labels)
+    seconds = round(time.perf_counter() - start)
+    return result | {"bytes": path.stat().st_size, "seconds": seconds}
+
+
+def main() -> None:
+    """Measure what is missing and print all that was measured."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("runs/distill"))
+    parser.add_argument("--only", nargs="+", choices=CONFIGURATIONS, default=list(CONFIGURATIONS))
+    parser.add_argument("--train", nargs="+", choices=TRAINING, default=list(TRAINING))
+    parser.add_argument("--teachers", nargs="+", default=list(TEACHERS))
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--recipe", default="qat")
+    parser.add_argument("--set", dest="settings", nargs="+", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--name", default="base", help="of this recipe, in the table and on disk")
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    options.recipe = recipe_from(options.recipe, options.epochs, tuple(options.settings))
+    options.out.mkdir(parents=True, exist_ok=True)
+    file = options.out / "distill.jsonl"
+    done = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    for seed in range(options.seeds):
+        for configuration in options.only:
+            for training in options.train:
+                key = {"widths": configuration, "training": training, "seed": seed}
+                key |= {"epochs": options.epochs if training != "none" else 0}
+                key |= {"recipe": options.name if training != "none" else ""}
+                if any(key.items() <= row.items() for row in done):
+                    continue
+                row = key | measure(configuration, training, seed, options)
+                done.append(row | {"settings": options.settings, "setting": setting()})
+                with file.open("a", encoding="utf-8") as out:
+                    out.write(json.dumps(done[-1]) + "\n")
+    for row in done:
+        print(json.dumps({k: v for k, v in row.items() if k not in ("setting", "settings")}))
+    print(json.dumps(setting()))
+
+
+if __name__ == "__main__":
+    main()
