@@ -60,8 +60,8 @@ def random_network(name: str, side: int) -> nn.Module:
     net: nn.Module = _torchvision.models().get_model(name, weights=None, **options).eval()
     norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
     for norm in norms:
-        nn.init.uniform_(norm.weight, 0.5, 1.5)
-        nn.init.normal_(norm.bias, 0, 0.3)
+        nn.init.uniform_(norm.weight, 0.2, 0.6)  # branches smaller than the trunk, as if trained
+        nn.init.normal_(norm.bias, 0, 0.1)
         norm.train()
         norm.momentum = None  # the plain average of what is seen
     with torch.no_grad():

@@ -68,14 +68,16 @@ def conv(
 
 
 def linear(x: Value, x_scale: Value, weight: Value, scale: Value, bias: Value | None) -> Value:
-    """Rank 2: Gemm, fuses to QGemm. Higher rank: MatMul and Add, fuses to MatMulIntegerToFloat."""
+    """Rank 2: Gemm, fuses to QGemm. Higher: MatMul and Add, fuse to MatMulIntegerToFloat."""
     if len(x.shape) == 2:
         w = op.DequantizeLinear(weight, scale, axis=0)
         return op.Gemm(x, w, _bias(x_scale, scale, bias), transB=1)
     w = op.DequantizeLinear(op.Transpose(weight, perm=[1, 0]), scale, axis=1)
     y = op.MatMul(x, w)
-    b = _bias(x_scale, scale, bias)
-    return y if b is None else op.Add(y, b)
+    if bias is None:
+        return y
+    # A float constant once it is folded: the kernel takes that along, and no DequantizeLinear.
+    return op.Add(y, op.Mul(op.Cast(bias, to=ir.DataType.FLOAT), op.Mul(x_scale, scale)))
 
 
 TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
