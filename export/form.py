@@ -14,6 +14,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+import onnx
+
 from mpq.errors import UsageError
 
 Int4Format = Literal["cast", "unpack", "dq"]
@@ -88,6 +90,18 @@ def choose_form(
             )
         return Form(int4_format)
     return Form(int4_format, needs=INT4_DECODED if 4 in widths else OLDEST)
+
+
+def form_of(model: onnx.ModelProto) -> Form | None:
+    """The form that a file of mpq is written in; None where it does not say so."""
+    told = {p.key: p.value for p in model.metadata_props}
+    match = re.fullmatch(r"onnxruntime>=(\d+)\.(\d+)", told.get(NEEDS, ""))
+    if not match:
+        return None
+    opset = next((o.version for o in model.opset_import if not o.domain), 0)
+    int4: Int4Format = "dq" if INT4 in told else "unpack" if opset == 18 else "cast"
+    needs = int(match.group(1)), int(match.group(2))
+    return Form(int4, opset == 25, opset, model.ir_version, needs)
 
 
 def _version(text: str) -> Version:

@@ -28,6 +28,7 @@ from mpq.quant.fake_quant import FrozenQuant
 from .form import Form, choose_form
 from .opset import set_opset
 from .pack import pack, weight_names
+from .pixels import PixelInput, take_pixels
 from .place import place
 from .qdq import TRANSLATIONS
 from .slim import OPSET, slim
@@ -53,12 +54,13 @@ class Lowered:
     form: Form
 
 
-def lower(qg: QuantGraph, form: Form | None = None) -> Lowered:
+def lower(qg: QuantGraph, form: Form | None = None, pixels: PixelInput | None = None) -> Lowered:
     """Lower a graph in stage `frozen` (quantized) or `float` (the reference).
 
     Args:
         qg: the graph.
         form: how the file is to be written; None: the default for its widths.
+        pixels: raw images as input; None: normalized ones.
 
     Raises:
         ExportError: the exporter does not know an operation, or a layer got lost on the way.
@@ -72,6 +74,8 @@ def lower(qg: QuantGraph, form: Form | None = None) -> Lowered:
     model = _simplify(_export(qg))
     _tag(model, list(qg.layers), quantizers)
     place(model)
+    if pixels is not None:
+        take_pixels(model, pixels)
     bits = {n: p.choice.weight.bits for n, p in qg.plans.items() if p.choice.weight is not None}
     form = form or choose_form(set(bits.values()))
     pack(model, bits, form)

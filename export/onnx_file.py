@@ -10,6 +10,7 @@ import onnx
 import onnx_ir as ir
 from torch import Tensor
 
+from mpq.data import Normalization
 from mpq.errors import ExportError
 from mpq.files import write_bytes
 from mpq.graph.ir import QuantGraph
@@ -18,8 +19,9 @@ from mpq.policy import Policy
 
 from . import meta, runtime
 from .certify import Certificate, certify
-from .form import Int4Format, choose_form
+from .form import Int4Format, choose_form, form_of
 from .lower import Lowered, lower
+from .pixels import PixelInput
 from .verify import VerifyReport, verify
 
 logger = logging.getLogger(__name__)
@@ -46,6 +48,7 @@ def to_onnx(
     allow_float_fallback: bool = False,
     int4_format: Int4Format | None = None,
     min_runtime: str | None = None,
+    pixels: PixelInput | None = None,
 ) -> ExportResult:
     """Export a quantized graph to one ONNX file that onnxruntime runs as integers.
 
@@ -58,6 +61,7 @@ def to_onnx(
             float.
         int4_format: storage of 4-bit weights (`mpq.export.form`).
         min_runtime: the oldest onnxruntime that must run the file.
+        pixels: make the file take raw uint8 images; None: normalized ones.
 
     Raises:
         UsageError: `min_runtime` and `int4_format` contradict each other.
@@ -67,7 +71,7 @@ def to_onnx(
     frozen = qg if qg.stage == "frozen" else freeze(qg)
     widths = {p.choice.weight.bits for p in frozen.plans.values() if p.choice.weight is not None}
     form = choose_form(widths, int4_format=int4_format, min_runtime=min_runtime)
-    lowered = lower(frozen, form)
+    lowered = lower(frozen, form, pixels)
     data = serialize(lowered, policy)
     choices = {name: plan.choice for name, plan in frozen.plans.items()}
     macs = {name: layer.macs for name, layer in frozen.layers.items()}
@@ -82,7 +86,7 @@ def to_onnx(
         )
     report = None
     if images is not None:
-        report = verify(frozen, data, lowered.sites, images)
+        report = verify(frozen, data, lowered.sites, images, pixels=pixels)
         if report.failures():
             raise ExportError(
                 "the file does not answer as the simulation does: " + "; ".join(report.failures())
@@ -117,11 +121,28 @@ def verify_file(qg: QuantGraph, path: Path, images: Tensor) -> VerifyReport:
     """
     runtime.session(path)  # refuses what is no model
     frozen = qg if qg.stage == "frozen" else freeze(qg)
-    data, lowered = path.read_bytes(), lower(frozen)
+    data, pixels = path.read_bytes(), _pixels_of(path)
+    lowered = lower(frozen, form_of(onnx.load_from_string(data)), pixels)
     same = _operations(data) == _operations(serialize(lowered, None))
     if not same:
         logger.warning("%s was lowered in another way: comparing its answers only", path)
-    return verify(frozen, data, lowered.sites if same else {}, images)
+    return verify(frozen, data, lowered.sites if same else {}, images, pixels=pixels)
+
+
+def _pixels_of(path: Path) -> PixelInput | None:
+    """How a file takes raw images; None if it takes normalized ones.
+
+    Raises:
+        ExportError: it takes raw images and does not say how they are normalized.
+    """
+    loaded = runtime.session(path)
+    takes = runtime.model_input(loaded)
+    if not takes.integer:
+        return None
+    policy = meta.from_metadata(runtime.metadata(loaded), str(path))
+    if policy is None or policy.model is None:
+        raise ExportError(f"{path} takes raw images but does not say how it normalizes them.")
+    return PixelInput(Normalization.parse(policy.model.normalize), takes.channels_last)
 
 
 def _operations(data: bytes) -> list[tuple[str, tuple[str, ...], tuple[str, ...]]]:

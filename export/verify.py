@@ -10,9 +10,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from typing import Any
 
+import numpy as np
 import onnx
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from mpq.errors import ExportError
@@ -21,6 +24,7 @@ from mpq.numerics import sqnr_db
 from mpq.quant.fake_quant import FrozenQuant
 
 from . import runtime
+from .pixels import PixelInput
 
 LAYER_IMAGES = 32
 """Images for the comparison site by site: integer tensors of all sites are held at once."""
@@ -86,7 +90,13 @@ class VerifyReport:
 
 @torch.no_grad()
 def verify(
-    qg: QuantGraph, model: bytes, sites: dict[str, str], images: Tensor, *, batch: int = 250
+    qg: QuantGraph,
+    model: bytes,
+    sites: dict[str, str],
+    images: Tensor,
+    *,
+    batch: int = 250,
+    pixels: PixelInput | None = None,
 ) -> VerifyReport:
     """Compare a frozen graph with its exported file.
 
@@ -96,6 +106,7 @@ def verify(
         sites: site name -> name of the value that holds its integers.
         images: normalized `[N, C, H, W]`.
         batch: images at a time.
+        pixels: the file takes raw images, of which `images` were made.
 
     Raises:
         ExportError: the runtime cannot load or run the file, or there are no images.
@@ -103,15 +114,19 @@ def verify(
     if len(images) == 0:
         raise ExportError("verification needs at least one image.")
     qg.module.eval()
+    feed: NDArray[Any] = images.numpy()
+    if pixels is not None:
+        feed = pixels.pixels(feed)
+        images = torch.from_numpy(pixels.normalize.apply(feed))
+        feed = feed if pixels.channels_last else feed.transpose(0, 3, 1, 2)
     parts = torch.split(images, batch)
     simulated = torch.cat([qg.module(part) for part in parts]).flatten(1)
     default, plain = (
-        torch.from_numpy(
-            runtime.run(runtime.session(model, optimize=on), images.numpy(), batch=batch)
-        )
+        torch.from_numpy(runtime.run(runtime.session(model, optimize=on), feed, batch=batch))
         for on in (True, False)
     )
-    rows = _check_sites(qg, model, sites, images[:LAYER_IMAGES])
+    few = slice(0, LAYER_IMAGES)
+    rows = _check_sites(qg, model, sites, images[few], np.ascontiguousarray(feed[few]))
     classes = simulated.argmax(1)
     return VerifyReport(
         n=len(images),
@@ -124,7 +139,7 @@ def verify(
 
 
 def _check_sites(
-    qg: QuantGraph, model: bytes, sites: dict[str, str], images: Tensor
+    qg: QuantGraph, model: bytes, sites: dict[str, str], images: Tensor, feed: NDArray[Any]
 ) -> tuple[SiteCheck, ...]:
     if not sites:
         return ()
@@ -133,7 +148,7 @@ def _check_sites(
         proto.graph.output.append(
             onnx.helper.make_tensor_value_info(name, onnx.TensorProto.UINT8, None)
         )
-    values = runtime.values(proto.SerializeToString(), images.numpy(), list(sites.values()))
+    values = runtime.values(proto.SerializeToString(), feed, list(sites.values()))
     simulated, blocked = _integers(qg, list(sites), images), _blocked(proto.graph)
     return tuple(
         _compare(

@@ -28,6 +28,10 @@ from mpq.pipeline.subject import Source
               "unpack for a --min-runtime below 1.23]")  # fmt: skip
 @click.option("--min-runtime", metavar="VERSION",
               help="The oldest onnxruntime that must run the file.  [default: 1.23]")  # fmt: skip
+@click.option("--input", "kind", type=click.Choice(("float", "uint8")), default="float",
+              show_default=True, help="What the file takes: float images or pixels.")  # fmt: skip
+@click.option("--layout", type=click.Choice(("nhwc", "nchw")), default="nhwc", show_default=True,
+              help="Of raw pixels.")  # fmt: skip
 @options.data
 @options.data_root
 @options.seed
@@ -41,6 +45,8 @@ def export(
     allow_float_fallback: bool,
     int4_format: str | None,
     min_runtime: str | None,
+    kind: str,
+    layout: str,
     data: str | None,
     data_root: Path | None,
     seed: int,
@@ -73,6 +79,7 @@ def export(
             allow_float_fallback=allow_float_fallback,
             int4_format=int4_format,  # type: ignore[arg-type]
             min_runtime=min_runtime,
+            pixels=layout if kind == "uint8" else None,  # type: ignore[arg-type]
             force=force,
         )
         if reference is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Literal
 
 from torch import Tensor
 
@@ -12,9 +13,11 @@ from mpq.data import sample_indices
 from mpq.errors import CheckpointError, PolicyError
 from mpq.export import ExportResult, float_to_onnx, to_onnx
 from mpq.export.form import Int4Format
+from mpq.export.pixels import PixelInput
 from mpq.pipeline.quantizing import Quantized
 from mpq.pipeline.subject import Source, Subject, policy_subject
 
+PixelLayout = Literal["nhwc", "nchw"]
 logger = logging.getLogger(__name__)
 FILES = ("model.onnx", "certificate.json", "verify.json")
 
@@ -28,6 +31,7 @@ def export_run(
     allow_float_fallback: bool = False,
     int4_format: Int4Format | None = None,
     min_runtime: str | None = None,
+    pixels: PixelLayout | None = None,
     force: bool = False,
 ) -> ExportResult:
     """Export, certify and verify; write the files of a run.
@@ -40,6 +44,7 @@ def export_run(
         allow_float_fallback: accept layers that were promised as integers and run in float.
         int4_format: storage of 4-bit weights; None: what `min_runtime` takes.
         min_runtime: the oldest onnxruntime that must run the file.
+        pixels: make the file take raw uint8 images in this layout; None: normalized ones.
         force: replace an existing file.
 
     Raises:
@@ -57,6 +62,7 @@ def export_run(
         allow_float_fallback=allow_float_fallback,
         int4_format=int4_format,
         min_runtime=min_runtime,
+        pixels=None if pixels is None else PixelInput(found.subject.normalize, pixels == "nhwc"),
     )
     files.write_text(folder / "certificate.json", result.certificate.to_json() + "\n")
     if result.verification is None:

@@ -1,0 +1,113 @@
+"""Raw images in: uint8 pixels enter the graph, and their normalization is part of it.
+
+`x = (p / 255 - mean) / std` per channel is two operations on floats before the first quantizer,
+`a p + b`, which is where the one boundary of an integer network lies anyway: no layer changes its
+kernel. The weights of the first convolution could take the scale in and its bias the mean, but zero
+padding is zero of `x`, not of `p`, and weights scaled per input channel round otherwise: that would
+be another network than the one that was trained. The two operations are held against the formula
+for each of the 256 values of each channel; where one integer of the quantizer would differ, the
+formula is written out as it stands.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from mpq.data import Normalization
+from mpq.errors import ExportError
+
+Array = NDArray[np.float32]
+ALL = np.arange(256, dtype=np.uint8)
+
+
+@dataclass(frozen=True, slots=True)
+class PixelInput:
+    """An input of raw RGB images.
+
+    Args:
+        normalize: what training did to them.
+        channels_last: `[N, H, W, 3]` as image libraries give them; otherwise `[N, 3, H, W]`.
+    """
+
+    normalize: Normalization
+    channels_last: bool = True
+
+    def pixels(self, x: Array) -> NDArray[np.uint8]:
+        """The pixels `[N, H, W, 3]` of normalized images `[N, 3, H, W]`, exactly."""
+        mean, std = (np.array(v)[:, None, None] for v in (self.normalize.mean, self.normalize.std))
+        p = np.rint((x.astype(np.float64) * std + mean) * 255).clip(0, 255).astype(np.uint8)
+        return np.ascontiguousarray(p.transpose(0, 2, 3, 1))
+
+
+def take_pixels(model: ir.Model, how: PixelInput) -> int:
+    """Make the input of a placed model raw images, in place; return the number of nodes added.
+
+    Raises:
+        ExportError: the model does not take RGB images.
+    """
+    (old,) = model.graph.inputs
+    shape = old.shape
+    if shape is None or len(shape) != 4 or shape[1] != 3:
+        raise ExportError(
+            f"--input uint8 needs a network of RGB images [N, 3, H, W]. Got input {shape}."
+        )
+    n, c, h, w = shape
+    order = ir.Shape([n, h, w, c] if how.channels_last else [n, c, h, w])
+    new = ir.val("pixels", ir.DataType.UINT8, order)
+    nodes = []
+    value = new
+    if how.channels_last:
+        nodes.append(ir.node("Transpose", [value], attributes={"perm": [0, 3, 1, 2]}))
+        value = nodes[-1].outputs[0]
+    nodes.append(ir.node("Cast", [value], attributes={"to": ir.DataType.FLOAT}))
+    for op, operand in _arithmetic(how.normalize, _quantizer(old)):
+        name = f"pixels.{op.lower()}.{len(nodes)}"
+        constant = ir.val(name, const_value=ir.tensor(operand.reshape(-1, 1, 1)))
+        model.graph.register_initializer(constant)
+        nodes.append(ir.node(op, [nodes[-1].outputs[0], constant]))
+    last = nodes[-1].outputs[0]
+    last.shape, last.type = old.shape, old.type
+    ir.convenience.replace_all_uses_with(old, last)
+    model.graph.insert_before(model.graph[0], nodes)
+    model.graph.inputs[0] = new
+    new.name = "input"
+    return len(nodes)
+
+
+def _arithmetic(how: Normalization, quantizer: tuple[float, int] | None) -> list[tuple[str, Array]]:
+    """Operations on the pixels as floats, and their operands per channel."""
+    mean, std = (np.array(v, np.float32) for v in (how.mean, how.std))
+    factor = np.array([1 / (255 * s) for s in how.std], np.float32)
+    offset = np.array([-m / s for m, s in zip(how.mean, how.std, strict=True)], np.float32)
+    short = [("Mul", factor), ("Add", offset)]
+    plain = [("Div", np.full(1, 255, np.float32)), ("Sub", mean), ("Div", std)]
+    if quantizer is None:
+        return plain
+    scale, zero = quantizer
+    p = np.broadcast_to(ALL.astype(np.float32)[:, None], (256, 3))
+    asked = ((p / np.float32(255)) - mean) / std
+    given = p * factor + offset
+    same = _integers(asked, scale, zero) == _integers(given, scale, zero)
+    return short if bool(same.all()) else plain
+
+
+def _integers(x: Array, scale: float, zero: int) -> Array:
+    q: Array = np.clip(np.rint(x / np.float32(scale)) + np.float32(zero), 0, 255)
+    return q
+
+
+def _quantizer(value: ir.Value) -> tuple[float, int] | None:
+    """Scale and zero point of the QuantizeLinear that alone reads a value; None without one."""
+    readers = [node for node, _ in value.uses()]
+    while len(readers) == 1 and readers[0].op_type == "SpaceToDepth":
+        readers = [node for node, _ in readers[0].outputs[0].uses()]
+    if len(readers) != 1 or readers[0].op_type != "QuantizeLinear":
+        return None
+    scale, zero = (v.const_value if v is not None else None for v in readers[0].inputs[1:3])
+    if scale is None or zero is None:
+        return None
+    return float(scale.numpy()), int(zero.numpy())
