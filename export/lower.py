@@ -26,6 +26,7 @@ from mpq.graph.ir import QuantGraph
 from mpq.quant.fake_quant import FrozenQuant
 
 from .form import Form, choose_form
+from .groups import merge_groups
 from .opset import set_opset
 from .pack import pack, weight_names
 from .pixels import PixelInput, take_pixels
@@ -78,6 +79,8 @@ def lower(qg: QuantGraph, form: Form | None = None, pixels: PixelInput | None = 
         take_pixels(model, pixels)
     bits = {n: p.choice.weight.bits for n, p in qg.plans.items() if p.choice.weight is not None}
     form = form or choose_form(set(bits.values()))
+    if form.int4 != "dq":  # a form for other runtimes, which may not fold what spreads the weights
+        merge_groups(model.graph)
     pack(model, bits, form)
     sites = slim(model, frozenset(qg.layers), frozenset(quantizers))
     set_opset(model, form)

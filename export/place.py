@@ -7,8 +7,7 @@
   weights of its own. Its WeightBiasQuantization pass matches a Conv or Gemm whose output reaches a
   QuantizeLinear directly or through Relu or Clip, and its QDQPropagation pass first moves that
   QuantizeLinear up through moves. A Max behind the layer is outside the pattern.
-- A strided stem works on blocks of pixels (`stem.py`), a grouped convolution in wider groups
-  (`groups.py`).
+- A strided stem works on blocks of pixels (`stem.py`).
 - A per-channel Gemm gets its weight zero points written out, which old runtimes need to run it and
   new ones to fuse it.
 """
@@ -23,7 +22,6 @@ from numpy.typing import NDArray
 from onnx_ir.passes import common
 
 from .gates import hard_sigmoids
-from .groups import merge_groups
 from .stem import block_stem
 
 MOVES = frozenset(
@@ -37,7 +35,7 @@ LOWEST = np.float32(-3.4e38)
 def place(model: ir.Model) -> int:
     """Run all placement passes; return the number of rewrites."""
     graph = model.graph
-    steps = (_pool, _sink, hard_sigmoids, _guard, _gemm_zero_points, block_stem, merge_groups)
+    steps = (_pool, _sink, hard_sigmoids, _guard, _gemm_zero_points, block_stem)
     count = sum(step(graph) for step in steps)
     common.RemoveUnusedNodesPass()(model)
     return count

@@ -10,7 +10,8 @@ from nets import Head
 from torch import Tensor, nn
 
 import mpq
-from mpq.export import place, runtime, to_onnx
+from mpq.export import lower as lowering
+from mpq.export import runtime, to_onnx
 from mpq.export.groups import best_merge
 
 
@@ -67,7 +68,7 @@ def test_merged_groups_run_with_the_same_bits(
     bits: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     merged, images = exported(bits, tmp_path / "merged.onnx")
-    monkeypatch.setattr(place, "merge_groups", lambda graph: 0)
+    monkeypatch.setattr(lowering, "merge_groups", lambda graph: 0)
     plain, _ = exported(bits, tmp_path / "plain.onnx")
     was, now = groups(plain), groups(merged)
     assert was["narrow"] == 12
@@ -82,3 +83,14 @@ def test_merged_groups_run_with_the_same_bits(
         for m in (merged, plain)
     ]
     assert np.array_equal(*ran)
+
+
+def test_the_form_for_other_runtimes_keeps_its_groups(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    images, policy = torch.randn(16, 3, 16, 16), mpq.Policy.uniform(4, 8)
+    graph = mpq.quantize_graph(mpq.prepare(Grouped().eval(), policy, images), images)
+    path = tmp_path / "dq.onnx"
+    to_onnx(graph, path, policy=policy, images=images, int4_format="dq", allow_float_fallback=True)
+    model = onnx.load(path)
+    assert groups(model)["narrow"] == 12
+    assert "BitwiseAnd" not in {node.op_type for node in model.graph.node}
