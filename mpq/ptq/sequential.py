@@ -240,7 +240,7 @@ def _correct_bias(
     shift = per_axis(_added(layer, layer.bias) - before, difference.ndim, channel)
     moved = []
     for got in found:
-        value = got.get() + shift
+        value = got.get().add_(shift)  # nobody else has seen this tensor yet
         got.drop()
         moved.append(shelf.put(value))
     return moved
