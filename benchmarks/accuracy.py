@@ -203,11 +203,18 @@ def wanted(options: argparse.Namespace) -> Iterator[tuple[str, str, int]]:
                     yield name, configuration, seed
 
 
+def _effort(row: dict[str, Any]) -> str:
+    """How a file was quantized, as far as it was not done the usual way."""
+    steps = f", {row['iterations']} steps" if row["iterations"] else ""
+    equalized = "" if row["equalize"] in ("", "auto") else f", equalize {row['equalize']}"
+    return f"{row['effort']}{steps}{equalized}"
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """The measurements as a Markdown table, one line per network and configuration."""
     groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for row in rows:
-        groups.setdefault((row["network"], row["configuration"], row["effort"]), []).append(row)
+        groups.setdefault((row["network"], row["configuration"], _effort(row)), []).append(row)
     order = {c: i for i, c in enumerate(CONFIGURATIONS)}
     places = {n: i for i, n in enumerate(NETWORKS)}
     lines = [
