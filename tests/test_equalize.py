@@ -52,6 +52,7 @@ def skew(net: nn.Module, first: str, second: str, factor: Tensor) -> None:
             conv.weight.div_(factor[:, None, None, None])  # type: ignore[operator,union-attr]
 
 
+@torch.no_grad()
 def error(net: nn.Module, batch: Tensor, mode: str, bits: tuple[int, int] = (8, 8)) -> float:
     graph, policy = to_float(net, batch), Policy.uniform(*bits)
     wanted = graph.module(batch)
