@@ -8,6 +8,7 @@ from typing import Literal
 
 from torch import Tensor, fx
 
+from mpq.errors import GraphError
 from mpq.layers import LayerInfo
 from mpq.policy import LayerChoice
 from mpq.spec import QuantSpec
@@ -75,3 +76,12 @@ class QuantGraph:
     def copy(self) -> QuantGraph:
         """An independent copy, parameters included."""
         return copy.deepcopy(self)
+
+    def require(self, stage: Stage, purpose: str = "this") -> None:
+        """Refuse a graph in another stage.
+
+        Raises:
+            GraphError: it is not in `stage`.
+        """
+        if self.stage != stage:
+            raise GraphError(f"{purpose} needs a {stage} graph. Got stage {self.stage!r}.")

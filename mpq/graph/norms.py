@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from mpq.errors import GraphError, UsageError
+from mpq.errors import UsageError
 from mpq.graph.ir import QuantGraph
 from mpq.quant.layer import QuantLayer
 from mpq.quant.norm import LiveNorm, behind
@@ -36,8 +36,7 @@ def attach_norms(qg: QuantGraph, images: Tensor, *, batch: int = 128) -> int:
         GraphError: the graph is not prepared.
         UsageError: no images.
     """
-    if qg.stage != "prepared":
-        raise GraphError(f"this needs a prepared graph. Got stage {qg.stage!r}.")
+    qg.require("prepared")
     if len(images) == 0:
         raise UsageError("norms need at least one image to start from. Got none.")
     qg.module.eval()

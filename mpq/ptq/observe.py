@@ -90,8 +90,7 @@ def calibrate(
     """
     if method not in METHODS:
         raise UsageError(f"calibration must be one of {', '.join(METHODS)}. Got {method!r}.")
-    if qg.stage != "prepared":
-        raise GraphError(f"calibration needs a prepared graph. Got stage {qg.stage!r}.")
+    qg.require("prepared", "calibration")
     if len(images) == 0:
         raise UsageError("calibration needs at least one image. Got none.")
     sites = {n: m for n, m in qg.module.named_modules() if isinstance(m, FakeQuant)}

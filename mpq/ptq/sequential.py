@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, fx, nn
 
-from mpq.errors import GraphError, UsageError
+from mpq.errors import UsageError
 from mpq.graph.ir import QuantGraph
 from mpq.numerics import per_axis
 from mpq.ptq.blocks import Block, blocks
@@ -97,8 +97,7 @@ def quantize_layers(
         GraphError: the graph is not prepared.
         UsageError: no images.
     """
-    if qg.stage != "prepared":
-        raise GraphError(f"this needs a prepared graph. Got stage {qg.stage!r}.")
+    qg.require("prepared")
     if len(images) == 0:
         raise UsageError("quantizing layers needs at least one image. Got none.")
     qg.module.eval()
@@ -191,7 +190,7 @@ def _initial_scales(module: nn.Module) -> None:
             _unshare(layer, seen)
             if id(layer) in inner or not _solvable(layer):
                 layer.scale.copy_(weight_scales(layer.weight, layer.spec, layer.op.axis))
-            layer.scale.copy_(torch.maximum(layer.scale, _scale_floor(layer)))
+            layer.scale.copy_(torch.maximum(layer.scale, layer.least_step()))
 
 
 def _unshare(layer: QuantLayer, seen: set[int]) -> None:
@@ -206,17 +205,6 @@ def _unshare(layer: QuantLayer, seen: set[int]) -> None:
 def _solvable(layer: QuantLayer) -> bool:
     """Whether the layer is a matrix product over input vectors at a width where rounding counts."""
     return layer.op.kind != "conv_transpose" and layer.spec.bits <= 8 and layer.weight.ndim <= 4
-
-
-def _scale_floor(layer: QuantLayer) -> Tensor:
-    """Least scales with which the integer bias stays below 2^30, shaped like the layer's scales.
-
-    A channel whose weights are next to nothing (a batch norm may end so) still has its bias.
-    """
-    if layer.bias is None or layer.source is None:
-        return torch.zeros_like(layer.scale)
-    floor = layer.bias.detach().abs() / (layer.source.step() * 2.0**30)
-    return floor if layer.scale.ndim else floor.amax()
 
 
 def _correct_bias(
@@ -264,13 +252,13 @@ def _choose_integers(
     scale = scales_by_output(wanted, moments.quantized, layer.spec).reshape(-1)
     if layer.scale.ndim == 0:
         scale = scale.amax()
-    layer.scale.copy_(torch.maximum(scale, _scale_floor(layer)))
+    layer.scale.copy_(torch.maximum(scale, layer.least_step()))
     if learn_rounding:
         steps = layer.scale.expand(w.shape[0] * w.shape[1]).reshape(w.shape[:2])
         q = round_rows(wanted, steps, moments.quantized, layer.spec)
         if layer.scale.ndim and layer.spec.bits <= REFINED:
             q, steps = refine(wanted, q, steps, moments.quantized, layer.spec)
-            layer.scale.copy_(torch.maximum(steps.reshape(-1), _scale_floor(layer)))
+            layer.scale.copy_(torch.maximum(steps.reshape(-1), layer.least_step()))
             steps = layer.scale.reshape(steps.shape)
         layer.weight.copy_((q * steps[..., None]).reshape(layer.weight.shape))
     return wanted.reshape(layer.weight.shape)

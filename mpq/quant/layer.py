@@ -179,25 +179,32 @@ class QuantLayer(nn.Module):
     @torch.no_grad()
     def constants(self) -> Constants:
         """What eval mode and the frozen layer compute with."""
-        factor = None if self.norm is None else self.norm.factor()
-        bias = self.bias if self.norm is None else self.norm.shift()
-        step = torch.maximum(self.step(), self._least_step(bias, factor))
+        factor, bias = self._affine()
+        step = torch.maximum(self.step(), self.least_step())
         zero = torch.zeros_like(step)
         q = quantize(self.weight, step, zero, self.spec, self.op.axis)
         stored = q.to(torch.int16 if self.spec.bits > 8 else torch.int8)
         scale = step if factor is None else step * factor
         return Constants(stored, scale, None if bias is None else bias.detach())
 
-    def _least_step(self, bias: Tensor | None, factor: Tensor | None) -> Tensor:
+    @torch.no_grad()
+    def least_step(self) -> Tensor:
         """Steps with which the integer bias stays below 2^30, shaped like `scale`.
 
         A channel whose weights have died still has its bias, and in eval mode its scale carries it.
         """
+        factor, bias = self._affine()
         if bias is None or self.source is None:
             return torch.zeros_like(self.scale)
         floor = bias.abs() / (self.source.step() * 2.0**30)
         floor = floor if factor is None else floor / factor
         return floor if self.scale.ndim else floor.amax()
+
+    def _affine(self) -> tuple[Tensor | None, Tensor | None]:
+        """What a channel of the bare layer is multiplied by, if anything, and what is added."""
+        if self.norm is None:
+            return None, self.bias
+        return self.norm.factor(), self.norm.shift()
 
     @torch.no_grad()
     def absorb_norm(self) -> None:

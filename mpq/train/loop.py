@@ -71,8 +71,7 @@ def fit(
         resume: continue from `checkpoint.pth` if there is one.
         seed: of data order, augmentation and dropout.
         device: `cpu` or `cuda`.
-        answers: folder that keeps the teachers' logits for other runs on the same images; what lies
-            there already is not computed again.
+        answers: folder that keeps the teachers' logits, for other runs on the same images.
         on_step: called after a step.
         on_epoch: called with the record of each epoch, after it has been saved.
 
@@ -82,9 +81,9 @@ def fit(
             another run.
         UsageError: a device that is not there.
     """
-    check_images(*train)
-    if validation is not None:
-        check_images(*validation)
+    for images in (train, validation):
+        if images is not None:
+            check_images(*images)
     folder.mkdir(parents=True, exist_ok=True)
     engine = Engine(
         model,
