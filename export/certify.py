@@ -19,11 +19,11 @@ import onnx
 from onnx import shape_inference
 
 from mpq.policy import LayerChoice
-from mpq.target import ONNXRUNTIME_CPU
+from mpq.target import ONNXRUNTIME_CPU, get_target, this_target
 
 from . import meta, runtime
 from .form import INT4, NEEDS
-from .reasons import Wiring, why_float
+from .reasons import Wiring, saturating, why_float
 
 INTEGER_OPS = frozenset({
     *("QLinearConv", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat"),
@@ -76,6 +76,8 @@ class Certificate:
         opset: of the file.
         bytes: size of the file.
         needs: the oldest runtime that the file says it runs on; empty where it says nothing.
+        target: the kind of CPU that it was judged for.
+        notes: what else to know before it is used.
     """
 
     layers: tuple[LayerCertificate, ...]
@@ -85,6 +87,8 @@ class Certificate:
     opset: int
     bytes: int
     needs: str = ""
+    target: str = ONNXRUNTIME_CPU.name
+    notes: tuple[str, ...] = ()
 
     @property
     def integer_macs_fraction(self) -> float:
@@ -121,6 +125,7 @@ def certify(
     model: bytes | Path,
     choices: Mapping[str, LayerChoice] | None = None,
     macs: Mapping[str, int] | None = None,
+    target: str | None = None,
 ) -> Certificate:
     """Ask onnxruntime what it makes of a file.
 
@@ -130,12 +135,14 @@ def certify(
             the policy inside the file, if there is one.
         macs: multiply-accumulates of an image by layer, where they are known; they are inferred
             from the shapes in the file otherwise.
+        target: the kind of CPU to judge for. None: that of this computer.
 
     Raises:
         ExportError: the runtime cannot load the file.
         PolicyError: the policy inside the file cannot be read or is not that of its layers.
         UsageError: there is no such file.
     """
+    cpu = this_target() if target is None else get_target(target)
     optimized = runtime.optimized_model(model)
     proto = onnx.load_from_string(model) if isinstance(model, bytes) else onnx.load(model)
     roots = _constant_roots(proto.graph)
@@ -167,6 +174,10 @@ def certify(
         next((o.version for o in proto.opset_import if not o.domain), 0),
         len(model) if isinstance(model, bytes) else model.stat().st_size,
         told.get(NEEDS, ""),
+        cpu.name,
+        saturating(
+            {r.name: roots[_weight(n)] for r, n in zip(rows, layers, strict=True) if r.integer}, cpu
+        ),
     )
 
 

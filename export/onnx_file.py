@@ -49,6 +49,7 @@ def to_onnx(
     int4_format: Int4Format | None = None,
     min_runtime: str | None = None,
     pixels: PixelInput | None = None,
+    target: str | None = None,
 ) -> ExportResult:
     """Export a quantized graph to one ONNX file that onnxruntime runs as integers.
 
@@ -62,6 +63,7 @@ def to_onnx(
         int4_format: storage of 4-bit weights (`mpq.export.form`).
         min_runtime: the oldest onnxruntime that must run the file.
         pixels: make the file take raw uint8 images; None: normalized ones.
+        target: the kind of CPU to certify for; None: that of this computer.
 
     Raises:
         UsageError: `min_runtime` and `int4_format` contradict each other.
@@ -75,7 +77,7 @@ def to_onnx(
     data = serialize(lowered, policy)
     choices = {name: plan.choice for name, plan in frozen.plans.items()}
     macs = {name: layer.macs for name, layer in frozen.layers.items()}
-    certificate = certify(data, choices, macs)
+    certificate = certify(data, choices, macs, target)
     broken = certificate.broken()
     if broken and not allow_float_fallback:
         listed = "; ".join(f"{r.name}: {r.reason}" for r in broken[:5])

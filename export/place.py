@@ -24,9 +24,10 @@ from onnx_ir.passes import common
 from .gates import hard_sigmoids
 from .stem import block_stem
 
-MOVES = frozenset(
-    {"Reshape", "Flatten", "Slice", "Transpose", "MaxPool", "Squeeze", "Unsqueeze", "Split", "Pad"}
-)
+MOVES = frozenset({
+    *("Reshape", "Flatten", "Slice", "Gather", "Transpose", "MaxPool", "Squeeze", "Unsqueeze"),
+    *("Split", "Pad"),
+})  # fmt: skip
 GUARDED = frozenset({"Conv", "ConvTranspose", "Gemm"})
 TRANSPARENT = MOVES | {"Identity", "Relu", "Clip"}
 LOWEST = np.float32(-3.4e38)

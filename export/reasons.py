@@ -8,12 +8,14 @@ in float with it and as integers without it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
+
+from mpq.target import Target
 
 BIAS_TOLERANCE = 0.01
 """By how much the scale of a bias may differ from the product of the other two."""
@@ -214,3 +216,25 @@ def _clamp(
                 f"{float(low):.4g}..{float(high):.4g}: it is absorbed only where saturation "
                 "does the same"
             )
+
+
+def saturating(weights: Mapping[str, onnx.TensorProto], cpu: Target) -> tuple[str, ...]:
+    """A warning if integer layers have weights that a CPU's kernels cannot add exactly.
+
+    Args:
+        weights: stored weights of the layers that run as integers, by layer.
+        cpu: what they are to run on.
+    """
+    names = []
+    for name, weight in weights.items():
+        if cpu.saturates and weight.data_type == TensorProto.INT8:
+            values = numpy_helper.to_array(weight)
+            if values.size and (values.min() < -64 or values.max() > 63):
+                names.append(name)
+    if not names:
+        return ()
+    listed = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    return (
+        f"{len(names)} layers ({listed}) have weights beyond 7 bits: on {cpu.name} "
+        f"their sums can saturate. Quantize with `target: {cpu.name}` in the policy.",
+    )

@@ -11,7 +11,7 @@ from __future__ import annotations
 import fnmatch
 import io
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,7 +20,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSeriali
 
 from mpq.errors import PolicyError, nearest
 from mpq.spec import QuantSpec, activation_spec, weight_spec
-from mpq.target import get_target
+from mpq.target import SATURATION, Target, get_target
 
 Float = Literal["float"]
 DropType = Literal["absolute", "relative"]
@@ -194,7 +194,8 @@ class Policy(_Strict):
             for n, r in reasons.items()
         }
         self._check(choices)
-        return choices
+        target = get_target(self.target)
+        return {n: _for_target(choice, target) for n, choice in choices.items()}
 
     def _check(self, choices: dict[str, LayerChoice]) -> None:
         target = get_target(self.target)
@@ -264,6 +265,18 @@ class Policy(_Strict):
         except (OSError, UnicodeDecodeError) as error:
             raise PolicyError(f"policy {path} cannot be read: {error}") from None
         return cls.from_yaml(text, str(path))
+
+
+def _for_target(choice: LayerChoice, target: Target) -> LayerChoice:
+    """The choice with the weights that the target can multiply."""
+    weight, act = choice.weight, choice.activation_bits
+    if weight is None or not target.support(weight.bits, act).integer:
+        return choice
+    narrowed = target.narrowed(weight)
+    if narrowed == weight:
+        return choice
+    reason = f"{choice.reason}; {SATURATION}" if choice.reason else SATURATION
+    return replace(choice, weight=narrowed, reason=reason)
 
 
 def _none_if_float(spec: QuantSpec | Float) -> QuantSpec | None:

@@ -23,6 +23,8 @@ class QuantSpec:
         bits: width, one of 2, 3, 4, 5, 6, 8, 16.
         signed: two's complement, symmetric around zero; otherwise unsigned with a zero point.
         granularity: one scale for the tensor or one per output channel.
+        reduced: only half of the range is used, for the sake of a target (`mpq.target`); no part of
+            the text form, because no policy asks for it.
 
     Raises:
         ValueError: a width or granularity that mpq does not know.
@@ -31,6 +33,7 @@ class QuantSpec:
     bits: int
     signed: bool
     granularity: Granularity
+    reduced: bool = False
 
     def __post_init__(self) -> None:
         if self.bits not in WIDTHS:
@@ -67,12 +70,12 @@ class QuantSpec:
     @property
     def qmin(self) -> int:
         """Lowest integer."""
-        return -(1 << (self.bits - 1)) if self.signed else 0
+        return -(1 << (self.bits - 1 - self.reduced)) if self.signed else 0
 
     @property
     def qmax(self) -> int:
         """Highest integer."""
-        return (1 << (self.bits - 1)) - 1 if self.signed else (1 << self.bits) - 1
+        return (1 << (self.bits - self.signed - self.reduced)) - 1
 
 
 def weight_spec(bits: int) -> QuantSpec:

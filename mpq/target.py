@@ -3,14 +3,21 @@
 The facts of `onnxruntime-cpu` are measured (docs/runtime.md): integer Conv and Gemm exist for 8-bit
 operands only, so narrower weights are stored packed and run at 8 bits, and 16-bit layers are stored
 in 16 bits and run in float.
+
+`onnxruntime-cpu-avx2` is the same on an x86 CPU without VNNI instructions. There the kernel adds
+two products u8 x s8 in 16 bits, saturating: `2 * 255 * 127` does not fit, `2 * 255 * 64` does, so
+8-bit weights take 7 bits of their type.
 """
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from mpq.errors import PolicyError, nearest
+from mpq.spec import QuantSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +42,7 @@ class Target:
         bytes_per_layer: average bytes of a layer's graph nodes, constants and policy entry in the
             file, by weight width (None: float).
         bytes_per_file: what a file has besides its layers.
+        saturates: its integer kernels multiply weights of at most 7 bits exactly.
     """
 
     name: str
@@ -43,7 +51,11 @@ class Target:
     moving_ops: frozenset[str]
     bytes_per_layer: Mapping[int | None, int] = field(default_factory=dict)
     bytes_per_file: int = 0
-    notes: tuple[str, ...] = field(default=())
+    saturates: bool = False
+
+    def narrowed(self, weight: QuantSpec) -> QuantSpec:
+        """The weight format that is used where a policy asks for this one."""
+        return replace(weight, reduced=True) if self.saturates and weight.bits == 8 else weight
 
     def support(self, weight_bits: int | None, activation_bits: int | None) -> Support:
         """Support of a layer at these widths (None: float).
@@ -99,7 +111,32 @@ ONNXRUNTIME_CPU = Target(
     bytes_per_file=BYTES_PER_FILE,
 )
 
-TARGETS = {ONNXRUNTIME_CPU.name: ONNXRUNTIME_CPU}
+ONNXRUNTIME_AVX2 = replace(ONNXRUNTIME_CPU, name="onnxruntime-cpu-avx2", saturates=True)
+
+TARGETS = {target.name: target for target in (ONNXRUNTIME_CPU, ONNXRUNTIME_AVX2)}
+SATURATION = "8-bit weights take 7 bits: without VNNI two products would saturate in 16 bits"
+_CPUINFO = Path("/proc/cpuinfo")
+_VNNI = {"avx512_vnni", "avx_vnni", "avx_vnni_int8"}
+_X86 = ("x86_64", "amd64", "i386", "i686", "x86")
+
+
+def this_target(cpuinfo: Path = _CPUINFO, machine: str | None = None) -> Target:
+    """The target that this computer is.
+
+    Only x86 CPUs without VNNI saturate; where an x86 system does not tell its flags (there is no
+    `/proc/cpuinfo`), the careful answer is that it has none.
+
+    Args:
+        cpuinfo: Linux's description of the CPU.
+        machine: its architecture; None: that of this computer.
+    """
+    if (machine or platform.machine()).lower() not in _X86:
+        return ONNXRUNTIME_CPU
+    try:
+        words = set(cpuinfo.read_text(encoding="utf-8", errors="replace").split())
+    except OSError:
+        words = set()
+    return ONNXRUNTIME_CPU if words & _VNNI else ONNXRUNTIME_AVX2
 
 
 def get_target(name: str) -> Target:

@@ -271,7 +271,7 @@ class Attention(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.patch = nn.Conv2d(3, 16, 3, 3)
-        self.norm1, self.norm2 = nn.LayerNorm(16), nn.LayerNorm(16)
+        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(16) for _ in range(3))
         self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
         self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 16)
         self.fc = nn.Linear(16, CLASSES)
@@ -280,7 +280,8 @@ class Attention(nn.Module):
         x = self.patch(x).flatten(2).transpose(1, 2)
         y = self.norm1(x)
         x = x + self.attention(y, y, y, need_weights=False)[0]
-        return self.fc((x + self.down(F.gelu(self.up(self.norm2(x))))).mean(1))
+        x = x + self.down(F.gelu(self.up(self.norm2(x))))
+        return self.fc(self.norm3(x)[:, 0])
 
 
 NETS: dict[str, Callable[[], nn.Module]] = {

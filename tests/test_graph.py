@@ -381,7 +381,7 @@ SITES = {
     "island": ["x", "stem_2", "head_0"],
     "pre_activation": ["x", "stem", "relu", "relu_1", "conv2", "add", "relu_2", "head_0"],
     "gated": ["x", "stem_0", "sigmoid", "mul", "conv", "hardsigmoid", "mul_1", "head_0"],
-    "attention": ["x", "patch", "norm1", "matmul_1", "norm2", "gelu", "mean"],
+    "attention": ["x", "patch", "norm1", "matmul_1", "norm2", "gelu", "norm3"],
     "one_dimension": ["x", "relu", "relu_1"],
     "transposed": ["x", "down_2", "relu_1", "relu_2", "head_0"],
     "shuffle": ["x", "relu", "relu_1", "cat", "relu_2", "head_0"],

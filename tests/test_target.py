@@ -1,10 +1,21 @@
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy as np
 import pytest
+import torch
+from torch import nn
 
 from mpq.errors import PolicyError
-from mpq.spec import WIDTHS
-from mpq.target import ONNXRUNTIME_CPU, Target, get_target
+from mpq.export import to_onnx
+from mpq.export.certify import Certificate, certify
+from mpq.graph.passes import prepare
+from mpq.policy import LayerPolicy, Policy
+from mpq.ptq import calibrate
+from mpq.spec import WIDTHS, activation_spec, weight_spec
+from mpq.target import ONNXRUNTIME_AVX2 as AVX2
+from mpq.target import ONNXRUNTIME_CPU, Target, get_target, this_target
 
 
 @pytest.mark.parametrize("weight", [*WIDTHS, None])
@@ -31,3 +42,79 @@ def test_a_width_that_a_target_lacks():
 
 def test_an_operation_is_computed_or_moved_not_both():
     assert not ONNXRUNTIME_CPU.integer_ops & ONNXRUNTIME_CPU.moving_ops
+
+
+# -- without VNNI: two products are added in 16 bits, saturating --------------------------------
+
+
+def saturating_product(x: np.ndarray, w: np.ndarray) -> np.ndarray:
+    """`x @ w.T` of uint8 and int8 as AVX2 does it: pairs in 16 bits (saturating), then 32 bits."""
+    pairs = x.astype(np.int32)[:, None, 0::2] * w[None, :, 0::2]
+    pairs = pairs + x.astype(np.int32)[:, None, 1::2] * w[None, :, 1::2]
+    return np.clip(pairs, -(2**15), 2**15 - 1).sum(-1)
+
+
+@pytest.mark.parametrize(("bits", "exact"), [(8, False), (7, True), (4, True)])
+def test_seven_bits_never_saturate(bits: int, exact: bool):
+    spec = AVX2.narrowed(weight_spec(8)) if bits == 7 else weight_spec(bits)
+    assert spec.qmax < 1 << (bits - 1)
+    x = np.full((1, 64), 255, np.uint8)
+    for extreme in (spec.qmin, spec.qmax):
+        w = np.full((1, 64), extreme, np.int32)
+        assert (saturating_product(x, w) == x.astype(np.int32) @ w.T).all() == exact
+    draw = np.random.default_rng(0)
+    x = draw.integers(0, 256, (500, 64)).astype(np.uint8)
+    w = draw.integers(spec.qmin, spec.qmax + 1, (32, 64)).astype(np.int32)
+    assert (saturating_product(x, w) == x.astype(np.int32) @ w.T).all() == exact
+
+
+def exported(target: str, folder: Path) -> tuple[np.ndarray, Certificate]:
+    """Integer weights of a layer of a W8A8 network made for a target, and the certificate."""
+    policy = Policy(target=target)
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 5, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    )
+    images = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    graph = prepare(net.eval(), policy, images)
+    calibrate(graph, images, method="minmax")
+    result = to_onnx(graph, folder / "m.onnx", policy=policy, images=images, target=AVX2.name)
+    assert certify(folder / "m.onnx", target=AVX2.name).notes == result.certificate.notes
+    assert result.certificate.integer_macs_fraction == 1
+    return graph.module.get_submodule("2").integers().flatten(1).numpy(), result.certificate
+
+
+def test_eight_bit_weights_take_seven_bits_where_they_would_saturate(tmp_path: Path):
+    x = np.full((1, 72), 255, np.uint8)
+    narrow, certificate = exported(AVX2.name, tmp_path)
+    assert narrow.min() >= -64
+    assert narrow.max() == 63
+    assert (saturating_product(x, narrow) == x.astype(np.int32) @ narrow.T).all()
+    assert {row.asked for row in certificate.layers} == {"W8A8"}
+    assert {row.stored for row in certificate.layers} == {"INT8"}
+    assert certificate.notes == ()
+    wide, certificate = exported(ONNXRUNTIME_CPU.name, tmp_path)
+    assert wide.max() == 127
+    assert not (saturating_product(x, wide) == x.astype(np.int32) @ wide.T).all()
+    assert len(certificate.notes) == 1
+    assert "2 layers (0, 2) have weights beyond 7 bits" in certificate.notes[0]
+
+
+def test_only_eight_bit_weights_of_integer_layers_are_narrowed():
+    layers = [LayerPolicy(name="b", weight=weight_spec(4), reason="tough")]
+    layers += [LayerPolicy(name="c", weight=weight_spec(16), activation=activation_spec(16))]
+    layers += [LayerPolicy(name="d", weight=weight_spec(8), activation="float")]
+    chosen = Policy(target=AVX2.name, layers=layers).resolve(["a", "b", "c", "d"])
+    assert [c.weight_bits for c in chosen.values()] == [8, 4, 16, 8]
+    assert [bool(c.weight and c.weight.reduced) for c in chosen.values()] == [1, 0, 0, 0]
+    assert "8-bit weights take 7 bits" in chosen["a"].reason
+    assert chosen["b"].reason == "tough"
+
+
+def test_the_cpu_is_read(tmp_path: Path):
+    info = tmp_path / "cpuinfo"
+    for flags, target in (("avx2 fma", AVX2), ("avx512f avx512_vnni", ONNXRUNTIME_CPU),
+                          ("avx2 avx_vnni", ONNXRUNTIME_CPU)):  # fmt: skip
+        info.write_text(f"processor\t: 0\nflags\t\t: fpu {flags}\n")
+        assert this_target(info, "x86_64") == target
+        assert this_target(info, "aarch64") == ONNXRUNTIME_CPU
+    assert this_target(tmp_path / "none", "AMD64") == AVX2  # unknown: the careful answer

@@ -20,6 +20,7 @@ from mpq.pipeline.analyzing import find_policy
 from mpq.pipeline.subject import Source, open_checkpoint
 from mpq.policy import Constraints, DropType, Policy
 from mpq.report.tables import configurations_table, sensitivity_table
+from mpq.target import this_target
 
 MINIMIZE = dict(zip(("bits", "size", "bops", "activation", "latency"), LIMITS, strict=True))
 """What `--minimize` calls the limits."""
@@ -59,6 +60,7 @@ MINIMIZE = dict(zip(("bits", "size", "bops", "activation", "latency"), LIMITS, s
 @click.option("--validate", metavar="COUNT", type=click.IntRange(min=0), default=0,
               help="Measure so many random policies and compare with their scores.")  # fmt: skip
 @click.option("--rescore", is_flag=True, help="Score anew, whatever scores there are already.")
+@options.target("The kind of CPU to plan for.")
 @options.seed
 @options.trust_pickle
 @options.as_json
@@ -87,6 +89,7 @@ def analyze(
     locked: Path | None,
     validate: int,
     rescore: bool,
+    target: str | None,
     seed: int,
     trust_pickle: bool,
     as_json: bool,
@@ -140,6 +143,7 @@ def analyze(
             metric=metric,  # type: ignore[arg-type]
             samples=num_score,
             seed=seed,
+            target=target or this_target().name,
             locked=Policy.load(locked) if locked else None,
             profile=profile,
             minimize=MINIMIZE[minimize],

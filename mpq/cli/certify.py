@@ -15,8 +15,9 @@ from mpq.report.tables import certificate_table
 
 @click.command()
 @click.argument("file", required=False, type=click.Path(path_type=Path))
+@options.target("The kind of CPU to judge for.")
 @options.as_json
-def certify(file: Path | None, as_json: bool) -> None:
+def certify(file: Path | None, target: str | None, as_json: bool) -> None:
     """Show which layers of FILE run as integers in onnxruntime, and which do not.
 
     Any ONNX file will do; one of mpq is also held against the policy inside it. Without FILE,
@@ -28,11 +29,13 @@ def certify(file: Path | None, as_json: bool) -> None:
     path = file or options.newest("model.onnx")
     if not path.is_file():
         raise UsageError(f"{path} does not exist. Name an ONNX file.")
-    found = judge(path)
+    found = judge(path, target=target)
     if as_json:
         click.echo(found.to_json())
     else:
         options.stdout.print(certificate_table(json.loads(found.to_json())))
+        for note in found.notes:
+            options.show(note)
     if found.broken():
         names = ", ".join(row.name for row in found.broken())
         raise ExportError(f"{path} does not run as its policy asks: {names}.")

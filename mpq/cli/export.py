@@ -32,6 +32,7 @@ from mpq.pipeline.subject import Source
               show_default=True, help="What the file takes: float images or pixels.")  # fmt: skip
 @click.option("--layout", type=click.Choice(("nhwc", "nchw")), default="nhwc", show_default=True,
               help="Of raw pixels.")  # fmt: skip
+@options.target("The kind of CPU to certify for.")
 @options.data
 @options.data_root
 @options.seed
@@ -47,6 +48,7 @@ def export(
     min_runtime: str | None,
     kind: str,
     layout: str,
+    target: str | None,
     data: str | None,
     data_root: Path | None,
     seed: int,
@@ -79,6 +81,7 @@ def export(
             allow_float_fallback=allow_float_fallback,
             int4_format=int4_format,  # type: ignore[arg-type]
             min_runtime=min_runtime,
+            target=target,
             pixels=layout if kind == "uint8" else None,  # type: ignore[arg-type]
             force=force,
         )
@@ -113,6 +116,8 @@ def _show(result: ExportResult) -> None:
         f"integers, {boundaries} precision {'boundary' if boundaries == 1 else 'boundaries'}; "
         f"needs {certificate.needs}"
     )
+    for note in certificate.notes:
+        options.show(note)
     if checked is None:
         options.show("not verified: there are no images to verify on")
         return

@@ -28,6 +28,7 @@ from rich.progress import (
 from mpq import rundir
 from mpq.data import Normalization
 from mpq.spec import WIDTHS
+from mpq.target import TARGETS
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 Decorator = Callable[[Command], Command]
@@ -128,6 +129,12 @@ def limits(flag: str, help: str) -> Decorator[Any]:
 def out(help: str = "Run folder to write to.  [default: runs/NAME]") -> Decorator[Any]:
     """`--out`, `-o`: argument `out`, a Path or None. The help says what is written there."""
     return click.option("--out", "-o", metavar="RUN", type=_path(), help=help)
+
+
+def target(help: str) -> Decorator[Any]:
+    """`--target`: argument `target`, a name or None."""
+    known = click.Choice(tuple(TARGETS))
+    return click.option("--target", type=known, help=f"{help}  [default: that of this computer]")
 
 
 @contextmanager

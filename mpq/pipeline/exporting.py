@@ -32,6 +32,7 @@ def export_run(
     int4_format: Int4Format | None = None,
     min_runtime: str | None = None,
     pixels: PixelLayout | None = None,
+    target: str | None = None,
     force: bool = False,
 ) -> ExportResult:
     """Export, certify and verify; write the files of a run.
@@ -45,24 +46,26 @@ def export_run(
         int4_format: storage of 4-bit weights; None: what `min_runtime` takes.
         min_runtime: the oldest onnxruntime that must run the file.
         pixels: make the file take raw uint8 images in this layout; None: normalized ones.
+        target: the kind of CPU to certify for; None: that of this computer.
         force: replace an existing file.
 
     Raises:
         ExportError: the file breaks a promise or does not answer as promised; nothing is written.
         UsageError: the file exists and `force` is off.
     """
-    target = folder / "model.onnx"
-    rundir.refuse_overwrite(target, force)
+    written = folder / "model.onnx"
+    rundir.refuse_overwrite(written, force)
     rundir.touch_run(folder)
     result = to_onnx(
         found.graph,
-        target,
+        written,
         policy=found.policy,
         images=held_out(found.subject, images, seed),
         allow_float_fallback=allow_float_fallback,
         int4_format=int4_format,
         min_runtime=min_runtime,
         pixels=None if pixels is None else PixelInput(found.subject.normalize, pixels == "nhwc"),
+        target=target,
     )
     files.write_text(folder / "certificate.json", result.certificate.to_json() + "\n")
     if result.verification is None:
