@@ -74,7 +74,13 @@ def predictors(
     for metric in args.metric:
         start = time.process_time()
         scores = score_layers(
-            qg, *train, bits=(16, 8, 4), act_bits=(8, 4), metric=metric, seed=args.seed
+            qg,
+            *train,
+            bits=(16, 8, 4),
+            act_bits=(8, 4),
+            metric=metric,
+            seed=args.seed,
+            rounding=args.rounding,
         )
         seconds[metric] = round(time.process_time() - start, 2)
         print(f"{metric}: {seconds[metric]:.2f} s of CPU", flush=True)
@@ -131,6 +137,7 @@ def main() -> None:
     parser.add_argument("--normalize")
     parser.add_argument("--kind", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--metric", nargs="+", choices=METRICS, default=list(METRICS))
+    parser.add_argument("--rounding", choices=("feedback", "nearest"), default="feedback")
     parser.add_argument("--policies", type=int, default=100)
     parser.add_argument("--effective-bits", type=float, default=4.8)
     parser.add_argument("--samples", type=int, default=512)
@@ -142,7 +149,9 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     qg, train, test = load(args)
     told, seconds, scores = predictors(qg, train, args)
-    noise = perturb(qg, train[0], weight_bits=(16, 8, 4), activation_bits=(8, 4))
+    noise = perturb(
+        qg, train[0], weight_bits=(16, 8, 4), activation_bits=(8, 4), rounding=args.rounding
+    )
     simulator = Simulator(noise, *test)
     report: dict[str, Any] = {
         "checkpoint": args.checkpoint.name,

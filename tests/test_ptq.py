@@ -13,7 +13,9 @@ from mpq.numerics import choose_qparams, sqnr_db
 from mpq.policy import Policy
 from mpq.ptq import METHODS, calibrate, quantize_graph, quantize_layers
 from mpq.ptq.observe import Histogram, choose_range
-from mpq.ptq.rounding import (
+from mpq.quant.fake_quant import FakeQuant
+from mpq.quant.layer import LayerOp, QuantLayer
+from mpq.quant.rounding import (
     Moments,
     input_vectors,
     refine,
@@ -21,8 +23,6 @@ from mpq.ptq.rounding import (
     scales_by_output,
     target_weights,
 )
-from mpq.quant.fake_quant import FakeQuant
-from mpq.quant.layer import LayerOp, QuantLayer
 from mpq.spec import activation_spec, weight_spec
 
 

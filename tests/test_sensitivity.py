@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mpq.analyze import Sensitivity, score_layers
 from mpq.analyze.fisher import TEMPERATURE, _direction, fisher_terms
-from mpq.analyze.perturb import Column, perturb
+from mpq.analyze.perturb import Column, Perturbations, perturb
 from mpq.analyze.score import METRICS, Scoring
 from mpq.checkpoint import load_model, weights_hash
 from mpq.data import Normalization, open_data, sample_indices
@@ -136,6 +136,32 @@ def test_activation_range_clips_an_outlier_at_four_bits_only() -> None:
     assert float(activation_range(values, activation_spec(4))[1]) < 3.0
 
 
+def test_feedback_lowers_the_error_of_the_output(graph: QuantGraph, images: Tensor) -> None:
+    """As post-training quantization rounds: worse weights, better outputs."""
+    for bits in (4, 3):
+        plain = perturb(
+            graph, images, weight_bits=(8, bits), activation_bits=(), rounding="nearest"
+        )
+        found = perturb(graph, images, weight_bits=(8, bits), activation_bits=())
+        for name in LAYERS:
+            assert torch.equal(found.weights[name, 8], plain.weights[name, 8])
+        errors = [noise_of(p, "side", bits, images) for p in (found, plain)]
+        assert errors[0] < 0.9 * errors[1]
+        # A transposed convolution is not a product over input vectors.
+        assert torch.equal(found.weights["up", bits], plain.weights["up", bits])
+
+
+def noise_of(candidates: Perturbations, layer: str, bits: int, images: Tensor) -> float:
+    """Mean square that the noise of one layer's weights makes of its output."""
+    seen: list[Tensor] = []
+    module = candidates.graph.module.get_submodule(layer)
+    handle = module.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    candidates.graph.module(images)
+    handle.remove()
+    out = torch.nn.functional.conv2d(seen[0], candidates.weights[layer, bits])
+    return float(out.square().mean())
+
+
 # -- fisher ------------------------------------------------------------------------------------
 
 
@@ -255,7 +281,7 @@ def test_scores_repeat_with_the_seed_and_differ_without(graph: QuantGraph, image
 def test_one_at_a_time_is_the_true_divergence(
     net: nn.Module, graph: QuantGraph, images: Tensor
 ) -> None:
-    found = score_layers(graph, images, bits=(3,), metric="kl", batch=9)
+    found = score_layers(graph, images, bits=(3,), metric="kl", batch=9, rounding="nearest")
     reference = net(images).detach().log_softmax(1)
     for name in LAYERS:
         changed = graph.copy()
@@ -273,7 +299,9 @@ def test_one_at_a_time_is_the_true_divergence(
 def test_the_loss_of_one_candidate_is_the_true_increase(
     net: nn.Module, graph: QuantGraph, images: Tensor
 ) -> None:
-    found = score_layers(graph, images, LABELS, bits=(2,), metric="loss", batch=9)
+    found = score_layers(
+        graph, images, LABELS, bits=(2,), metric="loss", batch=9, rounding="nearest"
+    )
     cross_entropy = torch.nn.functional.cross_entropy
     for name in LAYERS:
         changed = graph.copy()

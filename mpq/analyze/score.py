@@ -24,7 +24,7 @@ from torch import Tensor
 
 from mpq.analyze.batches import Progress
 from mpq.analyze.fisher import FisherTerms, fisher_terms
-from mpq.analyze.perturb import Column, Perturbations, perturb
+from mpq.analyze.perturb import Column, Perturbations, Rounding, perturb
 from mpq.analyze.sensitivity import PARTS, Row, Sensitivity
 from mpq.analyze.single import single_scores
 from mpq.analyze.traces import trace_scores
@@ -43,7 +43,7 @@ MAX_BATCH, PASS_BYTES, BYTES_PER_ELEMENT = 64, 1_500_000_000, 12
 """Images per pass; memory of a pass; what one output of a layer costs with what follows it."""
 TRACE_BATCH = 16
 """Images that a trace is taken from at a time, at most."""
-VERSION = 2
+VERSION = 3
 """Part of the key: raise it when scoring or the file changes."""
 
 
@@ -57,6 +57,7 @@ class Scoring:
         metric: what is measured.
         seed: of the random draws.
         batch: images per pass; None: as many as `PASS_BYTES` hold, 64 at most.
+        rounding: how weights are rounded (`perturb`).
     """
 
     bits: tuple[int, ...] = (8, 4)
@@ -64,6 +65,7 @@ class Scoring:
     metric: Metric = "fisher"
     seed: int = 0
     batch: int | None = None
+    rounding: Rounding = "feedback"
 
     def batch_for(self, qg: QuantGraph) -> int:
         """Images per pass: a backward pass keeps the outputs of all layers and what follows."""
@@ -79,7 +81,7 @@ class Scoring:
             if tensor is not None:
                 digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
         widths = sorted(self.bits), sorted(self.act_bits)
-        settings = (*widths, self.metric, self.seed, self.batch_for(qg))
+        settings = (*widths, self.metric, self.seed, self.batch_for(qg), self.rounding)
         digest.update(repr((VERSION, settings, list(qg.layers.values()))).encode())
         return digest.hexdigest()
 
@@ -94,6 +96,7 @@ def score_layers(
     metric: Metric = "fisher",
     seed: int = 0,
     batch: int | None = None,
+    rounding: Rounding = "feedback",
     partial: Path | None = None,
     progress: Progress | None = None,
 ) -> Sensitivity:
@@ -110,6 +113,7 @@ def score_layers(
         metric: how to score.
         seed: of the random draws.
         batch: images per pass; None: what fits into about 1.5 GB, 64 at most.
+        rounding: how weights are rounded: `feedback` as `mpq ptq` does, or to the `nearest`.
         partial: a file to keep what is done in, and to go on from (see `over_batches`).
         progress: called with (done, total).
 
@@ -120,7 +124,7 @@ def score_layers(
         GraphError: the network does not fit the metric.
     """
     weight_bits, activation_bits = _check(bits, act_bits, metric, images, labels)
-    how = Scoring(tuple(bits), tuple(act_bits), metric, seed, batch)
+    how = Scoring(tuple(bits), tuple(act_bits), metric, seed, batch, rounding)
     size = how.batch_for(qg)
     columns: list[Column] = [
         (name, part, width)
@@ -129,7 +133,12 @@ def score_layers(
         for width in widths
     ]
     candidates = perturb(
-        qg, images, weight_bits=weight_bits, activation_bits=activation_bits, batch=size
+        qg,
+        images,
+        weight_bits=weight_bits,
+        activation_bits=activation_bits,
+        rounding=rounding,
+        batch=size,
     )
     scores, pairwise = _score(
         candidates, columns, images, labels, replace(how, batch=size), partial, progress

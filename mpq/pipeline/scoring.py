@@ -65,6 +65,7 @@ def scores_of(
         metric=how.metric,
         seed=how.seed,
         batch=how.batch,
+        rounding=how.rounding,
         partial=partial,
         progress=progress,
     )

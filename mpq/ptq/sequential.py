@@ -20,7 +20,11 @@ from mpq.errors import UsageError
 from mpq.graph.ir import QuantGraph
 from mpq.numerics import per_axis
 from mpq.ptq.blocks import Block, blocks
-from mpq.ptq.rounding import (
+from mpq.ptq.shelf import Kept, Shelf
+from mpq.ptq.walk import FLOAT, QUANTIZED, LockStep
+from mpq.quant.layer import IslandLayer, QuantLayer, integer_bias
+from mpq.quant.ranges import weight_scales
+from mpq.quant.rounding import (
     MAX_COLUMNS,
     Moments,
     grouped,
@@ -30,10 +34,6 @@ from mpq.ptq.rounding import (
     scales_by_output,
     target_weights,
 )
-from mpq.ptq.shelf import Kept, Shelf
-from mpq.ptq.walk import FLOAT, QUANTIZED, LockStep
-from mpq.quant.layer import IslandLayer, QuantLayer, integer_bias
-from mpq.quant.ranges import weight_scales
 
 Progress = Callable[[int, int], None]
 MEMORY_MB = 1024
