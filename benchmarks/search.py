@@ -115,6 +115,7 @@ def main() -> None:
     parser.add_argument("--bits", type=int, nargs="+", default=[8, 4])
     parser.add_argument("--act-bits", type=int, default=8)
     parser.add_argument("--metric", default="fisher")
+    parser.add_argument("--rounding", choices=("nearest", "feedback"), default="nearest")
     parser.add_argument("--random", type=int, default=5)
     parser.add_argument("--samples", type=int, default=512)
     parser.add_argument("--calibration", type=int, default=256)
@@ -135,7 +136,13 @@ def main() -> None:
         subject.require_data("scoring").train, args.samples, args.seed
     )
     scores = score_layers(
-        graph, images, labels, bits=args.bits, act_bits=(args.act_bits,), metric=args.metric
+        graph,
+        images,
+        labels,
+        bits=args.bits,
+        act_bits=(args.act_bits,),
+        metric=args.metric,
+        rounding=args.rounding,
     )
     print(f"scoring: {time.process_time() - start:.1f} s of CPU")
     judge = Judge(subject, graph, args)

@@ -137,7 +137,7 @@ def main() -> None:
     parser.add_argument("--normalize")
     parser.add_argument("--kind", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--metric", nargs="+", choices=METRICS, default=list(METRICS))
-    parser.add_argument("--rounding", choices=("feedback", "nearest"), default="feedback")
+    parser.add_argument("--rounding", choices=("nearest", "feedback"), default="nearest")
     parser.add_argument("--policies", type=int, default=100)
     parser.add_argument("--effective-bits", type=float, default=4.8)
     parser.add_argument("--samples", type=int, default=512)

@@ -139,10 +139,10 @@ def test_activation_range_clips_an_outlier_at_four_bits_only() -> None:
 def test_feedback_lowers_the_error_of_the_output(graph: QuantGraph, images: Tensor) -> None:
     """As post-training quantization rounds: worse weights, better outputs."""
     for bits in (4, 3):
-        plain = perturb(
-            graph, images, weight_bits=(8, bits), activation_bits=(), rounding="nearest"
+        plain = perturb(graph, images, weight_bits=(8, bits), activation_bits=())
+        found = perturb(
+            graph, images, weight_bits=(8, bits), activation_bits=(), rounding="feedback"
         )
-        found = perturb(graph, images, weight_bits=(8, bits), activation_bits=())
         for name in LAYERS:
             assert torch.equal(found.weights[name, 8], plain.weights[name, 8])
         errors = [noise_of(p, "side", bits, images) for p in (found, plain)]
@@ -531,6 +531,7 @@ def test_the_key_follows_weights_images_and_settings(graph: QuantGraph, images: 
     assert Scoring(metric="kl").key(graph, images, None) != base
     labels = torch.zeros(len(images), dtype=torch.int64)
     assert Scoring().key(graph, images, labels) == base  # fisher does not look at them
+    assert Scoring(rounding="feedback").key(graph, images, None) != base
     fit = Scoring(metric="fit").key(graph, images, labels)
     assert Scoring(metric="fit").key(graph, images, labels + 1) != fit
     with torch.no_grad():
@@ -551,7 +552,7 @@ def test_scores_rank_configurations_of_a_real_network() -> None:
     graph = to_float(module, images[:2])
     found = score_layers(graph, images)
     tests = torch.from_numpy(normalize.apply(data.test.read(np.arange(200))))
-    candidates = perturb(graph, None, weight_bits=(8, 4), activation_bits=())
+    candidates = perturb(graph, images, weight_bits=(8, 4), activation_bits=())
     weights = {n: candidates.weight(n).clone() for n in graph.layers}
     predicted, truth = [], []
     rng = np.random.default_rng(0)

@@ -1,9 +1,9 @@
 """What quantization would do to each tensor: the perturbations that all metrics score.
 
-Weights: `dW = Q_b(W) - W`, with scales and integers as post-training quantization chooses them: by
-the error of the layer's output, and each column makes up for those before it (`quant.rounding`). To
-nearest, the errors of some layers would be thirty times larger, those of others three times, and
-the search would save bits where post-training quantization needs none. Activations: the quantizers
+Weights: `dW = Q_b(W) - W`, rounded to the nearest with scales of least squared error, or with
+`feedback` as `mpq ptq` does: scales by the error of the layer's output, and each column makes up
+for those before it (`quant.rounding`). The second makes errors five to thirty times smaller, not
+alike in all layers. Activations: the quantizers
 that `prepare` places for an all-8-bit policy, ranges from the first images; a layer's
 activation is the tensor whose grid it reads. Quantizers that no layer reads cost the same under
 every policy and are left out.
@@ -123,7 +123,7 @@ def perturb(
     *,
     weight_bits: Sequence[int],
     activation_bits: Sequence[int],
-    rounding: Rounding = "feedback",
+    rounding: Rounding = "nearest",
     batch: int = 64,
 ) -> Perturbations:
     """Quantize every tensor of a float graph at every width, on paper.

@@ -65,7 +65,7 @@ class Scoring:
     metric: Metric = "fisher"
     seed: int = 0
     batch: int | None = None
-    rounding: Rounding = "feedback"
+    rounding: Rounding = "nearest"
 
     def batch_for(self, qg: QuantGraph) -> int:
         """Images per pass: a backward pass keeps the outputs of all layers and what follows."""
@@ -96,7 +96,7 @@ def score_layers(
     metric: Metric = "fisher",
     seed: int = 0,
     batch: int | None = None,
-    rounding: Rounding = "feedback",
+    rounding: Rounding = "nearest",
     partial: Path | None = None,
     progress: Progress | None = None,
 ) -> Sensitivity:

@@ -1,7 +1,7 @@
 """How far to trust the scores: predicted against measured loss of random configurations.
 
-Configurations are run as the search takes them: every tensor with the noise of its width, weights
-rounded to nearest, on images that were not scored. The truth is the divergence of the answers,
+Configurations are run as the search takes them, every tensor with the noise of its width, on images
+that were not scored. The truth is the divergence of the answers,
 `KL(float || quantized)`; the increase of the loss on the labels is measured beside it.
 """
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from mpq.analyze import cost
 from mpq.analyze.batches import Progress
 from mpq.analyze.cost import Widths
-from mpq.analyze.perturb import Perturbations, perturb
+from mpq.analyze.perturb import Perturbations, Rounding, perturb
 from mpq.analyze.sensitivity import Sensitivity
 from mpq.analyze.watch import Watch
 from mpq.graph.ir import QuantGraph
@@ -133,6 +133,7 @@ def validate(
     labels: Tensor | None,
     count: int = 50,
     seed: int = 0,
+    rounding: Rounding = "nearest",
     predict: Callable[[Mapping[str, Widths]], float] | None = None,
     progress: Progress | None = None,
 ) -> Validation:
@@ -147,13 +148,16 @@ def validate(
         labels: `[N]`, or None.
         count: number of configurations.
         seed: of the draw.
+        rounding: how weights are rounded, as they were for the scores.
         predict: another prediction than the sum of the scores.
         progress: told (done, count).
     """
     told = predict or sensitivity.predict
     bits = [sorted({b for b in column if b is not None}) for column in zip(*pairs, strict=True)]
     simulator = Simulator(
-        perturb(qg, scored, weight_bits=bits[0], activation_bits=bits[1]), images, labels
+        perturb(qg, scored, weight_bits=bits[0], activation_bits=bits[1], rounding=rounding),
+        images,
+        labels,
     )
     truths = []
     try:

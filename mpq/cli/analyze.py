@@ -11,6 +11,7 @@ import click
 from mpq import rundir
 from mpq.analyze.batches import is_main
 from mpq.analyze.limits import LIMITS
+from mpq.analyze.perturb import Rounding
 from mpq.analyze.score import METRICS
 from mpq.cli import options
 from mpq.data import Normalization
@@ -51,6 +52,8 @@ MINIMIZE = dict(zip(("bits", "size", "bops", "activation", "latency"), LIMITS, s
               help="Latency profile.  [default: the run's, or the newest]")  # fmt: skip
 @click.option("--metric", type=click.Choice(METRICS), default=METRICS[0], show_default=True,
               help="How layers are scored.")  # fmt: skip
+@click.option("--rounding", type=click.Choice(get_args(Rounding)), default="nearest",
+              show_default=True, help="Of scored weights; feedback: as mpq ptq.")  # fmt: skip
 @click.option("--num-score", metavar="COUNT", type=click.IntRange(min=1), default=512,
               show_default=True, help="Training images to score on.")  # fmt: skip
 @click.option("--input-size", metavar="PIXELS", type=click.IntRange(min=8),
@@ -84,6 +87,7 @@ def analyze(
     minimize: str,
     profile_path: Path | None,
     metric: str,
+    rounding: Rounding,
     num_score: int,
     input_size: int | None,
     locked: Path | None,
@@ -141,6 +145,7 @@ def analyze(
             bits=bits,
             act_bits=act_bits,
             metric=metric,  # type: ignore[arg-type]
+            rounding=rounding,
             samples=num_score,
             seed=seed,
             target=target or this_target().name,

@@ -12,6 +12,7 @@ from torch import Tensor
 from mpq.analyze.cost import Widths
 from mpq.analyze.drop import Measured, least_cost
 from mpq.analyze.explain import build_policy, locked_widths
+from mpq.analyze.perturb import Rounding
 from mpq.analyze.score import LABELLED, Metric, Scoring
 from mpq.analyze.search import Allocation, allocate, candidates, limit_range, pareto_front
 from mpq.analyze.sensitivity import Sensitivity
@@ -40,6 +41,7 @@ def find_policy(
     bits: Sequence[int] = (8, 4),
     act_bits: Sequence[int] = (8,),
     metric: Metric = "fisher",
+    rounding: Rounding = "nearest",
     samples: int = 512,
     seed: int = 0,
     target: str = "onnxruntime-cpu",
@@ -59,6 +61,7 @@ def find_policy(
         bits: weight widths to choose from; 16 brings 16-bit activations with it.
         act_bits: activation widths to choose from.
         metric: sensitivity metric.
+        rounding: how the weights that are scored are rounded.
         samples: training images to score on.
         seed: of the sample and of the scoring.
         target: runtime to plan for.
@@ -78,7 +81,7 @@ def find_policy(
     budgets = [constraints] if isinstance(constraints, Constraints) else list(constraints)
     work = _Work(
         subject,
-        Scoring(tuple(bits), tuple(act_bits), metric, seed),
+        Scoring(tuple(bits), tuple(act_bits), metric, seed, rounding=rounding),
         get_target(target),
         locked,
         profile,
@@ -160,6 +163,7 @@ class _Work:
             labels=labels,
             count=count,
             seed=self.how.seed,
+            rounding=self.how.rounding,
             progress=lambda done, total: self.progress("validating", done, total),
         )
 
