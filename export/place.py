@@ -7,6 +7,7 @@
   weights of its own. Its WeightBiasQuantization pass matches a Conv or Gemm whose output reaches a
   QuantizeLinear directly or through Relu or Clip, and its QDQPropagation pass first moves that
   QuantizeLinear up through moves. A Max behind the layer is outside the pattern.
+- Slices along one axis after another become one.
 - A strided stem works on blocks of pixels (`stem.py`).
 - A per-channel Gemm gets its weight zero points written out, which old runtimes need to run it and
   new ones to fuse it.
@@ -36,7 +37,7 @@ LOWEST = np.float32(-3.4e38)
 def place(model: ir.Model) -> int:
     """Run all placement passes; return the number of rewrites."""
     graph = model.graph
-    steps = (_pool, _sink, hard_sigmoids, _guard, _gemm_zero_points, block_stem)
+    steps = (_pool, _join_slices, _sink, hard_sigmoids, _guard, _gemm_zero_points, block_stem)
     count = sum(step(graph) for step in steps)
     common.RemoveUnusedNodesPass()(model)
     return count
@@ -63,6 +64,10 @@ def _after(graph: ir.Graph, anchor: ir.Node, new: ir.Node) -> ir.Node:
 
 
 def _ints(value: ir.Value | None) -> list[int] | None:
+    """The contents of a constant, which the exporter may have put behind a Reshape."""
+    node = None if value is None else value.producer()
+    if node is not None and node.op_type == "Reshape":
+        value = node.inputs[0]
     if value is None or value.const_value is None:
         return None
     return [int(v) for v in value.const_value.numpy().reshape(-1)]
@@ -84,6 +89,34 @@ def _pool(graph: ir.Graph) -> int:
         graph.remove(node, safe=True)
         count += 1
     return count
+
+
+def _join_slices(graph: ir.Graph) -> int:
+    """Make one Slice of two that follow each other along different axes."""
+    count = 0
+    for node in list(graph):
+        before = node.inputs[0].producer() if node.op_type == "Slice" and node.inputs[0] else None
+        if before is None or before.op_type != "Slice" or len(before.outputs[0].uses()) != 1:
+            continue
+        first, second = _slice_arguments(before), _slice_arguments(node)
+        if first is None or second is None or set(first[2]) & set(second[2]):
+            continue
+        node.replace_input_with(0, before.inputs[0])
+        node.resize_inputs(5)
+        for index, (a, b) in enumerate(zip(first, second, strict=True)):
+            node.replace_input_with(index + 1, constant(graph, np.array([*a, *b], np.int64)))
+        graph.remove(before, safe=True)
+        count += 1
+    return count
+
+
+def _slice_arguments(node: ir.Node) -> list[list[int]] | None:
+    """Starts, ends, axes (from the front) and steps of a Slice, if all are written out."""
+    found = [_ints(value) for value in node.inputs[1:]]
+    if len(found) == 3 and found[0] is not None:
+        found.append([1] * len(found[0]))
+    known = [ints for ints in found if ints is not None]
+    return known if len(known) == 4 and min(known[2]) >= 0 else None
 
 
 def _take_over(old: ir.Value, new: ir.Value) -> None:
