@@ -51,9 +51,9 @@ min-max ranges, rounding to nearest; `8`: W8A8, `mixed`: 4-bit weights but for t
 layer and the depthwise ones. *Verified*: the share of images with the class of the simulation, and
 the largest difference of any quantizer in steps (in a deep random network one step grows on its
 way, in a trained one it does not, so a few fail the bounds of verification: regnet_y_400mf begins
-with one integer on a tie in the stem, 92 dB, and ends at 11 dB). Ratios are to the float file; latencies of one interleaved run,
-one thread, batch 1, on a machine with other work on it. The command is in
-`benchmarks/coverage.py`; it goes on where it stopped.
+with one integer on a tie in the stem, 92 dB, and ends at 11 dB). Ratios are to the float file;
+latencies of one interleaved run, one thread, batch 1, on a machine with other work on it. The
+command is in `benchmarks/coverage.py`; it goes on where it stopped.
 """
 
 
