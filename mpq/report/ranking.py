@@ -29,11 +29,11 @@ def rank_table(rows: Sequence[Json]) -> Grid:
             (
                 _short(row["name"]),
                 fixed(row["top1"], 2),
-                f"{-forms['8']['drop']:+.2f}",
-                f"{-forms['4']['drop']:+.2f}",
-                f"{-mixed['drop']:+.2f}",
+                _change(forms["8"]["drop"]),
+                _change(forms["4"]["drop"]),
+                _change(mixed["drop"]),
                 fixed(mixed["effective_bits"], 2),
-                "-" if row["drop_per_bit"] is None else f"{-row['drop_per_bit']:+.2f}",
+                _change(row["drop_per_bit"]),
                 tiny(mixed["kl"]),
                 f"{mixed['bytes'] / 1e3:,.0f}",
                 short(row["float_bytes"]),
@@ -46,6 +46,14 @@ def rank_table(rows: Sequence[Json]) -> Grid:
         "it, in points; per bit: for each effective bit below 8; kB, GBitOps: of the mixed policy"
     )
     return Grid("Networks by how well they take low precision", heads, tuple(body), note)
+
+
+def _change(drop: float | None) -> str:
+    """What is lost as a change of top-1: `-0.35`, `0.00`, or `-` for what is not known."""
+    if drop is None:
+        return "-"
+    text = f"{-drop:+.2f}"
+    return text if float(text) else "0.00"
 
 
 def _short(name: str) -> str:
