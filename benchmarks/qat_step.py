@@ -1,0 +1,149 @@
+"""What a training step costs: float, prepared by mpq, and prepared by torch's own quantization.
+
+One interleaved run: in each round every variant makes one step (forward, backward, SGD) on the same
+images, so that a machine that slows down slows all of them. Times are CPU seconds of the process,
+in milliseconds; ratios are medians over the rounds of variant / float. Memory is the peak of one
+step over what lay there before, measured in a process of its own.
+
+    python benchmarks/qat_step.py [--models resnet18_cifar] [--batch 128] [--rounds 10] [--compile]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from common import setting
+from torch import Tensor, nn
+from torch.ao.quantization import get_default_qat_qconfig_mapping
+from torch.ao.quantization.quantize_fx import prepare_qat_fx
+
+from mpq import attach_norms, policies, prepare, quantize_graph, to_float, zoo
+from mpq.export.runtime import peak_memory_mb
+
+MODELS = ("resnet18_cifar", "mobilenet_v2_cifar")
+VARIANTS = ("float", "mpq w8a8", "mpq w4a8", "torch fx w8a8")
+
+
+def network(name: str, variant: str, *, compiled: bool) -> nn.Module:
+    """A network with random weights, ready to train, channels last."""
+    torch.manual_seed(0)
+    model = zoo.build(name, 10)
+    images = torch.randn(16, 3, 32, 32)
+    if variant.startswith("mpq"):
+        graph = prepare(to_float(model.eval(), images[:2]), policies.load(variant.split()[1]))
+        quantize_graph(graph, images, effort="fast")
+        attach_norms(graph, images)
+        model = graph.module
+    elif variant.startswith("torch"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            mapping = get_default_qat_qconfig_mapping("onednn")
+            model = prepare_qat_fx(model.train(), mapping, (images[:2],))
+    made: nn.Module = model.train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return torch.compile(made) if compiled else made  # type: ignore[return-value]
+
+
+def stepper(model: nn.Module, images: Tensor, labels: Tensor, *, bf16: bool) -> Callable[[], None]:
+    """One optimizer step."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, nesterov=True)
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            logits = model(images)
+        nn.functional.cross_entropy(logits.float(), labels).backward()
+        optimizer.step()
+
+    return step
+
+
+def batch_of(size: int) -> tuple[Tensor, Tensor]:
+    """Random images, channels last, and labels."""
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(size, 3, 32, 32, generator=generator)
+    labels = torch.randint(10, (size,), generator=generator)
+    return images.contiguous(memory_format=torch.channels_last), labels
+
+
+def memory(name: str, variant: str, options: argparse.Namespace) -> float:
+    """Peak of two steps in MB over the resting process, from a process of its own."""
+    command = [sys.executable, __file__, "--models", name, "--memory", variant]
+    command += ["--batch", str(options.batch), "--threads", str(options.threads)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return float(done.stdout.splitlines()[-1])
+
+
+def peak_of(name: str, variant: str, options: argparse.Namespace) -> float:
+    """What `memory` runs."""
+    images, labels = batch_of(options.batch)
+    step = stepper(network(name, variant, compiled=False), images, labels, bf16=options.bf16)
+    before = peak_memory_mb()
+    step()
+    step()
+    return peak_memory_mb() - before
+
+
+def measure(name: str, options: argparse.Namespace) -> list[dict[str, object]]:
+    """A row per variant."""
+    images, labels = batch_of(options.batch)
+    steps = {}
+    for variant in VARIANTS:
+        compiled = options.compile and not variant.startswith("torch")
+        model = network(name, variant, compiled=compiled)
+        steps[variant] = stepper(model, images, labels, bf16=options.bf16)
+        steps[variant]()
+        steps[variant]()
+    times: dict[str, list[float]] = {v: [] for v in VARIANTS}
+    for _ in range(options.rounds):
+        for variant, step in steps.items():
+            start = time.process_time()
+            step()
+            times[variant].append(1e3 * (time.process_time() - start))
+    base = np.array(times["float"])
+    rows = []
+    for variant, found in times.items():
+        ratio = np.array(found) / base
+        rows.append({
+            "model": name,
+            "variant": variant,
+            "ms": round(float(np.median(found)), 1),
+            "ratio": round(float(np.median(ratio)), 2),
+            "p10": round(float(np.quantile(ratio, 0.1)), 2),
+            "p90": round(float(np.quantile(ratio, 0.9)), 2),
+            "peak_mb": round(memory(name, variant, options)),
+        })  # fmt: skip
+    return rows
+
+
+def main() -> None:
+    """Measure and print a JSON line per variant."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="+", default=list(MODELS))
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--memory", metavar="VARIANT", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.memory:
+        print(peak_of(options.models[0], options.memory, options))
+        return
+    for name in options.models:
+        for row in measure(name, options):
+            print(json.dumps(row), flush=True)
+    told = {"batch": options.batch, "threads": options.threads, "bf16": options.bf16}
+    print(json.dumps(setting() | told | {"compile": options.compile}))
+
+
+if __name__ == "__main__":
+    main()
