@@ -142,7 +142,14 @@ def test_interruption_ends_with_130(here):
         "sys.exit(cli.main(['slow']))"
     )
     pipe = subprocess.PIPE
-    with subprocess.Popen([sys.executable, "-c", code], stdout=pipe, stderr=pipe, text=True) as run:
+    with subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=pipe,
+        stderr=pipe,
+        text=True,
+        # A test run in the background hands on that it ignores the signal.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as run:
         assert run.stdout.readline() == "on\n"
         time.sleep(0.1)
         run.send_signal(signal.SIGINT)

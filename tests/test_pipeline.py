@@ -288,7 +288,14 @@ def test_a_killed_qat_is_resumed_bit_for_bit(here, capsys):
     say(capsys, "qat", *fast, "-o", "whole")
     argv = ["qat", "--policy", "runs/model/policy.yaml", *fast, "-o", "parts"]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    with subprocess.Popen([*MPQ, *argv], stderr=subprocess.PIPE, text=True, env=env) as run:
+    with subprocess.Popen(
+        [*MPQ, *argv],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=env,
+        # A test run in the background hands on that it ignores the signal.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as run:
         for line in run.stderr:
             if line.startswith("epoch 1/3"):
                 break
