@@ -31,7 +31,7 @@ from mpq.train.recipe import Recipe
 
 logger = logging.getLogger(__name__)
 FORMAT, VERSION = "mpq/quantized", 1
-VALIDATION_IMAGES = 1000
+VALIDATION_IMAGES = 500
 Progress = Callable[[str, int, int], None]
 
 
