@@ -95,8 +95,6 @@ def calibrate(
         raise UsageError("calibration needs at least one image. Got none.")
     sites = {n: m for n, m in qg.module.named_modules() if isinstance(m, FakeQuant)}
     histograms = {name: Histogram() for name in sites}
-    if images.ndim == 4:  # convolutions on a CPU take half the time so
-        images = images.contiguous(memory_format=torch.channels_last)
     parts = torch.split(images, batch)
     passes: list[tuple[Callable[[Histogram, Tensor], None], Sequence[Tensor]]]
     passes = [(Histogram.widen, parts)]

@@ -76,8 +76,7 @@ def predict_units(
     with evaluating(model):
         for start in range(0, len(images), batch):
             part = as_tensor(images[start : start + batch])
-            units = to_unit(part.to(device)).contiguous(memory_format=torch.channels_last)
-            logits: Tensor = forward(units)
+            logits: Tensor = forward(to_unit(part.to(device)))
             parts.append(logits.float().cpu())
     return torch.cat(parts, dim=-2)
 
