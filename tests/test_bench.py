@@ -132,9 +132,17 @@ def test_the_ratio_says_how_many_times_faster(tmp_path):
 
     large, small = model("large.onnx", 1000), model("small.onnx", 10)
     rows = bench([small], float_file=large, images=None, runs=30)
-    by_medians = rows[0].latency_ms.median / rows[1].latency_ms.median
-    assert by_medians > 5
-    assert rows[1].ratio_to_float == pytest.approx(by_medians, rel=0.5)
+    assert rows[0].latency_ms.median > 5 * rows[1].latency_ms.median
+    assert rows[1].ratio_to_float > 5
+
+
+def test_the_ratio_is_the_median_over_rounds(tmp_path, weights, monkeypatch):
+    seconds = np.array([[8.0, 30.0, 10.0], [4.0, 3.0, 2.0]])  # a round in which all was slow
+    monkeypatch.setattr(bench_module, "interleave", lambda runners, runs: seconds)
+    file = write_model(tmp_path / "m.onnx", weights)
+    rows = bench([file], float_file=write_model(tmp_path / "f.onnx", weights), images=None)
+    assert [row.ratio_to_float for row in rows] == [1.0, 5.0]
+    assert [row.latency_ms.median for row in rows] == [10_000.0, 3_000.0]
 
 
 def test_without_images_or_float_model_the_rest_is_measured(tmp_path, weights):
