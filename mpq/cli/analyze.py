@@ -106,8 +106,8 @@ def analyze(
     mpq analyze model.pth
     mpq analyze resnet20.pth --data cifar10 --effective-bits 4.8 -o runs/r20
     mpq analyze resnet20.pth --data cifar10 --bits 16,8,4 --max-size-mb 0.4
-    mpq analyze model.pth --effective-bits 4.2,4.8,6     policy.yaml, policy-4.8.yaml, policy-6.yaml
-    mpq analyze model.pth --max-drop 0.3                 the fewest bits that lose 0.3 points
+    mpq analyze model.pth --effective-bits 4.2,4.8,6     one policy each
+    mpq analyze model.pth --max-drop 0.3         fewest bits for 0.3 points
     mpq analyze model.pth --data none            weights only, no images
     """
     folder = rundir.resolve_out(out, checkpoint.stem)
