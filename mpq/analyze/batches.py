@@ -101,11 +101,6 @@ def ranks_of() -> tuple[int, int]:
     return state.process_index, state.num_processes
 
 
-def is_main() -> bool:
-    """Whether this process is the one that writes and prints."""
-    return ranks_of()[0] == 0
-
-
 def gather(done: dict[int, Rows]) -> dict[int, Rows]:
     """The batches of all processes, in each of them."""
     if ranks_of()[1] == 1:

@@ -9,7 +9,6 @@ from typing import get_args
 import click
 
 from mpq import rundir
-from mpq.analyze.batches import is_main
 from mpq.analyze.limits import LIMITS
 from mpq.analyze.perturb import Rounding
 from mpq.analyze.score import METRICS
@@ -157,7 +156,7 @@ def analyze(
             validate=validate,
             progress=tell,
         )
-    if not is_main():
+    if not rundir.leading():
         return
     write_analysis(found, folder, force=force)
     _show(found, folder, as_json)
