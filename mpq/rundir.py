@@ -7,7 +7,6 @@ No torch here.
 
 from __future__ import annotations
 
-import os
 import tempfile
 from pathlib import Path
 
@@ -40,14 +39,6 @@ FILES = {
 }
 """The files of a run, each with the command that writes it."""
 _SUFFIXES = {Path(name).suffix for name in FILES}
-
-
-def leading() -> bool:
-    """Whether this process writes files: the only one, or the first of those a launcher started.
-
-    `accelerate launch` and `torchrun` number them in `RANK`.
-    """
-    return os.environ.get("RANK", "0") == "0"
 
 
 def resolve_out(out: str | Path | None, default_name: str) -> Path:

@@ -9,7 +9,7 @@ import torch
 from test_loop import NORMALIZE, pictures
 from torch import nn
 
-from mpq import rundir
+from mpq.processes import leading
 from mpq.train.ensemble import Ensemble, Member
 from mpq.train.loop import fit
 from mpq.train.recipe import Recipe
@@ -34,7 +34,7 @@ def main(out: Path) -> None:
         folder=out,
         teacher=Ensemble([Member("t", linear(1), NORMALIZE)]),
     )
-    if rundir.leading():
+    if leading():
         torch.save(model.state_dict(), out / "weights.pth")
 
 

@@ -17,6 +17,7 @@ ROOTS = {"mpq": Path(mpq.__file__).parent, "mpq.export": Path(mpq.export.__file_
 LAYERS = {
     "mpq.errors": 0,
     "mpq.files": 1,
+    "mpq.processes": 1,
     "mpq.spec": 1,
     "mpq.policy": 2,
     "mpq.target": 2,

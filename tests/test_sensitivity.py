@@ -387,7 +387,7 @@ sys.path.insert(0, {tests!r})
 torch.set_num_threads(1)
 from test_sensitivity import Net
 from mpq.analyze import score_layers
-from mpq.analyze.batches import ranks_of
+from mpq.processes import ranks_of
 from mpq.graph.passes import to_float
 given = torch.load({folder!r} + "/in.pt")
 net = Net().eval()

@@ -7,7 +7,6 @@ end with the scores of one that was not.
 
 from __future__ import annotations
 
-import os
 import time
 import zipfile
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mpq.files import atomic_file
+from mpq.processes import ranks_of
 
 Progress = Callable[[int, int], None]
 """Called with (done, total)."""
@@ -88,17 +88,6 @@ def over_batches(
     rows = gather(store.done)
     store.remove()
     return np.concatenate([rows[i] for i in sorted(rows)])
-
-
-def ranks_of() -> tuple[int, int]:
-    """Number of this process and how many there are: (0, 1) where no launcher started it."""
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
-        return 0, 1
-    from accelerate import PartialState  # a second of import that one process need not pay
-
-    # Scores are computed where the images lie; what is exchanged is small and lies on the CPU.
-    state = PartialState(cpu=True)
-    return state.process_index, state.num_processes
 
 
 def gather(done: dict[int, Rows]) -> dict[int, Rows]:

@@ -19,6 +19,7 @@ from mpq.pipeline.analysis import Analysis, analysis_json, write_analysis
 from mpq.pipeline.analyzing import find_policy
 from mpq.pipeline.subject import Source, open_checkpoint
 from mpq.policy import Constraints, DropType, Policy
+from mpq.processes import leading
 from mpq.report.tables import configurations_table, sensitivity_table
 from mpq.target import this_target
 
@@ -156,7 +157,7 @@ def analyze(
             validate=validate,
             progress=tell,
         )
-    if not rundir.leading():
+    if not leading():
         return
     write_analysis(found, folder, force=force)
     _show(found, folder, as_json)

@@ -27,6 +27,7 @@ from rich.progress import (
 
 from mpq import rundir
 from mpq.data import Normalization
+from mpq.processes import leading
 from mpq.spec import WIDTHS
 from mpq.target import TARGETS
 
@@ -188,7 +189,7 @@ def quiet_c() -> Iterator[None]:
 
 def say(text: str) -> None:
     """One line on stderr: what was chosen, what was written. The leading process speaks."""
-    if rundir.leading():
+    if leading():
         stderr.print(text, markup=False, soft_wrap=True)
 
 

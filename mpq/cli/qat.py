@@ -13,6 +13,7 @@ from mpq.pipeline.guard import check_start
 from mpq.pipeline.quantizing import check_policy_file, keep_policy, run_qat, save_quantized
 from mpq.pipeline.subject import Source, policy_subject
 from mpq.policy import Policy
+from mpq.processes import leading
 
 
 @click.command()
@@ -83,7 +84,7 @@ def qat(
             on_step=on_step,
             on_epoch=on_epoch,
         )
-    if not rundir.leading():
+    if not leading():
         return
     save_quantized(found, written)
     (folder / "checkpoint.pth").unlink(missing_ok=True)  # the run is complete

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import click
 
-from mpq import rundir
 from mpq.cli import options, training
 from mpq.data import Normalization
 from mpq.pipeline.guard import check_start
 from mpq.pipeline.subject import Source
 from mpq.pipeline.training import initial_weights, new_subject, run_train, working_folder
+from mpq.processes import leading
 
 
 @click.command()
@@ -91,7 +91,7 @@ def train(
             on_step=on_step,
             on_epoch=on_epoch,
         )
-    if not rundir.leading():
+    if not leading():
         return
     if as_json:
         click.echo(json.dumps({"file": str(out), "validation_top1": result.top1}))

@@ -11,10 +11,10 @@ import click
 import torch
 import yaml
 
-from mpq import rundir
 from mpq.cli import options
 from mpq.data import Normalization
 from mpq.errors import UsageError
+from mpq.processes import leading
 from mpq.train.ensemble import Ensemble, load_ensemble
 from mpq.train.metrics import Record
 from mpq.train.recipe import Recipe
@@ -123,7 +123,7 @@ def live(epochs: int) -> Iterator[Hooks]:
 
     Of several processes the leading one speaks.
     """
-    if not rundir.leading():
+    if not leading():
         yield (lambda *_: None), (lambda _: None)
         return
     with options.bars() as tell:

@@ -7,6 +7,7 @@ from pathlib import Path
 from mpq import rundir
 from mpq.errors import CheckpointError, UsageError
 from mpq.policy import ModelInfo
+from mpq.processes import leading
 from mpq.train.ensemble import Ensemble
 from mpq.train.resume import CHECKPOINT
 
@@ -28,7 +29,7 @@ def check_start(
     Raises:
         UsageError: what `resume` and `force` ask for does not fit what is there.
     """
-    if not rundir.leading():
+    if not leading():
         return  # the leading process may have begun to write already
     checkpoint = folder / state
     if resume:

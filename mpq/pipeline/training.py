@@ -14,6 +14,7 @@ from mpq.errors import CheckpointError
 from mpq.pipeline.guard import check_teacher
 from mpq.pipeline.subject import Source, Subject, open_checkpoint
 from mpq.policy import ModelInfo
+from mpq.processes import leading
 from mpq.train.engine import OnStep
 from mpq.train.ensemble import Ensemble, Member, measure, save_ensemble
 from mpq.train.loop import FitResult, fit
@@ -91,7 +92,7 @@ def run_train(
         on_step=on_step,
         on_epoch=on_epoch,
     )
-    if not rundir.leading():
+    if not leading():
         return result
     metrics = {"validation_top1": result.top1, "epochs": recipe.epochs, "seed": seed}
     info = subject.info.model_copy(update={"checkpoint": "", "sha256": ""})

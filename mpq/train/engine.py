@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from mpq.data import Normalization
 from mpq.errors import DataError, TrainError, UsageError
 from mpq.graph.norms import freeze_norms
+from mpq.processes import leave_at_exit
 from mpq.train.answers import Answers, answer_folders
 from mpq.train.augment import Targets, augment, epoch_rng, mix
 from mpq.train.diagnose import first_nonfinite
@@ -261,5 +262,6 @@ def _accelerator(device: str) -> tuple[Accelerator, torch.device]:
     except ValueError:  # the process has one already, with other settings: ours are our own
         accelerator = Accelerator()
     if accelerator.num_processes > 1:
+        leave_at_exit()
         return accelerator, accelerator.device
     return accelerator, torch.device(device)
