@@ -1,14 +1,16 @@
 """Quantization-aware training with and without teachers, judged on the exported files.
 
-For ResNet-20 on CIFAR-10, from its checkpoint: each configuration of widths is quantized without
-training, then trained for `--epochs` with the teachers and without, exported to ONNX and run in
-onnxruntime on all test images. `float` is distilled and not quantized. Every measurement is a line
-of `distill.jsonl`; what is there already is not measured again, and a training that was interrupted
-goes on from its checkpoint. The teachers' answers are computed once and shared by all runs.
+For ResNet-20 on CIFAR-10, from its checkpoint (or `--model`, such as the `model.pth` of a `float`
+run): each configuration of widths is quantized without training, then trained for `--epochs` with
+the teachers and without, exported to ONNX and run in onnxruntime on all test images. `float` is
+trained and not quantized. Every measurement is a line of `distill.jsonl`; what is there already is
+not measured again, and a training that was interrupted goes on from its checkpoint. The teachers'
+answers are computed once and shared by all runs.
 
-    MPQ_DATA=... python benchmarks/distill.py --out runs/distill --epochs 10
-    MPQ_DATA=... python benchmarks/distill.py --only 4.8 w4a4 --train teachers --seeds 2
-    MPQ_DATA=... python benchmarks/distill.py --only 4.8 --set weighting=dynamic
+    mpq ensemble resnet32.pth resnet44.pth resnet56.pth --normalize imagenet -o ens.pth
+    MPQ_DATA=... python benchmarks/distill.py --teachers ens.pth --only float --epochs 30
+    MPQ_DATA=... python benchmarks/distill.py --teachers ens.pth --only 4.8 w4a4 --seeds 2 \
+        --model runs/distill/float-teachers-base-seed0/model.pth --name from-distilled
 """
 
 from __future__ import annotations
@@ -24,19 +26,18 @@ import torch
 from common import accuracy_of, answers, setting
 
 from mpq.analyze import allocate, build_policy, score_layers
+from mpq.checkpoint import save_model
 from mpq.cli.training import recipe_from
 from mpq.data import Normalization, load_arrays
 from mpq.export import float_to_onnx, to_onnx
 from mpq.pipeline.quantizing import run_ptq, run_qat
 from mpq.pipeline.subject import Source, Subject, open_checkpoint
-from mpq.pipeline.training import build_ensemble
 from mpq.policy import Constraints, DataInfo, Policy
-from mpq.train.ensemble import Ensemble
+from mpq.train.ensemble import Ensemble, load_ensemble
 from mpq.train.loop import fit
 from mpq.train.recipe import Recipe
 
 CHECKPOINTS = Path(os.environ.get("MPQ_DATA", ".")) / "checkpoints"
-TEACHERS = ("resnet32-cifar10.pth", "resnet44-cifar10.pth", "resnet56-cifar10.pth")
 UNIFORM = {"w8a8": (8, 8), "w4a8": (4, 8), "w4a4": (4, 4)}
 MIXED = {"16/8": ((16, 8), 12.0), "4.8": ((8, 4), 4.8), "4.2": ((8, 4), 4.2)}
 """Widths to choose from, and effective bits."""
@@ -86,6 +87,7 @@ def make(
                 on_epoch=lambda record: print(json.dumps(record), flush=True),
                 **kept,  # type: ignore[arg-type]
             )
+            save_model(folder / "model.pth", subject.module, info=subject.info, data="cifar10")
         return float_to_onnx(subject.graph(), path)
     policy = policy_for(configuration, subject)
     if training == "none":
@@ -108,9 +110,8 @@ def measure(configuration: str, training: str, seed: int, options: Any) -> dict[
     """One line of the table."""
     normalize = Normalization.parse("imagenet")
     source = Source("cifar10")
-    subject = open_checkpoint(CHECKPOINTS / "resnet20-cifar10.pth", source, normalize=normalize)
-    paths = [CHECKPOINTS / name for name in options.teachers]
-    teacher, _, _ = build_ensemble(paths, source, normalize=normalize)
+    subject = open_checkpoint(options.model, source, normalize=normalize)
+    teacher = load_ensemble(options.teachers)
     name = f"{configuration.replace('/', '-')}-{training}-{options.name}-seed{seed}"
     folder = options.out / name
     folder.mkdir(parents=True, exist_ok=True)
@@ -136,7 +137,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/distill"))
     parser.add_argument("--only", nargs="+", choices=CONFIGURATIONS, default=list(CONFIGURATIONS))
     parser.add_argument("--train", nargs="+", choices=TRAINING, default=list(TRAINING))
-    parser.add_argument("--teachers", nargs="+", default=list(TEACHERS))
+    parser.add_argument("--model", type=Path, default=CHECKPOINTS / "resnet20-cifar10.pth")
+    parser.add_argument("--teachers", type=Path, default=Path("ens.pth"), help="of mpq ensemble")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--recipe", default="qat")
@@ -154,7 +156,7 @@ def main() -> None:
             for training in options.train:
                 key = {"widths": configuration, "training": training, "seed": seed}
                 key |= {"epochs": options.epochs if training != "none" else 0}
-                key |= {"recipe": options.name if training != "none" else ""}
+                key |= {"recipe": options.name}
                 if any(key.items() <= row.items() for row in done):
                     continue
                 row = key | measure(configuration, training, seed, options)

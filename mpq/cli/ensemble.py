@@ -37,8 +37,11 @@ def ensemble(
 ) -> None:
     """Bundle CHECKPOINTS as teachers, measured one by one and together.
 
+    One of them may be an ensemble: its members join, each with its own normalization.
+
     \b
     mpq ensemble a.pth b.pth c.pth -o ens.pth
+    mpq ensemble d.pth --normalize cifar10 ens.pth -o all.pth
     """
     rundir.refuse_overwrite(out, force)
     with options.status() as tell:

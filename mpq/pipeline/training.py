@@ -10,13 +10,13 @@ import torch
 from mpq import rundir, zoo
 from mpq.checkpoint import load_model, save_model
 from mpq.data import DataSet, Normalization, load_arrays, open_data
-from mpq.errors import CheckpointError
+from mpq.errors import DataError
 from mpq.pipeline.guard import check_teacher
 from mpq.pipeline.subject import Source, Subject, open_checkpoint
 from mpq.policy import ModelInfo
 from mpq.processes import leading
 from mpq.train.engine import OnStep
-from mpq.train.ensemble import Ensemble, Member, measure, save_ensemble
+from mpq.train.ensemble import Ensemble, Member, bundled, measure, save_ensemble
 from mpq.train.loop import FitResult, fit
 from mpq.train.metrics import Record
 from mpq.train.recipe import Recipe
@@ -115,31 +115,40 @@ def build_ensemble(
 ) -> tuple[Ensemble, DataSet, str]:
     """Bundle checkpoints and measure them, one by one and together, on the validation split.
 
+    A path may be an ensemble already: its members are taken over with their normalization, so that
+    teachers which need different ones come together.
+
     Raises:
         CheckpointError: a file cannot be read, or the members differ in their classes.
         DataError: the data are missing.
     """
-    subjects = [
-        open_checkpoint(p, source, normalize=normalize, trust_pickle=trust_pickle) for p in paths
-    ]
-    counts = {s.info.classes for s in subjects}
-    if len(counts) > 1:
-        listed = ", ".join(f"{p}: {s.info.classes}" for p, s in zip(paths, subjects, strict=True))
-        raise CheckpointError(f"the teachers must have the same classes. Got {listed}.")
-    members = [
-        Member(
-            name=path.stem,
-            module=s.module,
-            normalize=s.normalize,
-            arch=s.info.arch,
-            classes=s.info.classes,
-            input=s.info.input,
-        )
-        for path, s in zip(paths, subjects, strict=True)
-    ]
-    data = subjects[0].require_data("measuring teachers")
+    members: list[Member] = []
+    name = source.data or ""
+    for path in paths:
+        found, known = bundled(path, trust_pickle=trust_pickle)
+        if not found:
+            subject = open_checkpoint(path, source, normalize=normalize, trust_pickle=trust_pickle)
+            found, known = [_member(path, subject)], subject.data_name
+        members += found
+        name = name or known
+    ensemble = Ensemble(members)
+    if not name or name == "none":
+        raise DataError("teachers are measured on images. Name a data set with --data.")
+    data = open_data(name, root=source.root, size=(members[0].input or (3, 32, 32))[1:])
     images, labels = load_arrays(data.validation)
-    return measure(Ensemble(members), images, labels), data, subjects[0].data_name
+    return measure(ensemble, images, labels), data, name
+
+
+def _member(path: Path, subject: Subject) -> Member:
+    info = subject.info
+    return Member(
+        name=path.stem,
+        module=subject.module,
+        normalize=subject.normalize,
+        arch=info.arch,
+        classes=info.classes,
+        input=info.input,
+    )
 
 
 def write_ensemble(ensemble: Ensemble, path: Path, data: str, *, force: bool) -> None:

@@ -1,7 +1,8 @@
 """One epoch of training: batches, losses, steps.
 
 Images stay uint8 in memory (on the device, if they fit) and are augmented batch by batch. Every
-random number of an epoch derives from (seed, epoch), so that an epoch can be repeated at will.
+random number of an epoch derives from (seed, epoch), so that an epoch can be repeated at will: to
+resume, and by a recipe's `cycle` to learn again from images that the teachers have answered.
 Processes and gradient exchange are accelerate's: under `accelerate launch` each process takes its
 share of every batch. Autocast is entered here and not by accelerate, which would rewrap the
 model's forward: a prepared `fx.GraphModule` must stay what it is.
@@ -131,13 +132,14 @@ class Engine:
         """Train for one epoch; the record lacks only validation and time."""
         self.model.train()
         freeze_norms(self.model, epoch >= self.recipe.epochs * (1 - self.recipe.norm_frozen))
-        order = torch.from_numpy(epoch_rng(self.seed, epoch).permutation(len(self.images)))
+        view = epoch % self.recipe.cycle if self.recipe.cycle else epoch
+        order = torch.from_numpy(epoch_rng(self.seed, view).permutation(len(self.images)))
         order = order.to(self.images.device)
-        rng = epoch_rng(self.seed, epoch, 1 + self.rank)
+        rng = epoch_rng(self.seed, view, 1 + self.rank)
         torch.manual_seed(int(rng.integers(2**62)))  # for dropout and the like
         totals = Totals()
         if self._folders:
-            self._answers = Answers([f / f"epoch-{epoch:04}.pth" for f in self._folders])
+            self._answers = Answers([f / f"epoch-{view:04}.pth" for f in self._folders])
         for step in range(self.steps):
             index = order[step * self.recipe.batch : (step + 1) * self.recipe.batch]
             loss = self._step(epoch, step, index[self.rank :: self.ranks], rng, totals)

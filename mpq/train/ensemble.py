@@ -159,8 +159,27 @@ def load_ensemble(path: Path, *, normalize: str = "", trust_pickle: bool = False
         CheckpointError: a missing, damaged or foreign file; the message names the member.
     """
     content = load_safe(path, trust_pickle=trust_pickle)
-    if not (isinstance(content, dict) and content.get("format") == FORMAT):
+    if not _is_bundle(content):
         return _single(path, normalize, trust_pickle)
+    return _bundle(path, content)
+
+
+def bundled(path: Path, *, trust_pickle: bool = False) -> tuple[Sequence[Member], str]:
+    """The members of an `ens.pth` and the data it was measured on; none if it is another file.
+
+    Raises as `load_ensemble`.
+    """
+    content = load_safe(path, trust_pickle=trust_pickle)
+    if not _is_bundle(content):
+        return (), ""
+    return _bundle(path, content).members, str(content.get("data", ""))
+
+
+def _is_bundle(content: Any) -> bool:
+    return isinstance(content, dict) and content.get("format") == FORMAT
+
+
+def _bundle(path: Path, content: dict[str, Any]) -> Ensemble:
     if content.get("version") != VERSION:
         raise CheckpointError(
             f"{path}: version must be {VERSION}. Got {content.get('version')!r} instead; "

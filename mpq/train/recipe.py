@@ -32,6 +32,12 @@ class Recipe(BaseModel):
     accumulate: int = Field(
         default=1, ge=1, description="parts that a batch is computed in, to save memory"
     )
+    cycle: int = Field(
+        default=0,
+        ge=0,
+        description="epochs after which order and augmentation repeat, so that the answers of "
+        "teachers that are kept serve again; 0: never",
+    )
     checkpoint_every: int = Field(default=1, ge=1, description="epochs between checkpoints")
     precision: Literal["float32", "bf16"] = Field(
         default="float32", description="bf16: autocast of student and teachers, float32 losses"
