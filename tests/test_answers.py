@@ -93,3 +93,17 @@ def test_a_folder_that_cannot_be_written_costs_no_run(tmp_path: Path, caplog):
     (tmp_path / "a").write_text("a file where a folder should be")
     train(network(), tmp_path / "one", teacher=teachers(1)[0], answers=tmp_path / "a")
     assert "are not kept" in caplog.text
+
+
+def test_a_cycle_repeats_the_images_and_the_teachers_answer_once(tmp_path: Path):
+    ensemble, (module,) = teachers(1)
+    recipe = BASE.override({"cycle": 1, "epochs": 3})
+    kept, plain = network(), network()
+    train(kept, tmp_path / "kept", recipe, teacher=ensemble, answers=tmp_path / "a")
+    train(plain, tmp_path / "plain", recipe, teacher=teachers(1)[0])
+    assert_equal_weights(kept, plain)
+    once, (other,) = teachers(1)
+    short = recipe.override({"epochs": 1})
+    train(network(), tmp_path / "once", short, teacher=once, answers=tmp_path / "b")
+    assert module.asked == other.asked
+    assert len(list((tmp_path / "a").rglob("*.pth"))) == 1

@@ -16,11 +16,13 @@ import yaml
 
 from mpq.checkpoint import load_safe
 from mpq.cli import main
+from mpq.data import Normalization
 from mpq.latency import LatencyProfile, LayerLatency
 from mpq.pipeline.quantizing import load_quantized
 from mpq.pipeline.subject import Source
 from mpq.pipeline.training import new_subject, run_train
 from mpq.policy import Policy
+from mpq.train.ensemble import load_ensemble
 from mpq.train.recipe import Recipe
 
 MPQ = [sys.executable, "-c", "import sys; from mpq.cli import main; sys.exit(main())"]
@@ -169,7 +171,7 @@ def test_the_whole_way_in_the_exact_forms(here, capsys, monkeypatch):
     assert re.search(r"^top-1 \d+\.\d\d % on the validation split, simulated$", out, re.M)
     names = {p.name for p in Path("runs/p").iterdir()}
     assert names == {"policy.yaml", "quantized.pth", "metrics.jsonl"}
-    assert load_safe(Path("runs/p/quantized.pth"))["metrics"]["teachers"] == ["model", "small"]
+    assert load_safe(Path("runs/p/quantized.pth"))["metrics"]["teachers"] == ["model", "model"]
 
     out, err = say(capsys, "export", "--onnx")
     assert "no file named: using runs/p/quantized.pth" in err
@@ -200,6 +202,16 @@ def test_json_output_is_json_and_nothing_else(here, capsys):
     told = as_json(capsys, "train", "resnet20_conv", "--data", "digits", *FAST, "-o", "s.pth")
     assert told["file"] == "s.pth"
     assert as_json(capsys, "qat", "--policy", "a", "--force", *FAST)["epochs"] == 1
+
+
+def test_an_ensemble_joins_another_with_its_own_normalization(here, capsys):
+    as_json(capsys, "ensemble", "model.pth", "--normalize", "cifar10", "-o", "one.pth")
+    told = as_json(capsys, "ensemble", "model.pth", "one.pth", "-o", "two.pth")
+    assert [m["name"] for m in told["members"]] == ["model", "model"]
+    first, second = load_ensemble(Path("two.pth")).members
+    assert str(second.normalize) == str(Normalization.parse("cifar10")) != str(first.normalize)
+    # The data of the first file count, also where it is an ensemble.
+    assert as_json(capsys, "ensemble", "two.pth", "-o", "three.pth")["top1"] == told["top1"]
 
 
 def test_a_command_without_input_takes_the_newest_run(here, capsys):
