@@ -1,0 +1,140 @@
+"""Does it matter how the teachers of an ensemble are weighed? Students from scratch, by weighting.
+
+For each seed a small ResNet learns from the same initial weights and the same augmented images once
+by every weighting, once from each single teacher and once from labels alone; so differences are
+paired. CIFAR-10's training images without the validation split, top-1 on all test images and on
+both halves. Every run is a line of `weighting.jsonl`; runs that are there are not repeated, and the
+teachers' answers are computed once for all.
+
+    mpq ensemble resnet32.pth resnet44.pth resnet56.pth --normalize imagenet -o ens.pth
+    MPQ_DATA=... python benchmarks/weighting.py --teachers ens.pth --seeds 0 1 2 --epochs 10
+    MPQ_DATA=... python benchmarks/weighting.py --teachers ens.pth --variants mean dynamic
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import accuracy_of, setting
+
+from mpq.cli.training import recipe_from
+from mpq.data import DataSet, Normalization, load_arrays, open_data
+from mpq.train.ensemble import Ensemble, load_ensemble
+from mpq.train.evaluate import predict
+from mpq.train.loop import fit
+from mpq.train.recipe import Recipe
+from mpq.train.weighting import WEIGHTINGS
+from mpq.zoo.resnet import cifar_resnet
+
+LABELS = "labels"
+
+
+def learn(
+    variant: str,
+    seed: int,
+    *,
+    depth: int,
+    data: DataSet,
+    teachers: Ensemble,
+    recipe: Recipe,
+    out: Path,
+) -> dict[str, Any]:
+    """Train one student from scratch; its accuracy. `seed` is of its initial weights alone."""
+    normalize = Normalization.parse("cifar10")
+    torch.manual_seed(seed)
+    student = cifar_resnet(depth, shortcut="pad", classes=10)
+    single = [m for m in teachers.members if m.name == variant]
+    teacher = None if variant == LABELS else Ensemble(single) if single else teachers
+    if variant in WEIGHTINGS:
+        recipe = recipe.override({"weighting": variant})
+    start = time.perf_counter()
+    fit(
+        student,
+        train=load_arrays(data.train),
+        validation=None,
+        normalize=normalize,
+        recipe=recipe,
+        folder=out / f"{variant}-{depth}-{seed}",
+        teacher=teacher,
+        resume=True,
+        answers=out / "answers",
+    )
+    images, labels = load_arrays(data.test)
+    found = accuracy_of(predict(student, images, normalize).argmax(1).numpy(), labels)
+    return found | {"seconds": round(time.perf_counter() - start)}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Mean top-1 of each variant and its paired difference to `mean`, with standard errors."""
+    found: dict[str, dict[int, float]] = defaultdict(dict)
+    for row in rows:
+        found[row["variant"]][row["seed"]] = row["top1"]
+    lines = [f"{'variant':32} {'runs':>4} {'top-1':>14} {'to the mean':>14}"]
+    for variant, runs in sorted(found.items(), key=lambda v: statistics.mean(v[1].values())):
+        paired = [top1 - found["mean"][s] for s, top1 in runs.items() if s in found["mean"]]
+        shown = "" if variant == "mean" or not paired else spread(paired, sign="+")
+        lines.append(f"{variant:32} {len(runs):4} {spread([*runs.values()]):>14} {shown:>14}")
+    return "\n".join(lines)
+
+
+def spread(values: list[float], sign: str = "") -> str:
+    """Mean and its standard error."""
+    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+    return f"{statistics.mean(values):{sign}.2f} ±{error:.2f}"
+
+
+def main() -> None:
+    """Run what is missing and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--teachers", type=Path, default=Path("ens.pth"), help="of mpq ensemble")
+    parser.add_argument("--out", type=Path, default=Path("runs/weighting"))
+    parser.add_argument("--variants", nargs="+", metavar="NAME",
+                        help="labels, a weighting, or a teacher; all without it")  # fmt: skip
+    parser.add_argument("--depth", type=int, default=8, help="of the student, 6n + 2")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--set", dest="settings", nargs="+", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    recipe = recipe_from("plain", options.epochs, tuple(options.settings))
+    teachers, data = load_ensemble(options.teachers), open_data("cifar10")
+    known = [LABELS, *WEIGHTINGS, *teachers.names]
+    variants = options.variants or known
+    if unknown := set(variants) - set(known):
+        parser.error(f"--variants must be of {', '.join(known)}. Got {', '.join(unknown)}.")
+    options.out.mkdir(parents=True, exist_ok=True)
+    file = options.out / "weighting.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    for seed in options.seeds:
+        for variant in variants:
+            key = {"variant": variant, "seed": seed, "depth": options.depth}
+            key |= {"epochs": options.epochs, "settings": options.settings}
+            if any(key.items() <= row.items() for row in rows):
+                continue
+            row = key | learn(
+                variant,
+                seed,
+                depth=options.depth,
+                data=data,
+                teachers=teachers,
+                recipe=recipe,
+                out=options.out,
+            )
+            rows.append(row)
+            with file.open("a", encoding="utf-8") as out:
+                out.write(json.dumps(row) + "\n")
+            print(json.dumps(row), flush=True)
+    print(table(rows))
+    print(json.dumps(setting()))
+
+
+if __name__ == "__main__":
+    main()
