@@ -46,14 +46,18 @@ CALIBRATION, VERIFICATION, ROUNDS = 4, 6, 12
 ONE_FILE = 2**31 - 1
 _HEAD = """# torchvision's classifiers, from float to a verified file
 
-Random weights with batch statistics of their own and a last layer that tells the images apart;
-min-max ranges, rounding to nearest; `8`: W8A8, `mixed`: 4-bit weights but for the first and last
-layer and the depthwise ones. *Verified*: the share of images with the class of the simulation, and
-the largest difference of any quantizer in steps (in a deep random network one step grows on its
-way, in a trained one it does not, so a few fail the bounds of verification: regnet_y_400mf begins
-with one integer on a tie in the stem, 92 dB, and ends at 11 dB). Ratios are to the float file;
-latencies of one interleaved run, one thread, batch 1, on a machine with other work on it. The
-command is in `benchmarks/coverage.py`; it goes on where it stopped.
+Random weights, batch norms with statistics of what flows through, and a last layer that tells the
+images apart; min-max ranges, rounding to nearest; `8`: W8A8, `mixed`: 4-bit weights but for the
+first and last layer and the depthwise ones. *Verified*: the share of images with the class of the
+simulation, the largest difference of any quantizer that is given the runtime's own integers before
+it (what its layer does alone: a tie that rounds the other way is one step), and the largest at the
+end of the chain. The last is a matter of the network: batch norm and ReLU at random weights
+amplify noise from layer to layer (Yang et al., "A Mean Field Theory of Batch Normalization",
+2019). With shifts of mean 0 mobilenet_v2 ends 98 and regnet_y_400mf 177 steps from where it should
+be, though every layer alone is exact to one step on 99.998 % of its integers; with shifts of mean
+0.3, as here, 35 and 28. Size and latency are ratios to the float file; latencies of one interleaved
+run, one thread, batch 1, on a machine with other work on it. The command is in
+`benchmarks/coverage.py`; it goes on where it stopped.
 """
 
 
@@ -72,7 +76,7 @@ def random_network(name: str, side: int) -> nn.Module:
     norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
     for norm in norms:
         nn.init.uniform_(norm.weight, 0.2, 0.6)  # branches smaller than the trunk, as if trained
-        nn.init.normal_(norm.bias, 0, 0.1)
+        nn.init.normal_(norm.bias, 0.3, 0.1)  # most values pass the ReLU: less chaos
         norm.train()
         norm.momentum = None  # the plain average of what is seen
     with torch.no_grad():
@@ -127,6 +131,7 @@ def quantize_and_export(qg: QuantGraph, policy: Policy, path: Path, side: int) -
     if report is not None:
         row |= {
             "agreement": report.top1_agreement,
+            "own_step": report.max_own_step,
             "max_step": report.max_step,
             "sqnr_db": round(min(report.logits_sqnr_db, 99.0), 1),
         }
@@ -237,8 +242,10 @@ def table(out: Path) -> str:
     head = (
         f"{_HEAD}\nonnxruntime {runtime.version()}, torch {torch.__version__}, "
         f"{platform.machine()}; {len(measured)} of 80 measured.\n\n"
-        "| model | params (M) | traced | exported | verified | integer MACs | boundaries "
-        "| size ratio 8 / mixed | latency ratio 8 / mixed |\n" + "|---" * 9 + "|\n"
+        "| model | params (M) | traced | exported | verified: class, steps alone and in all "
+        "| integer MACs | boundaries | size ratio 8 / mixed | latency ratio 8 / mixed |\n"
+        + "|---" * 9
+        + "|\n"
     )
     return head + "".join(_line(row) for row in sorted(rows, key=lambda r: r["model"]))
 
@@ -251,7 +258,8 @@ def _line(row: dict[str, Any]) -> str:
     kinds = [row["w8a8"], row["mixed"]]
     exported = ["yes" if "bytes" in k else f"no: {k['error'][:60]}" for k in kinds]
     verified = [
-        f"{k['agreement']:.0%}, {k['max_step']} steps" if "agreement" in k else "no" for k in kinds
+        f"{k['agreement']:.0%}, {k['own_step']} and {k['max_step']}" if "agreement" in k else "no"
+        for k in kinds
     ]
 
     def both(key: str, form: str) -> str:

@@ -45,7 +45,7 @@ class LayerCertificate:
 
     Args:
         name: node name, the module path in files of mpq.
-        asked: `W4A8` from the policy, `-` where there is none.
+        asked: `W4A8` or `W4A8 dynamic` from the policy, `-` where there is none.
         stored: element type of the weights in the file.
         executed: op type in the optimized graph.
         integer: whether that is an integer kernel.
@@ -214,7 +214,7 @@ def _row(
     asked, broken, reason = "-", False, ""
     if choice is not None:
         w, a = choice.weight_bits, choice.activation_bits
-        asked = f"W{w or 32}A{a or 32}"
+        asked = f"W{w or 32}A{a or 32}{' dynamic' if choice.dynamic else ''}"
         promised, reason = _promise(node, w, a)
         broken = promised != integer or run.decoding
         if broken and decoding_asked and weight.data_type == onnx.TensorProto.INT4:

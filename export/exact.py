@@ -137,7 +137,8 @@ def _check(node: onnx.NodeProto, values: dict[str, Array], opset: int) -> Iterat
     got = [values[name] for name in node.output if name]
     name = _label(node)
     if node.op_type in KERNELS and _supported(node, inputs):
-        predicted = [KERNELS[node.op_type](inputs, attributes)]
+        result = KERNELS[node.op_type](inputs, attributes)
+        predicted = result if isinstance(result, list) else [result]
     elif node.op_type in MOVES and not node.domain:
         predicted = _by_onnx(node, inputs, opset)
     else:

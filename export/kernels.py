@@ -100,6 +100,32 @@ def matmul(inputs: Sequence[Array | None], attributes: Attributes) -> Array:
     return _leave(acc, as_ * bs, (ys, yz))
 
 
+def matmul_float(inputs: Sequence[Array | None], attributes: Attributes) -> Array:
+    """MatMulIntegerToFloat: floats `acc (s_a s_b) + bias`."""
+    a, b, as_, bs, az, bz, bias = (*inputs, *[None] * 7)[:7]
+    a, b, as_, bs = _all([a, b, as_, bs])
+    left = a.astype(np.int32) - (0 if az is None else az.astype(np.int32))
+    right = b.astype(np.int32) - (0 if bz is None else bz.astype(np.int32))
+    y: Array = _product(left, right).astype(F32) * (as_ * bs)
+    return y if bias is None else y + bias
+
+
+def dynamic_quantize(inputs: Sequence[Array | None], attributes: Attributes) -> list[Array]:
+    """DynamicQuantizeLinear: the range of the tensor and 0, `s = (high - low) / 255`."""
+    (x,) = _all(inputs)
+    low, high = min(F32(x.min()), F32(0)), max(F32(x.max()), F32(0))
+    scale = F32((high - low) / F32(255)) if high > low else F32(1)
+    zero = np.uint8(np.rint(np.clip(-low / scale, 0, 255)))
+    return [quantize(x, np.asarray(scale), np.asarray(zero)), np.asarray(scale), np.asarray(zero)]
+
+
+def dynamic_matmul(inputs: Sequence[Array | None], attributes: Attributes) -> Array:
+    """DynamicQuantizeMatMul: the two above in one."""
+    x, b, bs, bz, bias = (*inputs, *[None] * 5)[:5]
+    q, scale, zero = dynamic_quantize([x], {})
+    return matmul_float([q, b, scale, bs, zero, bz, bias], {})
+
+
 def add(inputs: Sequence[Array | None], attributes: Attributes) -> Array:
     """QLinearAdd: `rint(a r_a + (b r_b + c))`, each product fused with the sum it enters.
 
@@ -179,13 +205,16 @@ def max_pool(inputs: Sequence[Array | None], attributes: Attributes) -> Array:
     return np.moveaxis(y, 1, -1) if last else y
 
 
-Kernel = Callable[[Sequence[Array | None], Attributes], Array]
+Kernel = Callable[[Sequence[Array | None], Attributes], Array | list[Array]]
 KERNELS: dict[str, Kernel] = {
     "QuantizeLinear": lambda inputs, attributes: quantize(*_all(inputs[:3])),
     "DequantizeLinear": lambda inputs, attributes: dequantize(*(*inputs, None)[:3]),  # type: ignore[arg-type]
     "QLinearConv": conv,
     "QGemm": gemm,
     "QLinearMatMul": matmul,
+    "MatMulIntegerToFloat": matmul_float,
+    "DynamicQuantizeLinear": dynamic_quantize,
+    "DynamicQuantizeMatMul": dynamic_matmul,
     "QLinearAdd": add,
     "QLinearMul": multiply,
     "QLinearGlobalAveragePool": global_average,

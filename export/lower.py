@@ -34,7 +34,7 @@ from .place import place
 from .qdq import TRANSLATIONS
 from .slim import OPSET, slim
 
-LAYER_OPS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
+LAYER_OPS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul", "MatMulInteger"})
 _KEEP = frozenset({"Mul", "Cast", "Reshape", "Transpose", "DequantizeLinear", "QuantizeLinear"})
 
 

@@ -52,7 +52,7 @@ def _replace(graph: ir.Graph, weight: ir.Value, bits: int, form: Form) -> None:
     uses = list(weight.uses())
     users = {user for user, _ in uses}
     first = next(n for n in graph if n in users)
-    if bits == 4 and form.int4 == "dq":
+    if bits == 4 and form.int4 == "dq" and not _multiplied(weight):
         _standard_form(graph, weight, array)
         return
     elif (bits == 4 and form.int4 == "cast") or (bits == 2 and form.int2):
@@ -65,6 +65,12 @@ def _replace(graph: ir.Graph, weight: ir.Value, bits: int, form: Form) -> None:
     for user, index in uses:
         user.replace_input_with(index, decoded)
     del graph.initializers[str(weight.name)]
+
+
+def _multiplied(weight: ir.Value) -> bool:
+    """Whether integers are multiplied as they are: MatMulInteger has no 4-bit form."""
+    readers = [n for user, _ in weight.uses() for n, _ in user.outputs[0].uses()]
+    return any(n.op_type == "MatMulInteger" for n in readers)
 
 
 def _standard_form(graph: ir.Graph, weight: ir.Value, array: NDArray[np.int8]) -> None:

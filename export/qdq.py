@@ -80,9 +80,18 @@ def linear(x: Value, x_scale: Value, weight: Value, scale: Value, bias: Value | 
     return op.Add(y, op.Mul(op.Cast(bias, to=ir.DataType.FLOAT), op.Mul(x_scale, scale)))
 
 
+def dynamic_linear(x: Value, weight: Value, scale: Value, bias: Value | None) -> Value:
+    """Fuses to DynamicQuantizeMatMul, to MatMulIntegerToFloat where several read one input."""
+    q, step, zero = op.DynamicQuantizeLinear(x)
+    acc = op.MatMulInteger(q, op.Transpose(weight, perm=[1, 0]), zero)
+    y = op.Mul(op.Cast(acc, to=ir.DataType.FLOAT), op.Mul(step, scale))
+    return y if bias is None else op.Add(y, bias)
+
+
 TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.ops.mpq.fake_quantize.default: fake_quantize,
     torch.ops.mpq.dequantize.default: dequantize,
     torch.ops.mpq.conv.default: conv,
     torch.ops.mpq.linear.default: linear,
+    torch.ops.mpq.dynamic_linear.default: dynamic_linear,
 }

@@ -19,7 +19,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
 
 from mpq.errors import PolicyError, nearest
-from mpq.spec import QuantSpec, activation_spec, weight_spec
+from mpq.spec import DYNAMIC, QuantSpec, activation_spec, weight_spec
 from mpq.target import SATURATION, Target, get_target
 
 Float = Literal["float"]
@@ -150,6 +150,11 @@ class LayerChoice:
         """Width of the input activations, None for float."""
         return self.activation.bits if self.activation else None
 
+    @property
+    def dynamic(self) -> bool:
+        """Whether the range of the input is taken at run time."""
+        return self.activation == DYNAMIC
+
 
 class Policy(_Strict):
     """A whole policy file (DESIGN: the user's contract with every stage)."""
@@ -204,6 +209,8 @@ class Policy(_Strict):
             _check_formats(choice)
         for group in self.groups:
             members = [n for pattern in group for n in _match(pattern, list(choices), "groups")]
+            # A layer that finds its range at run time shares no grid with others.
+            members = [n for n in members if not choices[n].dynamic]
             formats = {str(choices[n].activation or "float") for n in members}
             if len(formats) > 1:
                 listed = ", ".join(f"{n}: {choices[n].activation or 'float'}" for n in members)
@@ -291,10 +298,12 @@ def _check_formats(choice: LayerChoice) -> None:
             f"weight of layer {choice.name} must be signed, e.g. int{weight.bits}/channel. "
             f"Got {weight} instead."
         )
-    if act and (act.granularity != "tensor" or act.signed != activation_spec(act.bits).signed):
+    if weight and weight.granularity == "dynamic":
+        raise PolicyError(f"weight of layer {choice.name} cannot be dynamic: it is a constant.")
+    if act and act not in (activation_spec(act.bits), DYNAMIC):
         raise PolicyError(
             f"activation of layer {choice.name} must be {activation_spec(act.bits)} at "
-            f"{act.bits} bits. Got {act} instead."
+            f"{act.bits} bits{f', or {DYNAMIC}' if act.bits == 8 else ''}. Got {act} instead."
         )
 
 

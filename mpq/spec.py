@@ -1,18 +1,19 @@
 """`QuantSpec`: the number format of a tensor, as a value with a text form.
 
 `int4/channel` is signed and symmetric with one scale per output channel, `uint8/tensor` unsigned
-and affine (it has a zero point) with one scale. `parse` and `str` are inverses.
+and affine (it has a zero point) with one scale; `uint8/dynamic` is the same with scale and zero
+point taken from each tensor as it comes, at run time. `parse` and `str` are inverses.
 """
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
-Granularity = Literal["tensor", "channel"]
+Granularity = Literal["tensor", "channel", "dynamic"]
 WIDTHS = (2, 3, 4, 5, 6, 8, 16)
-_TEXT = re.compile(r"(u?)int(\d+)/(tensor|channel)")
+_TEXT = re.compile(r"(u?)int(\d+)/(tensor|channel|dynamic)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +23,8 @@ class QuantSpec:
     Args:
         bits: width, one of 2, 3, 4, 5, 6, 8, 16.
         signed: two's complement, symmetric around zero; otherwise unsigned with a zero point.
-        granularity: one scale for the tensor or one per output channel.
+        granularity: one scale for the tensor or one per output channel; or one for the tensor that
+            is chosen at run time, of which runtimes know only the unsigned 8-bit form.
         reduced: only half of the range is used, for the sake of a target (`mpq.target`); no part of
             the text form, because no policy asks for it.
 
@@ -38,9 +40,14 @@ class QuantSpec:
     def __post_init__(self) -> None:
         if self.bits not in WIDTHS:
             raise ValueError(f"bits must be one of {WIDTHS}. Got {self.bits} instead.")
-        if self.granularity not in ("tensor", "channel"):
+        if self.granularity not in get_args(Granularity):
             raise ValueError(
-                f"granularity must be 'tensor' or 'channel'. Got {self.granularity!r} instead."
+                "granularity must be 'tensor' or 'channel', or 'dynamic' for uint8. "
+                f"Got {self.granularity!r} instead."
+            )
+        if self.granularity == "dynamic" and (self.signed or self.bits != 8):
+            raise ValueError(
+                f"a range that is chosen at run time needs uint8/dynamic. Got {self} instead."
             )
 
     @classmethod
@@ -57,7 +64,7 @@ class QuantSpec:
                 f"Got {text!r} instead."
             )
         unsigned, bits, granularity = match.groups()
-        return cls(int(bits), not unsigned, "tensor" if granularity == "tensor" else "channel")
+        return cls(int(bits), not unsigned, granularity)  # type: ignore[arg-type]
 
     def __str__(self) -> str:
         return f"{'' if self.signed else 'u'}int{self.bits}/{self.granularity}"
@@ -86,3 +93,7 @@ def weight_spec(bits: int) -> QuantSpec:
 def activation_spec(bits: int) -> QuantSpec:
     """The activation format at a width: unsigned and affine up to 8 bits, signed at 16."""
     return QuantSpec(bits, bits > 8, "tensor")
+
+
+DYNAMIC = QuantSpec(8, False, "dynamic")
+"""The activation format whose range is that of each tensor as it comes."""

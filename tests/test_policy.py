@@ -172,7 +172,10 @@ def test_groups_must_agree():
     [
         ({"weight": "uint8/channel"}, "weight of layer fc must be signed, e.g. int8/channel"),
         ({"activation": "uint8/channel"}, "activation of layer fc must be uint8/tensor at 8 bits"),
-        ({"activation": "int8/tensor"}, "must be uint8/tensor at 8 bits. Got int8/tensor"),
+        (
+            {"activation": "int8/tensor"},
+            "must be uint8/tensor at 8 bits, or uint8/dynamic. Got int8/tensor",
+        ),
         ({"activation": "uint16/tensor"}, "must be int16/tensor at 16 bits. Got uint16/tensor"),
     ],
 )

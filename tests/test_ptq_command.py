@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import nets
 import pytest
 import torch
+from torch import nn
 
 from mpq import zoo
 from mpq.checkpoint import load_safe, save_model
@@ -101,3 +103,31 @@ def test_bad_options_end_with_2_and_write_nothing(here, capsys, argv, wanted):
     assert wanted in err
     assert "Traceback" not in err
     assert not Path("r").exists()
+
+
+class Ten(nets.Attention):
+    """A small vision transformer of ten classes, for `--model module:factory`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(16, 10)
+
+
+def test_dynamic_reaches_the_policy_the_file_and_its_certificate(here, capsys):
+    """A transformer from a factory: what --dynamic chose is in quantized.pth and in model.onnx."""
+    info = ModelInfo(arch="test_ptq_command:Ten", classes=10, input=(3, 12, 12), normalize="none")
+    torch.manual_seed(0)
+    save_model(Path("vit.pth"), Ten(), info=info, data="digits")
+    named = {"model": info.model_copy(update={"checkpoint": "vit.pth"})}
+    data = Policy().data.model_copy(update={"name": "digits"})
+    Path("v.yaml").write_text(Policy().model_copy(update={**named, "data": data}).to_yaml())
+    argv = ["ptq", "--policy", "v.yaml", "--dynamic", "--num-calib", "16", "-o", "vit", "--json"]
+    assert main(argv) == 0
+    assert json.loads(capsys.readouterr().out)["dynamic"] == 5
+    policy = Policy.from_yaml(load_safe(Path("vit/quantized.pth"))["policy"])
+    assert sum(str(e.activation) == "uint8/dynamic" for e in policy.layers) == 5
+    assert main(["export", "--onnx", "vit/quantized.pth", "--verify", "20"]) == 0
+    rows = json.loads(Path("vit/certificate.json").read_text())["layers"]
+    executed = {r["name"]: r["executed"] for r in rows if r["asked"] == "W8A8 dynamic"}
+    assert len(executed) == 5
+    assert set(executed.values()) == {"DynamicQuantizeMatMul"}

@@ -46,7 +46,9 @@ def test_unknown_width(bits: int):
 
 
 def test_unknown_granularity():
-    with pytest.raises(ValueError, match=r"must be 'tensor' or 'channel'. Got 'group'"):
+    with pytest.raises(
+        ValueError, match=r"must be 'tensor' or 'channel', or 'dynamic' for uint8. Got 'group'"
+    ):
         QuantSpec(8, True, "group")  # type: ignore[arg-type]
 
 

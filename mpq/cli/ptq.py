@@ -37,6 +37,9 @@ from mpq.ptq.blockwise import PROGRESS
 @click.option("--memory-mb", metavar="MB", type=click.IntRange(min=1), default=MEMORY_MB,
               show_default=True,
               help="Activations to hold in memory; more lie in temporary files.")  # fmt: skip
+@click.option("--dynamic", is_flag=True,
+              help="Linear layers that read floats (behind norms, attention, GELU) take their "
+              "range at run time: for transformers.")  # fmt: skip
 @options.seed
 @options.trust_pickle
 @options.as_json
@@ -53,6 +56,7 @@ def ptq(
     iterations: int,
     num_calib: int | None,
     memory_mb: int,
+    dynamic: bool,
     seed: int,
     trust_pickle: bool,
     as_json: bool,
@@ -67,6 +71,7 @@ def ptq(
     \b
     mpq ptq
     mpq ptq --policy p.yaml --effort best
+    mpq ptq --policy vit.yaml --dynamic
     """
     path = options.in_run(policy_path, "policy.yaml")
     policy = Policy.load(path)
@@ -93,6 +98,7 @@ def ptq(
             folder=folder,
             resume=resume,
             memory_mb=memory_mb,
+            dynamic=dynamic,
             seed=seed,
             progress=tell,
         )

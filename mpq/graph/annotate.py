@@ -7,6 +7,7 @@ Insertion reads the result and knows no policy. The rules follow what an integer
 - add, mul, concat, pooling and the sigmoids run as integers when their inputs are quantized and
   their result reaches an integer layer through such operations; a small float factor (a
   squeeze-excite gate) is quantized for their sake;
+- a linear layer whose input range is taken at run time (`uint8/dynamic`) reads and writes floats;
 - operations that move values (max pooling, flatten, slice, zero padding) pass the grid through;
 - everything else is a float island, and a quantizer stands behind it where a layer reads it.
 """
@@ -17,10 +18,11 @@ import logging
 
 from torch import fx, nn
 
+from mpq.errors import PolicyError
 from mpq.graph.ir import LayerPlan, QuantGraph, Site
 from mpq.graph.kinds import kind_of
-from mpq.policy import LayerChoice, Policy
-from mpq.spec import QuantSpec, activation_spec
+from mpq.policy import LayerChoice, LayerPolicy, Policy
+from mpq.spec import DYNAMIC, QuantSpec, activation_spec
 from mpq.target import Support, Target, get_target
 
 logger = logging.getLogger(__name__)
@@ -43,6 +45,7 @@ def annotate(qg: QuantGraph, policy: Policy) -> int:
     """
     target = get_target(policy.target)
     choices = policy.resolve(list(qg.layers))
+    _check_dynamic(qg, choices)
     work = _Annotator(qg, target, choices)
     work.place()
     qg.sites = {site.name: site for site in work.sites.values()}
@@ -58,6 +61,39 @@ def reading_groups(qg: QuantGraph) -> list[list[str]]:
         if work.kinds[node] == "layer":
             groups.setdefault(work.source(node.args[0]), []).append(str(node.target))
     return [names for names in groups.values() if len(names) > 1]
+
+
+def make_dynamic(qg: QuantGraph, policy: Policy) -> Policy:
+    """The policy with `uint8/dynamic` for each linear layer that reads a float operation's result.
+
+    In transformers these are the layers behind norms, attention and GELU, whose ranges differ from
+    image to image. A layer that reads integers, such as the classifier of a convolutional network,
+    stays as it is: its input's grid is there already.
+
+    Raises:
+        PolicyError: the policy does not fit the network or the target.
+    """
+    choices = policy.resolve(list(qg.layers))
+    work = _Annotator(qg, get_target(policy.target), choices)
+    work.place()
+    names = []
+    for node in work.nodes:
+        if work.integer_layer(node) and qg.layers[str(node.target)].kind == "linear":
+            site = work.sites[work.source(node.args[0])]
+            narrow = choices[str(node.target)].activation_bits != 8
+            if site.role == "demand" and not narrow:
+                names.append(str(node.target))
+    entries = [LayerPolicy(name=name, activation=DYNAMIC) for name in names]
+    return policy.model_copy(update={"layers": [*policy.layers, *entries]})
+
+
+def _check_dynamic(qg: QuantGraph, choices: dict[str, LayerChoice]) -> None:
+    for name, choice in choices.items():
+        if choice.dynamic and qg.layers[name].kind != "linear":
+            raise PolicyError(
+                f"activation of layer {name} must be {activation_spec(8)}: only linear layers have "
+                f"a kernel for {DYNAMIC}, and this is a {qg.layers[name].kind}."
+            )
 
 
 class _Annotator:
@@ -109,13 +145,13 @@ class _Annotator:
         return [user for user in node.users if self.kinds[user] != "shape"]
 
     def integer_layer(self, node: fx.Node) -> bool:
-        """Whether a node is a layer that the target runs as integers at the chosen widths."""
+        """Whether a node is a layer that multiplies integers which are there before it runs."""
         if self.kinds[node] != "layer" or str(node.target) not in self.choices:
             return False
         choice = self.choices[str(node.target)]
         kind = self.qg.layers[choice.name].kind
         support = self.target.support(choice.weight_bits, choice.activation_bits)
-        return support.integer and kind != "conv_transpose"
+        return support.integer and kind != "conv_transpose" and not choice.dynamic
 
     def tail(self, node: fx.Node) -> fx.Node:
         """The node itself, or the ReLU after it when nothing else reads it."""
@@ -195,7 +231,7 @@ class _Annotator:
             notes.append("inside a module that cannot be traced: quantized on its own")
         if not support.integer:
             notes.append(support.reason)
-        if node is None or not support.integer:
+        if node is None or not support.integer or choice.dynamic:
             return LayerPlan(choice, support, None, tuple(notes))
         site = self.sites[self.source(node.args[0])]
         if choice.activation and site.spec.bits != choice.activation.bits:

@@ -54,7 +54,7 @@ def _replace(
     assert spec is not None
     source = quantizers[plan.site] if plan.site else None
     if traced:
-        new: nn.Module = QuantLayer(layer, spec, source)
+        new: nn.Module = QuantLayer(layer, spec, source, dynamic=plan.choice.dynamic)
     else:
         activation = plan.choice.activation if plan.support.integer else None
         new = IslandLayer(layer, spec, activation)

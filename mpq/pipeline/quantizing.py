@@ -14,6 +14,7 @@ from mpq import files, rundir
 from mpq.checkpoint import load_safe, save_atomic
 from mpq.data import load_arrays, sample_indices
 from mpq.errors import CheckpointError, UsageError
+from mpq.graph.annotate import make_dynamic
 from mpq.graph.ir import QuantGraph
 from mpq.graph.norms import absorb_norms, attach_norms
 from mpq.graph.passes import prepare
@@ -56,6 +57,7 @@ def run_ptq(
     folder: Path | None = None,
     resume: bool = False,
     memory_mb: float = MEMORY_MB,
+    dynamic: bool = False,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Quantized:
@@ -71,6 +73,8 @@ def run_ptq(
         folder: where effort `best` keeps its finished blocks (`rounding.pth`); None keeps none.
         resume: take them over.
         memory_mb: activations held in memory, in MiB.
+        dynamic: let linear layers that read floats take their range at run time
+            (`mpq.graph.annotate.make_dynamic`); the policy of the result says which.
         seed: of the calibration images and of learning.
         progress: told (phase, done, all).
 
@@ -81,6 +85,7 @@ def run_ptq(
     """
     images = subject.sample(policy.data.samples or 512, seed, "ptq")
     floats = subject.graph()
+    policy = make_dynamic(floats, policy) if dynamic else policy
     pairs = equalize(floats, images, policy, mode=equalization)
     graph = prepare(floats, policy)
     metrics: dict[str, Any] = {
@@ -90,6 +95,7 @@ def run_ptq(
         "images": len(images),
         "seed": seed,
         "equalized": sum(not pair.reason for pair in pairs),
+        "dynamic": sum(c.dynamic for c in policy.resolve(list(floats.layers)).values()),
     }
     quantize_graph(
         graph,

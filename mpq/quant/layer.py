@@ -1,7 +1,8 @@
 """`QuantLayer`: a Conv or Linear with quantized weights, and its frozen form.
 
-A layer with a `source` (the quantizer of its input) multiplies integers; one without runs in float
-on weights that are stored as integers. Both are exact statements of what the exported file does.
+A layer with a `source` (the quantizer of its input) multiplies integers, as does a `dynamic` one,
+which rounds its input to the range that it finds; any other runs in float on weights that are
+stored as integers. All are exact statements of what the exported file does.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mpq.numerics import TINY, choose_qparams, quantize
+from mpq.numerics import TINY, choose_qparams, fake_quantize, quantize
 from mpq.quant import ops
 from mpq.quant.fake_quant import FakeQuant, FrozenQuant
 from mpq.quant.lsq import learned_fake_quantize
 from mpq.quant.norm import LiveNorm
-from mpq.spec import QuantSpec
+from mpq.spec import DYNAMIC, QuantSpec
 
 CONVS: dict[type[nn.Module], Callable[..., Tensor]] = {
     nn.Conv1d: F.conv1d,
@@ -145,11 +146,19 @@ class QuantLayer(nn.Module):
         layer: the float layer; its parameters are taken over, not copied.
         spec: signed weight format.
         source: the quantizer of the input, for integer arithmetic; None for float arithmetic.
+        dynamic: a Linear without a source that rounds its input to the range of what comes.
     """
 
-    def __init__(self, layer: nn.Module, spec: QuantSpec, source: FakeQuant | None) -> None:
+    def __init__(
+        self,
+        layer: nn.Module,
+        spec: QuantSpec,
+        source: FakeQuant | None,
+        *,
+        dynamic: bool = False,
+    ) -> None:
         super().__init__()
-        self.op, self.spec = LayerOp.of(layer), spec
+        self.op, self.spec, self.dynamic = LayerOp.of(layer), spec, dynamic
         self.weight: nn.Parameter = layer.weight  # type: ignore[assignment]
         self.bias: nn.Parameter | None = layer.bias  # type: ignore[assignment]
         self.norm: LiveNorm | None = None
@@ -235,8 +244,11 @@ class QuantLayer(nn.Module):
                 axis=self.op.axis,
                 count=self.weight.numel() // scale.numel(),
             )
+            x = _on_own_grid(x) if self.dynamic else x
             return self._normed(self.op.float(x, weight, self.bias))
         found, source = self.constants(), self.source
+        if self.dynamic:
+            return _dynamic(x, found)
         if source is None or not source.enabled:
             weight = ops.dequantize(found.weight, found.scale, self.op.axis)
             return self.op.float(x, weight, found.bias)
@@ -249,7 +261,20 @@ class QuantLayer(nn.Module):
 
     def extra_repr(self) -> str:
         """The operation and format, for `print(module)`."""
-        return f"{self.op.kind}, {self.spec}, {'integer' if self.source else 'float'} arithmetic"
+        integer = "dynamic integer" if self.dynamic else "integer" if self.source else "float"
+        return f"{self.op.kind}, {self.spec}, {integer} arithmetic"
+
+
+def _dynamic(x: Tensor, layer: Constants) -> Tensor:
+    out: Tensor = ops.dynamic_linear(x, layer.weight, layer.scale, layer.bias)
+    return out
+
+
+def _on_own_grid(x: Tensor) -> Tensor:
+    """`x` rounded to the grid of its range; the gradient passes straight through."""
+    seen = x.detach().float()
+    step, zero = choose_qparams(seen.amin(), seen.amax(), DYNAMIC)
+    return x + (fake_quantize(seen, step, zero, DYNAMIC) - seen)
 
 
 class FrozenLayer(nn.Module):
@@ -262,7 +287,7 @@ class FrozenLayer(nn.Module):
 
     def __init__(self, layer: QuantLayer) -> None:
         super().__init__()
-        self.op, self.spec = layer.op, layer.spec
+        self.op, self.spec, self.dynamic = layer.op, layer.spec, layer.dynamic
         found = layer.constants()
         x_scale = None if layer.source is None else layer.source.step().detach().clone()
         bias = found.bias if found.bias is None else found.bias.clone()
@@ -275,6 +300,8 @@ class FrozenLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Integer arithmetic if the input is quantized, else float on expanded weights."""
+        if self.dynamic:
+            return _dynamic(x, Constants(self.weight, self.scale, self.bias))
         if self.x_scale is not None:
             return self.op.integer(x, self.x_scale, self.weight, self.scale, self.bias)
         weight = ops.dequantize(self.weight, self.scale, self.op.axis)
@@ -293,9 +320,12 @@ class IslandLayer(nn.Module):
 
     def __init__(self, layer: nn.Module, spec: QuantSpec, activation: QuantSpec | None) -> None:
         super().__init__()
-        self.input: nn.Module = FakeQuant(activation) if activation else nn.Identity()
+        dynamic = activation == DYNAMIC
+        self.input: nn.Module = (
+            FakeQuant(activation) if activation and not dynamic else nn.Identity()
+        )
         source = self.input if isinstance(self.input, FakeQuant) else None
-        self.layer: nn.Module = QuantLayer(layer, spec, source)
+        self.layer: nn.Module = QuantLayer(layer, spec, source, dynamic=dynamic)
         wants_output = activation is not None and not isinstance(layer, nn.Linear)
         self.output: nn.Module = (
             FakeQuant(activation) if activation is not None and wants_output else nn.Identity()

@@ -6,6 +6,8 @@ accumulator is their sum with the integer weights plus an integer bias of scale 
 Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only
 Inference", 2018. The sums are kept in float32, which is exact up to 2^24: more than trained layers
 reach, and beyond it the error is one part in 2^24, that of any float32 result.
+`mpq::dynamic_linear` is a matrix product whose input is rounded to a grid of its own range, as
+ONNX's DynamicQuantizeLinear does it: one scale and zero point for the whole tensor, batch included.
 `mpq::dequantize` expands stored weights of a layer that runs in float.
 """
 
@@ -17,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mpq.numerics import per_axis
+from mpq.numerics import choose_qparams, per_axis, quantize
+from mpq.spec import DYNAMIC
 
 
 def _fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
@@ -98,6 +101,18 @@ def _linear(
     return _requantize(acc, bias, x_scale * scale, acc.ndim - 1)
 
 
+def _dynamic_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """Integer matrix product of `x`, rounded to the grid of its range, plus a float bias."""
+    step, zero = choose_qparams(x.amin(), x.amax(), DYNAMIC)
+    acc = F.linear(quantize(x, step, zero, DYNAMIC).sub_(zero), weight.to(x.dtype))
+    out = _requantize(acc, None, step * scale, acc.ndim - 1)
+    return out if bias is None else out + bias
+
+
+def _dynamic_linear_shape(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty([*x.shape[:-1], weight.shape[0]])
+
+
 def _linear_shape(
     x: Tensor, x_scale: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None
 ) -> Tensor:
@@ -121,6 +136,11 @@ _OPERATORS: tuple[tuple[str, Callable[..., Tensor], Callable[..., Tensor]], ...]
         _conv_shape,
     ),
     (f"linear({_QUANTIZED})", _linear, _linear_shape),
+    (
+        "dynamic_linear(Tensor x, Tensor weight, Tensor scale, Tensor? bias)",
+        _dynamic_linear,
+        _dynamic_linear_shape,
+    ),
 )
 for _schema, _kernel, _shape in _OPERATORS:
     _LIBRARY.define(f"{_schema} -> Tensor")  # type: ignore[no-untyped-call]
@@ -132,3 +152,4 @@ fake_quantize = torch.ops.mpq.fake_quantize.default
 dequantize = torch.ops.mpq.dequantize.default
 conv = torch.ops.mpq.conv.default
 linear = torch.ops.mpq.linear.default
+dynamic_linear = torch.ops.mpq.dynamic_linear.default

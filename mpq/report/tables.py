@@ -246,11 +246,12 @@ def certificate_table(certificate: Json) -> Grid:
 
 def verify_table(verify: Json) -> Grid:
     """How far the runtime's answers are from the simulation, layer by layer."""
-    heads = columns("layer", "#SQNR dB", "#largest step", "#equal")
+    heads = columns("layer", "#SQNR dB", "#steps alone", "#largest step", "#equal")
     body = [
         (
             layer["name"],
             "exact" if layer["sqnr_db"] >= EXACT_DB else fixed(layer["sqnr_db"], 1),
+            short(layer["own_step"]) if "own_step" in layer else "-",
             short(layer["max_step"]),
             "-" if layer["equal_fraction"] is None else f"{layer['equal_fraction']:.3%}",
         )
