@@ -27,6 +27,7 @@ from mpq.processes import leading
 @training.epochs
 @training.settings
 @options.seed
+@training.compiling
 @training.device
 @options.trust_pickle
 @options.as_json
@@ -44,6 +45,7 @@ def qat(
     epochs: int | None,
     settings: tuple[str, ...],
     seed: int,
+    compiling: bool,
     device: str,
     trust_pickle: bool,
     as_json: bool,
@@ -65,7 +67,7 @@ def qat(
     written = folder / "quantized.pth"
     check_start(folder, written, resume=resume, force=force)
     check_policy_file(path, folder, force=force)
-    plan = training.recipe_from(recipe, epochs, settings)
+    plan = training.recipe_from(recipe, epochs, settings, compiling=compiling, device=device)
     source = Source(data, data_root)
     subject = policy_subject(policy, path, source, weights=True, trust_pickle=trust_pickle)
     ensemble = training.load_teacher(teacher, teacher_normalize)

@@ -30,6 +30,7 @@ from mpq.processes import leading
 @training.settings
 @click.option("--show-recipe", is_flag=True, help="Print the recipe as YAML and stop.")
 @options.seed
+@training.compiling
 @training.device
 @options.as_json
 @options.force
@@ -50,6 +51,7 @@ def train(
     settings: tuple[str, ...],
     show_recipe: bool,
     seed: int,
+    compiling: bool,
     device: str,
     as_json: bool,
     force: bool,
@@ -65,7 +67,7 @@ def train(
     mpq train resnet20 --data cifar10 -o model.pth
     mpq train resnet20 --data cifar10 --teacher ens.pth -o student.pth
     """
-    plan = training.recipe_from(recipe, epochs, settings)
+    plan = training.recipe_from(recipe, epochs, settings, compiling=compiling, device=device)
     if show_recipe:
         click.echo(plan.to_yaml(), nl=False)
         return

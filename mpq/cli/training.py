@@ -15,6 +15,7 @@ from mpq.cli import options
 from mpq.data import Normalization
 from mpq.errors import UsageError
 from mpq.processes import leading
+from mpq.train.compiled import require_compiler
 from mpq.train.ensemble import Ensemble, load_ensemble
 from mpq.train.metrics import Record
 from mpq.train.recipe import Recipe
@@ -60,6 +61,13 @@ settings = click.option(
     metavar="KEY=VALUE",
     help="Change a key of the recipe, e.g. lr=0.02; repeat for more.",
 )
+# compiling: bool
+compiling = click.option(
+    "--compile",
+    "compiling",
+    is_flag=True,
+    help="Compile the training step first (minutes, then faster steps); needs a C++ compiler.",
+)
 # device: str
 device = click.option(
     "--device",
@@ -82,19 +90,32 @@ def recipe(default: str) -> options.Decorator[Any]:
     )
 
 
-def recipe_from(name: str, epochs: int | None, settings: tuple[str, ...]) -> Recipe:
+def recipe_from(
+    name: str,
+    epochs: int | None,
+    settings: tuple[str, ...],
+    *,
+    compiling: bool = False,
+    device: str = "cpu",
+) -> Recipe:
     """A recipe by name or file, with overrides.
 
     Raises:
-        UsageError: an unknown recipe or key, or a setting without `=`.
+        UsageError: an unknown recipe or key, a setting without `=`, or no compiler for `device`
+            where the recipe or `compiling` wants one.
     """
     changes: dict[str, object] = {} if epochs is None else {"epochs": epochs}
+    if compiling:
+        changes["compile"] = True
     for setting in settings:
         key, equals, value = setting.partition("=")
         if not equals:
             raise UsageError(f"--set must be KEY=VALUE, e.g. --set lr=0.02. Got {setting!r}.")
         changes[key.strip()] = _value(key.strip(), value)
-    return Recipe.load(name).override(changes)
+    found = Recipe.load(name).override(changes)
+    if found.compile:
+        require_compiler(device)
+    return found
 
 
 def _value(key: str, text: str) -> object:

@@ -1,22 +1,34 @@
 """Fake quantization with a learned step (Esser et al., "Learned Step Size Quantization", 2020).
 
 Forward is the one formula of `mpq.numerics`. Backward passes the gradient straight through inside
-the range; with `v = x / s + z` and `q = clip(rint(v), qmin, qmax)` the step receives
-`dy/ds = (q - z) - [qmin <= v <= qmax] (v - z)`, scaled by `g = 1 / sqrt(n qmax)`.
+the range; with `v = x / s` and `q = clip(rint(v), qmin - z, qmax - z)` the step receives
+`dy/ds = q - [v inside] v`, scaled by `g = 1 / sqrt(n qmax)`.
+
+Only `x` is kept for the backward pass, which the layer before keeps anyway; `q` is computed again.
+There are two ways to the same numbers: on a CPU piece by piece, so that the passes of a piece find
+it in the cache; and as a whole, for accelerators and for a compiler, which fuses the passes itself.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mpq.numerics import per_axis
+from mpq.numerics import fake_quantize, per_axis
 from mpq.spec import QuantSpec
 
 EDGE = 1e-6
-"""Values this much, relatively, beyond an end of the range count as lying on it."""
+"""Values this much, relatively, beyond an end of the range count as lying on it. An end at zero is
+outside, as ReLU has it: a quantizer that begins there passes what the ReLU before it would."""
+
+PIECE = 2**17
+"""Elements at a time on a CPU: half a megabyte, so that three such buffers fit its cache."""
+
+HALVES = (torch.bfloat16, torch.float16)
+"""Their 8 or 11 significant bits do not hold an 8-bit grid: computed in float32."""
 
 
 class _LearnedStep(torch.autograd.Function):
@@ -24,39 +36,84 @@ class _LearnedStep(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, scale: Tensor, zero: Tensor, spec: QuantSpec, axis: int, g: float
     ) -> Tensor:
-        if x.dtype in (torch.bfloat16, torch.float16):
-            x = x.float()  # their 8 or 11 significant bits do not hold an 8-bit grid
-        s, z = per_axis(scale, x.ndim, axis), per_axis(zero, x.ndim, axis).to(x.dtype)
-        v = (x / s).add_(z)
-        q = v.round().clamp_(spec.qmin, spec.qmax).sub_(z)
-        ctx.save_for_backward(v, q, scale, z)
+        ctx.save_for_backward(x, scale, zero)
         ctx.spec, ctx.axis, ctx.g = spec, axis, g
-        return q * s
+        if not _in_pieces(x, scale, zero, axis):
+            return fake_quantize(_wide(x), scale, zero, spec, axis)
+        low, high = _ends(spec, zero)
+        out = torch.empty_like(x, dtype=torch.float32 if x.dtype in HALVES else x.dtype)
+        for rows, s in _pieces(x, scale):
+            part = torch.div(_wide(x[rows]), s, out=out[rows])
+            part.round_().clamp_(low, high).mul_(s)
+        return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = grads
-        v, q, scale, z = ctx.saved_tensors  # q is q - z already
-        dx = _inside(grad, v, ctx.spec)
-        if scale.numel() == 1:
-            d_scale = _dot(grad, q) - _dot(dx, v) + z * dx.sum()
-            d_scale = d_scale.reshape(scale.shape)
-        else:
-            ds = grad * q - dx * (v - z)
-            d_scale = ds.transpose(0, ctx.axis).flatten(1).sum(1)
+        x, scale, zero = ctx.saved_tensors
+        pieces = _in_pieces(x, scale, zero, ctx.axis)
+        backward = _backward_in_pieces if pieces else _backward_whole
+        dx, d_scale = backward(grads[0], x, scale, zero, ctx.spec, ctx.axis)
         return dx, d_scale.to(scale.dtype) * ctx.g, None, None, None, None
 
 
-def _inside(grad: Tensor, v: Tensor, spec: QuantSpec) -> Tensor:
-    """`grad` where `qmin <= v <= qmax`, else 0; the ends count, up to rounding.
+def _backward_whole(
+    grad: Tensor, x: Tensor, scale: Tensor, zero: Tensor, spec: QuantSpec, axis: int
+) -> tuple[Tensor, Tensor]:
+    s, z = per_axis(scale, x.ndim, axis), per_axis(zero, x.ndim, axis)
+    v = _wide(x) / s
+    low, high = spec.qmin - z, spec.qmax - z
+    inside = (v > low - EDGE * low.abs()) & (v < high + EDGE * high.abs())
+    dx = torch.where(inside, grad, 0.0)
+    q = torch.minimum(torch.maximum(v.round(), low.to(v.dtype)), high.to(v.dtype))
+    ds = grad * q - dx * v
+    return dx, ds.sum() if scale.numel() == 1 else ds.transpose(0, axis).flatten(1).sum(1)
 
-    A kernel of float arithmetic: on a CPU masks and `where` cost twenty times as much.
-    """
-    low, high = (
-        end + sign * EDGE * max(1, abs(end)) for end, sign in ((spec.qmin, -1), (spec.qmax, 1))
-    )
-    out: Tensor = torch.ops.aten.hardtanh_backward(grad, v, low, high)
-    return out
+
+def _backward_in_pieces(
+    grad: Tensor, x: Tensor, scale: Tensor, zero: Tensor, spec: QuantSpec, axis: int
+) -> tuple[Tensor, Tensor]:
+    low, high = _ends(spec, zero)
+    ends = (low - EDGE * abs(low), high + EDGE * abs(high))
+    total = _dot if scale.numel() == 1 else _dot_rows
+    dx = torch.empty_like(grad)
+    sums = []
+    for rows, s in _pieces(x, scale):
+        wide, upstream, passed = _wide(x[rows]), grad[rows], dx[rows]
+        v = wide / s
+        # A kernel of float arithmetic: masks and `where` cost twenty times as much.
+        torch.ops.aten.hardtanh_backward.grad_input(upstream, v, *ends, grad_input=passed)
+        straight = total(passed, v)
+        sums.append(total(upstream, v.round_().clamp_(low, high)) - straight)
+    d_scale = torch.stack(sums).sum() if scale.numel() == 1 else torch.cat(sums)
+    return dx, d_scale
+
+
+def _in_pieces(x: Tensor, scale: Tensor, zero: Tensor, axis: int) -> bool:
+    """Whether rows can be taken one after another: on a CPU, with the steps along them."""
+    if torch.compiler.is_compiling() or x.device.type != "cpu" or not x.numel():
+        return False
+    if scale.numel() == 1:
+        return True
+    return axis == 0 and bool((zero == zero[0]).all())
+
+
+def _pieces(x: Tensor, scale: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Rows of `x` of about `PIECE` elements, and their steps."""
+    one = scale.numel() == 1
+    s = per_axis(scale, x.ndim)
+    count = max(1, PIECE * len(x) // max(1, x.numel()))
+    for start in range(0, len(x), count):
+        rows = slice(start, start + count)
+        yield rows, s if one else s[rows]
+
+
+def _ends(spec: QuantSpec, zero: Tensor) -> tuple[float, float]:
+    z = float(zero.reshape(-1)[0])
+    return spec.qmin - z, spec.qmax - z
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in HALVES else x
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
@@ -68,13 +125,18 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum()
 
 
+def _dot_rows(a: Tensor, b: Tensor) -> Tensor:
+    """`sum a b` of each row."""
+    return (a * b).flatten(1).sum(1)
+
+
 def learned_fake_quantize(
     x: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec, *, axis: int, count: int
 ) -> Tensor:
     """Fake-quantize `x`, differentiable in `x` and `scale`.
 
     Args:
-        x: any tensor.
+        x: any tensor; halves give float32.
         scale: positive steps, shape `[]` or `[C]`.
         zero_point: integers shaped like `scale`.
         spec: the format.

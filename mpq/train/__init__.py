@@ -2,6 +2,7 @@
 
 - `recipe` (and `recipes/*.yaml`): every hyper-parameter of a run
 - `loop`: `fit`; `engine`: one epoch of it; `resume`, `metrics`: what a run leaves in its folder
+- `compiled`: the step through torch's compiler
 - `optim`: parameter groups, schedule, moving average; `diagnose`: where a NaN begins
 - `objective`: the loss of a recipe; `losses`, `weighting`: its parts, as functions over logits
 - `ensemble`: teachers as one module and one file; `evaluate`: logits and accuracy

@@ -17,14 +17,16 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from mpq.data import Normalization
 from mpq.errors import DataError, TrainError, UsageError
+from mpq.graph.lean import lean
 from mpq.graph.norms import freeze_norms
 from mpq.processes import leave_at_exit
 from mpq.train.answers import Answers, answer_folders
 from mpq.train.augment import Targets, augment, epoch_rng, mix
+from mpq.train.compiled import compiled
 from mpq.train.diagnose import first_nonfinite
 from mpq.train.ensemble import Ensemble
 from mpq.train.evaluate import Images, Labels, as_tensor, normalize_unit
@@ -82,9 +84,11 @@ class Engine:
         self.labels = as_tensor(train[1].astype(np.int64)).to(resident)
         ranks = self.accelerator.num_processes
         self.rank, self.ranks = self.accelerator.process_index, ranks
+        step = lean(model) if isinstance(model, fx.GraphModule) else model
         self.network = (
-            self.accelerator.prepare_model(model, device_placement=False) if ranks > 1 else model
+            self.accelerator.prepare_model(step, device_placement=False) if ranks > 1 else step
         )
+        self.forward = compiled(self.network, device) if recipe.compile else self.network
         self.classes = int(train[1].max()) + 1
         self.steps = max(1, len(self.images) // recipe.batch)
         identity = {
@@ -194,7 +198,7 @@ class Engine:
     ) -> Tensor:
         """Forward and backward of one part; returns its contribution to the step's loss."""
         with self._autocast():
-            student = self.network(self._input(images))
+            student = self.forward(self._input(images))
             teachers = self._teach(images)
         self._check_logits(student, teachers)
         labels = targets.for_classes(student.shape[1])

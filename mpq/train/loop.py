@@ -79,12 +79,11 @@ def fit(
         DataError: images or labels that do not fit.
         TrainError: a loss that is not finite (names the first module at fault), or a checkpoint of
             another run.
-        UsageError: a device that is not there.
+        UsageError: a device that is not there, or no compiler where the recipe wants one.
     """
     for images in (train, validation):
         if images is not None:
             check_images(*images)
-    folder.mkdir(parents=True, exist_ok=True)
     engine = Engine(
         model,
         train,
@@ -96,6 +95,7 @@ def fit(
         device=device,
         answers=answers,
     )
+    folder.mkdir(parents=True, exist_ok=True)
     state = engine.state
     with engine.environment():
         if resume and (folder / CHECKPOINT).exists():

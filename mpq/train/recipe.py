@@ -43,6 +43,9 @@ class Recipe(BaseModel):
         default="float32", description="bf16: autocast of student and teachers, float32 losses"
     )
     channels_last: bool = Field(default=False, description="memory layout of images and weights")
+    compile: bool = Field(
+        default=False, description="the step's network goes through torch's compiler first"
+    )
 
     optimizer: Literal["sgd", "adamw"] = Field(default="sgd", description="sgd is with Nesterov")
     lr: float = Field(default=0.1, gt=0, description="highest learning rate")
