@@ -2,8 +2,10 @@
 
 One interleaved run: in each round every variant makes one step (forward, backward, SGD) on the same
 images, so that a machine that slows down slows all of them. Times are CPU seconds of the process,
-in milliseconds; ratios are medians over the rounds of variant / float. Memory is the peak of one
-step over what lay there before, measured in a process of its own.
+in milliseconds; ratios are medians over the rounds of variant / float, `of_compiled` of variant /
+compiled float (with `--compile`, which adds a compiled row for float and for mpq). What mpq runs is
+what `mpq qat` runs. Memory is the peak of one eager step over what lay there before, measured in a
+process of its own; `--no-memory` leaves it out.
 
     python benchmarks/qat_step.py [--models resnet18_cifar] [--batch 128] [--rounds 10] [--compile]
 """
@@ -27,12 +29,15 @@ from torch.ao.quantization.quantize_fx import prepare_qat_fx
 
 from mpq import attach_norms, policies, prepare, quantize_graph, to_float, zoo
 from mpq.export.runtime import peak_memory_mb
+from mpq.graph.lean import lean
+from mpq.train.compiled import compiled
 
 MODELS = ("resnet18_cifar", "mobilenet_v2_cifar")
 VARIANTS = ("float", "mpq w8a8", "mpq w4a8", "torch fx w8a8")
+COMPILED = ("float compiled", "mpq w8a8 compiled", "mpq w4a8 compiled")
 
 
-def network(name: str, variant: str, *, compiled: bool) -> nn.Module:
+def network(name: str, variant: str) -> nn.Module:
     """A network with random weights, ready to train, channels last."""
     torch.manual_seed(0)
     model = zoo.build(name, 10)
@@ -41,14 +46,14 @@ def network(name: str, variant: str, *, compiled: bool) -> nn.Module:
         graph = prepare(to_float(model.eval(), images[:2]), policies.load(variant.split()[1]))
         quantize_graph(graph, images, effort="fast")
         attach_norms(graph, images)
-        model = graph.module
+        model = lean(graph.module)
     elif variant.startswith("torch"):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             mapping = get_default_qat_qconfig_mapping("onednn")
             model = prepare_qat_fx(model.train(), mapping, (images[:2],))
     made: nn.Module = model.train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return torch.compile(made) if compiled else made  # type: ignore[return-value]
+    return compiled(made, "cpu") if variant.endswith("compiled") else made
 
 
 def stepper(model: nn.Module, images: Tensor, labels: Tensor, *, bf16: bool) -> Callable[[], None]:
@@ -84,7 +89,7 @@ def memory(name: str, variant: str, options: argparse.Namespace) -> float:
 def peak_of(name: str, variant: str, options: argparse.Namespace) -> float:
     """What `memory` runs."""
     images, labels = batch_of(options.batch)
-    step = stepper(network(name, variant, compiled=False), images, labels, bf16=options.bf16)
+    step = stepper(network(name, variant), images, labels, bf16=options.bf16)
     before = peak_memory_mb()
     step()
     step()
@@ -95,32 +100,38 @@ def measure(name: str, options: argparse.Namespace) -> list[dict[str, object]]:
     """A row per variant."""
     images, labels = batch_of(options.batch)
     steps = {}
-    for variant in VARIANTS:
-        compiled = options.compile and not variant.startswith("torch")
-        model = network(name, variant, compiled=compiled)
-        steps[variant] = stepper(model, images, labels, bf16=options.bf16)
+    for variant in VARIANTS + (COMPILED if options.compile else ()):
+        steps[variant] = stepper(network(name, variant), images, labels, bf16=options.bf16)
         steps[variant]()
         steps[variant]()
-    times: dict[str, list[float]] = {v: [] for v in VARIANTS}
+    times: dict[str, list[float]] = {v: [] for v in steps}
     for _ in range(options.rounds):
         for variant, step in steps.items():
             start = time.process_time()
             step()
             times[variant].append(1e3 * (time.process_time() - start))
-    base = np.array(times["float"])
-    rows = []
-    for variant, found in times.items():
-        ratio = np.array(found) / base
-        rows.append({
-            "model": name,
-            "variant": variant,
-            "ms": round(float(np.median(found)), 1),
-            "ratio": round(float(np.median(ratio)), 2),
-            "p10": round(float(np.quantile(ratio, 0.1)), 2),
-            "p90": round(float(np.quantile(ratio, 0.9)), 2),
-            "peak_mb": round(memory(name, variant, options)),
-        })  # fmt: skip
-    return rows
+    return [row(name, variant, times, options) for variant in times]
+
+
+def row(
+    name: str, variant: str, times: dict[str, list[float]], options: argparse.Namespace
+) -> dict[str, object]:
+    """What a variant costs, beside the float step of the same round."""
+    ratio = np.array(times[variant]) / np.array(times["float"])
+    found: dict[str, object] = {
+        "model": name,
+        "variant": variant,
+        "ms": round(float(np.median(times[variant])), 1),
+        "ratio": round(float(np.median(ratio)), 2),
+        "p10": round(float(np.quantile(ratio, 0.1)), 2),
+        "p90": round(float(np.quantile(ratio, 0.9)), 2),
+    }
+    if options.compile:
+        against = np.array(times[variant]) / np.array(times["float compiled"])
+        found["of_compiled"] = round(float(np.median(against)), 2)
+    if options.memory_rows and not variant.endswith("compiled"):
+        found["peak_mb"] = round(memory(name, variant, options))
+    return found
 
 
 def main() -> None:
@@ -132,6 +143,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--no-memory", dest="memory_rows", action="store_false")
     parser.add_argument("--memory", metavar="VARIANT", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

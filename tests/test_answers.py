@@ -59,8 +59,9 @@ def test_ensembles_share_the_answers_of_a_member(tmp_path: Path):
         {"seed": 1},
         {"recipe": BASE.override({"crop": 0.25})},
         {"recipe": BASE.override({"batch": 16})},
+        {"recipe": BASE.override({"rand_operations": 1})},
     ],
-    ids=["seed", "augmentation", "batch"],
+    ids=["seed", "augmentation", "batch", "randaugment"],
 )
 def test_other_images_are_asked_about_anew(tmp_path: Path, other):
     train(network(), tmp_path / "one", teacher=teachers(1)[0], answers=tmp_path / "a")

@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from mpq._torchvision import transforms_v2
+from mpq.errors import UsageError
 from mpq.train.augment import augment, epoch_rng, erase, mix, shift_flip
 from mpq.train.evaluate import to_unit
+from mpq.train.randaugment import rand_augment
 from mpq.train.recipe import Recipe
 from mpq.train.trivial import OPERATIONS, trivial_augment
 
@@ -69,6 +71,54 @@ def test_trivial_augment_keeps_places_and_range():
     assert 0 < len(same) < 32
     assert out.min() >= 0
     assert out.max() <= 1
+
+
+@pytest.mark.parametrize("magnitude", [0, 5, 9, 17, 30])
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_rand_augment_is_torchvisions(name, magnitude, monkeypatch):
+    class Always:
+        """Chooses one operation, and signs in turn."""
+
+        def integers(self, high, size):
+            return np.full(size, index) if high == len(OPERATIONS) else np.arange(size) % 2
+
+    index, images = list(OPERATIONS).index(name), to_unit(pictures())
+    ours = rand_augment(images, Always(), operations=1, magnitude=magnitude)
+    theirs = transforms_v2().RandAugment(1, magnitude)
+    space = theirs._AUGMENTATION_SPACE
+    wanted = [n for n in space if n.lower() == name.replace("_", "")]
+    assert len(wanted) == 1
+    monkeypatch.setattr(theirs, "_AUGMENTATION_SPACE", {n: space[n] for n in wanted})
+    signed = space[wanted[0]][1]
+    for one, sign, image in zip(ours, (0.9, 0.1) * 4, images, strict=True):
+        # torchvision turns a magnitude around where its random number is at most a half.
+        monkeypatch.setattr(torch, "rand", lambda *a, sign=sign: torch.tensor(1 - sign))
+        expected = theirs(image)
+        different = ((one - expected).abs() > 1e-5).float().mean().item()
+        assert different <= (2e-3 if name == "rotate" else 0.0), (signed, sign)
+
+
+def test_rand_augment_applies_several_in_a_row():
+    images = to_unit(pictures(200))
+
+    def changed(operations: int) -> float:
+        rng = np.random.default_rng(0)
+        out = rand_augment(images, rng, operations=operations, magnitude=15)
+        assert out.min() >= 0
+        assert out.max() <= 1
+        return float((out != images).flatten(1).any(1).float().mean())
+
+    assert changed(0) == 0.0
+    assert changed(1) < changed(2) <= changed(4)
+    recipe = Recipe(crop=0.0, flip=False, rand_operations=2, rand_magnitude=15)
+    a = augment(pictures(), recipe, np.random.default_rng(3))
+    b = rand_augment(to_unit(pictures()), np.random.default_rng(3), operations=2, magnitude=15)
+    assert torch.equal(a, b)
+
+
+def test_one_policy_of_augmentation_at_a_time():
+    with pytest.raises(UsageError, match="trivial and rand_operations cannot both be on"):
+        STRONG.override({"rand_operations": 2})
 
 
 def test_shift_flip_moves_pixels_and_pads_with_zeros():

@@ -28,6 +28,7 @@ from mpq.train.ensemble import Ensemble
 from mpq.train.evaluate import accuracy
 from mpq.train.loop import fit
 from mpq.train.metrics import Record
+from mpq.train.progressive import stage, take_widths
 from mpq.train.recipe import Recipe
 
 logger = logging.getLogger(__name__)
@@ -142,6 +143,8 @@ def run_qat(
     check_teacher(teacher, subject.info)
     images = subject.sample(policy.data.samples or 512, seed, "qat")
     graph = prepare(subject.graph(), policy)
+    if recipe.progressive_epochs:
+        take_widths(graph.module, stage(graph.module, 0, recipe.progressive_epochs))
     quantize_graph(graph, images, progress=progress)
     if recipe.norm == "live":
         attach_norms(graph, images)

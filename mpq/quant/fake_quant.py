@@ -20,6 +20,9 @@ class FakeQuant(nn.Module):
     Args:
         spec: unsigned format of at most 8 bits.
         ceiling: an absorbed ReLU6: the range never exceeds it, so saturation is the clip.
+
+    Attributes:
+        goal: the policy's format; `spec` is wider while training lowers it in stages.
     """
 
     zero_point: Tensor
@@ -27,6 +30,7 @@ class FakeQuant(nn.Module):
     def __init__(self, spec: QuantSpec, ceiling: float | None = None) -> None:
         super().__init__()
         self.spec, self.ceiling = spec, ceiling
+        self.goal = spec
         self.enabled = True
         self.scale = nn.Parameter(torch.tensor(1.0 / spec.qmax))
         self.register_buffer("zero_point", torch.tensor(0, dtype=torch.int32))

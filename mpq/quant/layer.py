@@ -159,6 +159,7 @@ class QuantLayer(nn.Module):
     ) -> None:
         super().__init__()
         self.op, self.spec, self.dynamic = LayerOp.of(layer), spec, dynamic
+        self.goal = spec  # the policy's format; `spec` is wider while training lowers it in stages
         self.weight: nn.Parameter = layer.weight  # type: ignore[assignment]
         self.bias: nn.Parameter | None = layer.bias  # type: ignore[assignment]
         self.norm: LiveNorm | None = None

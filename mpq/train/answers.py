@@ -41,6 +41,9 @@ IMAGE_KEYS = (
 )
 """The choices of a recipe that decide which images a teacher sees, and how it computes."""
 
+RAND_KEYS = ("rand_operations", "rand_magnitude")
+"""More of them, counted only where they are on: answers from before there were these stay good."""
+
 
 def answer_folders(
     root: Path, teacher: Ensemble, recipe: Recipe, identity: Mapping[str, Any]
@@ -53,7 +56,8 @@ def answer_folders(
         recipe: of the run; what `IMAGE_KEYS` names counts.
         identity: all else that decides: data, seed, processes, device.
     """
-    images = {name: getattr(recipe, name) for name in IMAGE_KEYS} | dict(identity)
+    names = IMAGE_KEYS + (RAND_KEYS if recipe.rand_operations else ())
+    images = {name: getattr(recipe, name) for name in names} | dict(identity)
     folders = []
     for member in teacher.members:
         key = [weights_hash(member.module.state_dict()), str(member.normalize), member.input]

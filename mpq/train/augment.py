@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mpq.train.evaluate import to_unit
+from mpq.train.randaugment import rand_augment
 from mpq.train.recipe import Recipe
 from mpq.train.trivial import trivial_augment
 
@@ -55,6 +56,10 @@ def augment(images: Tensor, recipe: Recipe, rng: np.random.Generator) -> Tensor:
     out = to_unit(images)
     if recipe.trivial:
         out = trivial_augment(out, rng)
+    if recipe.rand_operations:
+        out = rand_augment(
+            out, rng, operations=recipe.rand_operations, magnitude=recipe.rand_magnitude
+        )
     if recipe.erase:
         out = erase(out, recipe.erase, rng)
     return out

@@ -29,17 +29,21 @@ from mpq.train.augment import Targets, augment, epoch_rng, mix
 from mpq.train.compiled import compiled
 from mpq.train.diagnose import first_nonfinite
 from mpq.train.ensemble import Ensemble
-from mpq.train.evaluate import Images, Labels, as_tensor, normalize_unit
+from mpq.train.evaluate import Images, Labels, as_tensor, normalize_unit, to_unit
 from mpq.train.metrics import Record, Totals
 from mpq.train.objective import Objective
 from mpq.train.optim import Ema, build_optimizer, learning_rate
 from mpq.train.oscillation import dampening, strength
+from mpq.train.progressive import choose_steps, stage, take_widths
 from mpq.train.recipe import Recipe
 from mpq.train.resume import State, fingerprint, structure
 from mpq.train.weighting import Weighting
 
 RESIDENT_BYTES = 2**32
 """Images up to this size are kept on the accelerator."""
+
+LOOKED_AT = 256
+"""Training images that choose activation ranges when widths change."""
 
 CHECK_EVERY = 16
 """Steps between looks at the loss on an accelerator, where each look would stall the queue."""
@@ -141,6 +145,7 @@ class Engine:
         order = order.to(self.images.device)
         rng = epoch_rng(self.seed, view, 1 + self.rank)
         torch.manual_seed(int(rng.integers(2**62)))  # for dropout and the like
+        self._lower(epoch, order)
         totals = Totals()
         if self._folders:
             self._answers = Answers([f / f"epoch-{view:04}.pth" for f in self._folders])
@@ -153,6 +158,36 @@ class Engine:
             self._answers.close()
         lr = learning_rate(self.recipe, (epoch + 1) * self.steps - 1, self.steps)
         return {"epoch": epoch, "lr": lr, **totals.record(self.accelerator), "val_top1": None}
+
+    def _lower(self, epoch: int, order: Tensor) -> None:
+        """Bring quantizers to the width of this epoch, if the recipe lowers them in stages.
+
+        All processes look at the same images, so that their steps agree.
+        """
+        over = self.recipe.progressive_epochs
+        if not over:
+            return
+        self.take_widths(epoch - 1)  # those of the checkpoint, where a run is resumed
+        changed = take_widths(self.model, stage(self.model, epoch, over))
+        if not changed:
+            return
+        images = to_unit(self.images[order[:LOOKED_AT]].to(self.device))
+        choose_steps(self.model, changed, self._input(images))
+        for quantizer in changed:
+            self.state.optimizer.state.pop(quantizer.scale, None)  # momentum of another step
+        if self.state.ema:
+            take_widths(self.state.ema.module, stage(self.model, epoch, over))
+            self.state.ema.restart(self.model)
+
+    def take_widths(self, epoch: int) -> None:
+        """Set the formats, not the steps, that quantizers have in `epoch`; before the first: none.
+
+        `train_epoch` lowers from there.
+        """
+        if epoch < 0 or not self.recipe.progressive_epochs:
+            return
+        for module in (self.model, self.evaluated):
+            take_widths(module, stage(module, epoch, self.recipe.progressive_epochs))
 
     def _look(self, step: int) -> bool:
         """Whether the loss of this step is read back from the device."""

@@ -100,6 +100,7 @@ def fit(
     with engine.environment():
         if resume and (folder / CHECKPOINT).exists():
             state.load(folder)
+            engine.take_widths(state.epoch - 1)
             logger.info("resumed %s after epoch %d", folder, state.epoch)
         elif engine.main:
             state.save(folder)

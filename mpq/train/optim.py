@@ -74,6 +74,11 @@ class Ema:
         self.decay, self.updates = decay, 0
         self.module = copy.deepcopy(model).requires_grad_(False).eval()
 
+    def restart(self, model: nn.Module) -> None:
+        """Forget the past: the average is the model as it is."""
+        self.module.load_state_dict(model.state_dict())
+        self.updates = 0
+
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         """Take in the weights of a step."""

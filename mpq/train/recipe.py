@@ -71,6 +71,12 @@ class Recipe(BaseModel):
         ge=0,
         description="pull of weights of 4 bits and less to their grid, reached at the end; 0: none",
     )
+    progressive_epochs: float = Field(
+        default=0.0,
+        ge=0,
+        description="quantizers begin at 8 bits and reach their policy's widths after this many "
+        "epochs, in stages; 0: at once",
+    )
     clip_norm: float = Field(default=0.0, ge=0, description="largest gradient norm; 0: any")
     warmup_epochs: float = Field(default=0.0, ge=0, description="linear rise of the rate")
     final_lr: float = Field(
@@ -88,6 +94,12 @@ class Recipe(BaseModel):
     )
     flip: bool = Field(default=True, description="mirror half of the images")
     trivial: bool = Field(default=False, description="TrivialAugmentWide")
+    rand_operations: int = Field(
+        default=0, ge=0, le=14, description="RandAugment: operations per image; 0: off"
+    )
+    rand_magnitude: int = Field(
+        default=9, ge=0, le=30, description="RandAugment: strength of each, 30 is most"
+    )
     erase: float = Field(default=0.0, ge=0, le=1, description="probability of random erasing")
     mixup: float = Field(default=0.0, ge=0, description="Beta parameter of MixUp; 0: off")
     cutmix: float = Field(default=0.0, ge=0, description="Beta parameter of CutMix; 0: off")
@@ -125,6 +137,14 @@ class Recipe(BaseModel):
                 f"batch must be a multiple of accumulate ({self.accumulate}). "
                 f"Got {self.batch} instead"
             )
+        if self.progressive_epochs and self.progressive_epochs > self.epochs - 1:
+            raise ValueError(
+                f"progressive_epochs must be at most {self.epochs - 1}, so that the last of "
+                f"{self.epochs} epochs has the policy's widths. Got {self.progressive_epochs:g} "
+                "instead"
+            )
+        if self.trivial and self.rand_operations:
+            raise ValueError("trivial and rand_operations cannot both be on: choose one")
         if self.label_weight == self.distill_weight == 0:
             raise ValueError("one of label_weight and distill_weight must be above 0")
         return self

@@ -9,10 +9,12 @@ float32 `[B, 3, H, W]` in 0..1.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 BINS = 31
@@ -29,6 +31,14 @@ def trivial_augment(images: Tensor, rng: np.random.Generator) -> Tensor:
     choice = rng.integers(len(names), size=len(images))
     strength = rng.integers(BINS, size=len(images)) / (BINS - 1)
     sign = rng.integers(2, size=len(images)) * 2 - 1
+    return apply_chosen(images, choice, strength, sign)
+
+
+def apply_chosen(
+    images: Tensor, choice: NDArray[Any], strength: NDArray[Any], sign: NDArray[Any]
+) -> Tensor:
+    """Operation `choice` (`[B]`, of `OPERATIONS` in order) at this strength and sign, per image."""
+    names = list(OPERATIONS)
     order = np.argsort(choice, kind="stable")
     device = images.device
     index = torch.from_numpy(order).to(device, non_blocking=True)

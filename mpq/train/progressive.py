@@ -1,0 +1,82 @@
+"""Progressive lowering: quantizers begin at 8 bits and come down to their policy's widths.
+
+A network that is rounded to 4 bits at once starts far from where it was; one that is lowered in
+stages adapts to each (Park and Yoo, "PROFIT: A Novel Training Method for sub-4-bit MobileNet
+Models", ECCV 2020, go from 8 over 5 to 4 bits). At each stage the steps of what is lowered are
+chosen anew: for weights by squared error, for activations by what the quantizer sees on training
+images. What a quantizer ends at is its `goal`, the policy's format; nothing wider is ever exported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from mpq.quant.fake_quant import FakeQuant
+from mpq.quant.layer import QuantLayer
+from mpq.quant.ranges import activation_range, weight_scales
+
+STAGES = (8, 6, 5, 4, 3, 2)
+"""Widths on the way; 7 bits would change nothing."""
+Quantizer = QuantLayer | FakeQuant
+
+
+def stage(model: nn.Module, epoch: int, epochs: float) -> int:
+    """Bits that no quantizer is below in `epoch` (from 0) of a lowering over `epochs`."""
+    narrowest = min((q.goal.bits for q in quantizers(model)), default=STAGES[0])
+    on_the_way = [bits for bits in STAGES if bits >= narrowest]
+    last = len(on_the_way) - 1
+    return on_the_way[min(last, int(epoch * last / epochs))] if epochs else narrowest
+
+
+def quantizers(model: nn.Module) -> Iterator[Quantizer]:
+    """All modules whose width can change."""
+    for module in model.modules():
+        if isinstance(module, (QuantLayer, FakeQuant)):
+            yield module
+
+
+def take_widths(model: nn.Module, bits: int) -> list[Quantizer]:
+    """Set formats of at least `bits` (none wider than 8 by it), leaving steps; return the changed.
+
+    Steps must then come from a checkpoint, a calibration, or `choose_steps`.
+    """
+    changed = []
+    for q in quantizers(model):
+        spec = replace(q.goal, bits=max(q.goal.bits, bits))
+        if spec != q.spec:
+            q.spec = spec
+            changed.append(q)
+    return changed
+
+
+@torch.no_grad()
+def choose_steps(model: nn.Module, changed: list[Quantizer], images: Tensor) -> None:
+    """Choose the steps of quantizers whose format has changed.
+
+    Args:
+        model: in any mode, which it keeps.
+        changed: some of its quantizers.
+        images: normalized `[N, C, H, W]` on the model's device; ranges are those seen on them.
+    """
+    for q in changed:
+        if isinstance(q, QuantLayer):
+            q.scale.copy_(weight_scales(q.weight, q.spec, q.op.axis))
+    modes = [(m, m.training) for m in model.modules()]
+    handles = [q.register_forward_pre_hook(_observe) for q in changed if isinstance(q, FakeQuant)]
+    try:
+        model.eval()(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, training in modes:
+            module.training = training
+
+
+def _observe(quantizer: nn.Module, args: tuple[Tensor, ...]) -> None:
+    """Take the range of what arrives, before it is rounded: later quantizers see it rounded."""
+    assert isinstance(quantizer, FakeQuant)
+    quantizer.set_range(*activation_range(args[0].float(), quantizer.spec))
