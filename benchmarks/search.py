@@ -4,10 +4,12 @@
         --normalize imagenet --budgets 4.2 4.5 5.2 6.0 --bits 8 4 2 --act-bits 8
 
 For each budget of effective weight bits: what the search finds, `size` (the largest layers are
-narrowed first, which needs no scores) and random policies, each filled up to the budget. All are
-quantized without training (`mpq ptq` at the effort named) and measured on the first test images by
-official index: top-1, and the divergence from the float network, which tells policies apart that
-differ by less than the noise of top-1.
+narrowed first, which needs no scores) and random policies, each filled up to the budget; with
+`--refine N` also what measured refinement makes of the first (`mpq analyze --refine N`), which
+looks at the first test images by official index. All are quantized without training (`mpq ptq` at
+the effort named), with several sets of calibration images, and measured on test images from 5,000
+on: top-1, and the divergence from the float network, which tells policies apart that differ by less
+than the noise of top-1; beside it the paired difference to the search with its standard error.
 """
 
 from __future__ import annotations
@@ -22,10 +24,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from common import HALF
+from numpy.typing import NDArray
 
-from mpq.analyze import allocate, candidates, score_layers
+from mpq.analyze import Allocation, allocate, candidates, score_layers
 from mpq.analyze.cost import Widths, effective_bits
 from mpq.analyze.explain import allocation_policy
+from mpq.analyze.refine import refine
 from mpq.analyze.sensitivity import Sensitivity
 from mpq.data import Normalization
 from mpq.files import write_json
@@ -37,6 +42,7 @@ from mpq.ptq import quantize_graph
 from mpq.train.evaluate import predict, top1
 
 Config = dict[str, Widths]
+Row = dict[str, Any]
 
 
 def filled(
@@ -66,42 +72,91 @@ def filled(
 
 
 def rivals(
-    scores: Sensitivity, bits: Sequence[int], act: int, budget: float, args: argparse.Namespace
+    scores: Sensitivity, budget: float, judge: Judge, args: argparse.Namespace
 ) -> dict[str, Config]:
-    """The policies of one budget, by name."""
-    pairs = candidates(bits, (act,))
-    found = allocate(scores, Constraints(effective_bits=budget), pairs=pairs)
+    """The policies of one budget, by name; the search's own first."""
+    pairs, act = candidates(args.bits, (args.act_bits,)), args.act_bits
+
+    def solve(told: Sensitivity) -> Allocation:
+        return allocate(told, Constraints(effective_bits=budget), pairs=pairs)
+
     largest = [i.name for i in sorted(scores.layers, key=lambda i: -i.params)]
-    named = {"search": found.widths, "size": filled(scores, bits, act, budget, largest)}
+    named = {"search": solve(scores).widths}
+    if args.refine:
+        found = refine(scores, solve, judge.choose, count=args.refine, seed=args.seed)
+        told = [f"{1e3 * t.mean:.2f}" for t in found.trials]
+        print(f"{budget:4.1f} refined on {args.choose} images: {' '.join(told)}", flush=True)
+        named["refined"] = found.chosen.allocation.widths
+    named["size"] = filled(scores, args.bits, act, budget, largest)
     rng = random.Random(args.seed)
     for k in range(args.random):
         order = rng.sample(largest, len(largest))
-        named[f"random {k}"] = filled(scores, bits, act, budget, order)
+        named[f"random {k}"] = filled(scores, args.bits, act, budget, order)
     return named
 
 
 class Judge:
-    """Quantizes configurations and measures them on the first test images."""
+    """Quantizes configurations and measures them on test images.
+
+    Configurations are chosen on the first images by official index and reported on those from
+    `HALF` on, where there are so many.
+    """
 
     def __init__(self, subject: Subject, graph: QuantGraph, args: argparse.Namespace) -> None:
         test = subject.require_data("the comparison").test
-        first = np.arange(min(args.test, len(test)))
-        self.images, self.labels = test.read(first), test.labels[first]
-        self.calibration = subject.sample(args.calibration, args.seed, "calibration")
+        begin = HALF if len(test) > HALF else args.choose if args.refine else 0
+        self.chosen = test.read(np.arange(min(args.choose, len(test))))
+        told = np.arange(begin, min(begin + args.test, len(test)))
+        self.images, self.labels = test.read(told), test.labels[told]
+        self.calibrations = [
+            subject.sample(args.calibration, args.seed + k, "calibration")
+            for k in range(args.calibrations)
+        ]
         self.subject, self.graph, self.effort = subject, graph, args.effort
-        self.reference = self._log_probabilities(graph.module)
+        self.reference = self._log_probabilities(graph.module, self.images)
+        self.before = self._log_probabilities(graph.module, self.chosen) if args.refine else None
         self.top1 = top1(self.reference, self.labels)
 
-    def _log_probabilities(self, module: torch.nn.Module) -> torch.Tensor:
-        return predict(module, self.images, self.subject.normalize).double().log_softmax(1)
+    def _log_probabilities(self, module: torch.nn.Module, images: Any) -> torch.Tensor:
+        return predict(module, images, self.subject.normalize).double().log_softmax(1)
 
-    def measure(self, widths: Config) -> tuple[float, float]:
-        """Top-1 in percent, and the divergence from the float network's answers in nats."""
+    def _quantized(self, widths: Config, calibration: torch.Tensor) -> torch.nn.Module:
         prepared = prepare(self.graph, allocation_policy(widths))
-        quantize_graph(prepared, self.calibration, effort=self.effort)
-        found = self._log_probabilities(prepared.module)
-        kl = (self.reference.exp() * (self.reference - found)).sum(1).mean()
-        return top1(found, self.labels), float(kl)
+        quantize_graph(prepared, calibration, effort=self.effort)
+        return prepared.module
+
+    def choose(self, found: Allocation) -> NDArray[np.float64]:
+        """Divergence of each image to choose on, in nats, with the first calibration."""
+        assert self.before is not None
+        module = self._quantized(found.widths, self.calibrations[0])
+        return _divergence(self.before, self._log_probabilities(module, self.chosen))
+
+    def measure(self, widths: Config) -> tuple[list[float], NDArray[np.float64]]:
+        """Per calibration: top-1 in percent, and the divergence of each image `[k, N]` in nats."""
+        modules = [self._quantized(widths, images) for images in self.calibrations]
+        found = [self._log_probabilities(module, self.images) for module in modules]
+        rows = np.stack([_divergence(self.reference, one) for one in found])
+        return [top1(one, self.labels) for one in found], rows
+
+
+def _divergence(reference: torch.Tensor, found: torch.Tensor) -> NDArray[np.float64]:
+    values: NDArray[np.float64] = (reference.exp() * (reference - found)).sum(1).numpy()
+    return values
+
+
+def compare(name: str, judge: Judge, widths: Config, base: NDArray[np.float64] | None) -> Row:
+    """A policy as measured, and paired with the one that the search found (`base`)."""
+    accuracies, rows = judge.measure(widths)
+    off = rows.mean(0) - (rows.mean(0) if base is None else base)
+    return {
+        "policy": name,
+        "top1": accuracies,
+        "kl": rows.mean(1).tolist(),
+        "off": float(off.mean()),
+        "error": float(off.std(ddof=1) / len(off) ** 0.5),
+        "widths": [pair[0] for pair in widths.values()],
+        "images": rows.mean(0),
+    }
 
 
 def main() -> None:
@@ -117,8 +172,11 @@ def main() -> None:
     parser.add_argument("--metric", default="fisher")
     parser.add_argument("--rounding", choices=("nearest", "feedback"), default="nearest")
     parser.add_argument("--random", type=int, default=5)
+    parser.add_argument("--refine", type=int, default=0, help="configurations to measure")
+    parser.add_argument("--choose", type=int, default=1000, help="images to refine on")
     parser.add_argument("--samples", type=int, default=512)
     parser.add_argument("--calibration", type=int, default=256)
+    parser.add_argument("--calibrations", type=int, default=1, help="sets of such images")
     parser.add_argument("--effort", default="fast")
     parser.add_argument("--test", type=int, default=5000)
     parser.add_argument("--seed", type=int, default=0)
@@ -147,26 +205,19 @@ def main() -> None:
     print(f"scoring: {time.process_time() - start:.1f} s of CPU")
     judge = Judge(subject, graph, args)
     print(f"float: {judge.top1:.2f} of {len(judge.labels)} images")
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     for budget in args.budgets:
-        named = rivals(scores, args.bits, args.act_bits, budget, args)
-        for name, widths in named.items():
+        base = None
+        for name, widths in rivals(scores, budget, judge, args).items():
+            row = compare(name, judge, widths, base)
+            base = row.pop("images") if base is None else (row.pop("images"), base)[1]
             bits = effective_bits(scores.layers, widths)
-            found, kl = judge.measure(widths)
-            rows.append(
-                {
-                    "budget": budget,
-                    "policy": name,
-                    "effective_bits": bits,
-                    "top1": found,
-                    "kl": kl,
-                    "predicted": scores.predict(widths),
-                    "widths": [pair[0] for pair in widths.values()],
-                }
-            )
+            rows.append({"budget": budget, "bits": bits, **row})
             print(
-                f"{budget:4.1f} {name:10s} {bits:.3f} bits  top-1 {found:.2f}  KL {kl:.4f}"
-                f"  {' '.join(str(pair[0]) for pair in widths.values())}",
+                f"{budget:4.1f} {name:10s} {bits:.3f} bits  top-1 {np.mean(row['top1']):.2f}  KL"
+                f" x1000 {' '.join(f'{1e3 * k:.2f}' for k in row['kl'])}  to search"
+                f" {1e3 * row['off']:+.2f} +- {1e3 * row['error']:.2f}"
+                f"  {' '.join(map(str, row['widths']))}",
                 flush=True,
             )
         if args.out:

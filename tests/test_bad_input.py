@@ -446,3 +446,4 @@ def test_cuda_that_is_not_there(fails):
     if torch.cuda.is_available():
         pytest.skip("this machine has CUDA")
     fails("qat --device cuda -o a", "--device must be cpu here")
+    fails("analyze model.pth --device cuda -o a", "--device must be cpu here")

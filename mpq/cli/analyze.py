@@ -12,7 +12,7 @@ from mpq import rundir
 from mpq.analyze.limits import LIMITS
 from mpq.analyze.perturb import Rounding
 from mpq.analyze.score import METRICS
-from mpq.cli import options
+from mpq.cli import options, training
 from mpq.data import Normalization
 from mpq.latency import LatencyProfile
 from mpq.pipeline.analysis import Analysis, analysis_json, write_analysis
@@ -60,11 +60,14 @@ MINIMIZE = dict(zip(("bits", "size", "bops", "activation", "latency"), LIMITS, s
               help="Image side, if not the usual one.")  # fmt: skip
 @click.option("--locked", type=click.Path(path_type=Path), metavar="POLICY",
               help="Keep the locked layers of this policy.")  # fmt: skip
+@click.option("--refine", metavar="COUNT", type=click.IntRange(min=0), default=0,
+              help="Quantize and measure so many policies of each budget.")  # fmt: skip
 @click.option("--validate", metavar="COUNT", type=click.IntRange(min=0), default=0,
               help="Measure so many random policies and compare with their scores.")  # fmt: skip
 @click.option("--rescore", is_flag=True, help="Score anew, whatever scores there are already.")
 @options.target("The kind of CPU to plan for.")
 @options.seed
+@training.device_for("Where to score.")
 @options.trust_pickle
 @options.as_json
 @options.force
@@ -91,10 +94,12 @@ def analyze(
     num_score: int,
     input_size: int | None,
     locked: Path | None,
+    refine: int,
     validate: int,
     rescore: bool,
     target: str | None,
     seed: int,
+    device: str,
     trust_pickle: bool,
     as_json: bool,
     force: bool,
@@ -154,7 +159,9 @@ def analyze(
             minimize=MINIMIZE[minimize],
             known=() if rescore else (folder / "sensitivity.json",),
             rescore=rescore,
+            refine=refine,
             validate=validate,
+            device=device,
             progress=tell,
         )
     if not leading():
@@ -193,6 +200,13 @@ def _show(found: Analysis, folder: Path, as_json: bool) -> None:
             f"{path.name}: {result.status}: {result.effective_bits:.2f} effective bits, "
             f"{result.weight_bytes:,} bytes of weights, file of about "
             f"{result.predicted_bytes:,}{drop}"
+        )
+    for choice, refined in zip(found.choices, found.refined, strict=False):
+        gain, error = refined.gain
+        options.show(
+            f"{choice.file}: of {len(refined.trials)} policies measured on "
+            f"{len(refined.chosen.losses)} images, divergence {refined.trials[0].mean:.3g} -> "
+            f"{refined.chosen.mean:.3g} nats ({gain:+.2g} +- {error:.1g})"
         )
     if found.validation:
         truth = found.validation

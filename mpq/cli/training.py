@@ -68,15 +68,21 @@ compiling = click.option(
     is_flag=True,
     help="Compile the training step first (minutes, then faster steps); needs a C++ compiler.",
 )
-# device: str
-device = click.option(
-    "--device",
-    type=click.Choice(["cpu", "cuda"]),
-    default="cpu",
-    show_default=True,
-    callback=_device,
-    help="Where to train.",
-)
+
+
+def device_for(told: str) -> options.Decorator[Any]:
+    """`--device`: argument `device`, a string."""
+    return click.option(
+        "--device",
+        type=click.Choice(["cpu", "cuda"]),
+        default="cpu",
+        show_default=True,
+        callback=_device,
+        help=told,
+    )
+
+
+device = device_for("Where to train.")
 
 
 def recipe(default: str) -> options.Decorator[Any]:

@@ -13,6 +13,7 @@ from mpq.analyze.cost import Widths
 from mpq.analyze.drop import Measured, least_cost
 from mpq.analyze.explain import build_policy, locked_widths
 from mpq.analyze.perturb import Rounding
+from mpq.analyze.refine import Refined
 from mpq.analyze.score import LABELLED, Metric, Scoring
 from mpq.analyze.search import Allocation, allocate, candidates, limit_range, pareto_front
 from mpq.analyze.sensitivity import Sensitivity
@@ -23,6 +24,7 @@ from mpq.graph.ir import QuantGraph
 from mpq.latency import LatencyProfile
 from mpq.pipeline.analysis import Analysis, Choice
 from mpq.pipeline.dropping import DropMeter
+from mpq.pipeline.refining import DivergenceMeter, check_refine, refine_budgets
 from mpq.pipeline.scoring import scores_of
 from mpq.pipeline.subject import Subject
 from mpq.policy import Constraints, DataInfo, Policy
@@ -50,7 +52,9 @@ def find_policy(
     minimize: str = "effective_bits",
     known: Sequence[Path] = (),
     rescore: bool = False,
+    refine: int = 0,
     validate: int = 0,
+    device: str = "cpu",
     progress: Progress | None = None,
 ) -> Analysis:
     """Score a network's layers once and choose their widths for each budget.
@@ -70,13 +74,16 @@ def find_policy(
         minimize: the limit that `max_drop` makes as small as it can, and that the front is over.
         known: sensitivity files to take the scores from where they fit, before the cache.
         rescore: score anew whatever there is.
+        refine: configurations to quantize and measure for each budget (`mpq.analyze.refine`).
         validate: random configurations to measure the scores against, on validation images.
+        device: where layers are scored and scores validated; `ptq` runs on the CPU.
         progress: told (phase, done, all).
 
     Raises:
         InfeasibleError: no widths meet the budgets.
         PolicyError: widths that the target does not have, locks that do not fit the network.
-        DataError: `max_drop` without data.
+        DataError: `max_drop` or `refine` without data.
+        UsageError: `refine` together with `max_drop`.
     """
     budgets = [constraints] if isinstance(constraints, Constraints) else list(constraints)
     work = _Work(
@@ -87,9 +94,10 @@ def find_policy(
         profile,
         minimize,
         rescore,
+        device,
         progress or (lambda phase, done, total: None),
     )
-    return work.run([_default(c) for c in budgets], samples, known, validate)
+    return work.run([_default(c) for c in budgets], samples, known, refine, validate)
 
 
 def _default(constraints: Constraints) -> Constraints:
@@ -109,12 +117,20 @@ class _Work:
     profile: LatencyProfile | None
     minimize: str
     rescore: bool
+    device: str
     progress: Progress
 
     def run(
-        self, budgets: Sequence[Constraints], samples: int, known: Sequence[Path], validate: int
+        self,
+        budgets: Sequence[Constraints],
+        samples: int,
+        known: Sequence[Path],
+        refine: int,
+        validate: int,
     ) -> Analysis:
         """Score, search each budget, and the front."""
+        names = _names(budgets)
+        check_refine(refine, budgets, self.subject)
         pairs = _pairs(self.how.bits, self.how.act_bits, self.target)
         graph = self.subject.graph()
         kept = locked_widths(self.locked, graph.layers) if self.locked else {}
@@ -130,16 +146,44 @@ class _Work:
         )
         search = _Search(scores, self.target, pairs, kept, self.profile, self.minimize)
         measured: list[Measured] = []
-        found = [self._solve(search, c, graph, measured) for c in budgets]
+        refined = self._refine(search, budgets, graph, refine)
+        found = [r.chosen.allocation for r in refined] or [
+            self._solve(search, c, graph, measured) for c in budgets
+        ]
+        told = [r.scores for r in refined] or [scores] * len(found)
         data = DataInfo(name=self.subject.data_name, samples=scores.samples, seed=how.seed)
         drops = {id(m.allocation): m.drop for m in measured}
         choices = [
-            Choice(name, self._policy(c, a, scores, data, drops.get(id(a))), a)
-            for name, c, a in zip(_names(budgets), budgets, found, strict=True)
+            Choice(name, self._policy(c, a, by, data, drops.get(id(a))), a)
+            for name, c, a, by in zip(names, budgets, found, told, strict=True)
         ]
         front = search.front(budgets[0], found)
         truth = self._validate(graph, scores, pairs, images, validate) if validate else None
-        return Analysis(tuple(choices), scores, front, self.minimize, place, tuple(measured), truth)
+        return Analysis(
+            choices=tuple(choices),
+            sensitivity=scores,
+            front=front,
+            sweep=self.minimize,
+            scores_from=place,
+            measured=tuple(measured),
+            validation=truth,
+            refined=tuple(refined),
+        )
+
+    def _refine(
+        self, search: _Search, budgets: Sequence[Constraints], graph: QuantGraph, count: int
+    ) -> list[Refined]:
+        if not count:
+            return []
+        return refine_budgets(
+            DivergenceMeter(self.subject, graph, seed=self.how.seed),
+            search.scores,
+            lambda scores, budget: replace(search, scores=scores).allocate(budget),
+            budgets,
+            count=count,
+            seed=self.how.seed,
+            progress=lambda done, total: self.progress("refining", done, total),
+        )
 
     def _validate(
         self,
@@ -159,8 +203,8 @@ class _Work:
             scores,
             pairs,
             scored=images,
-            images=held,
-            labels=labels,
+            images=held.to(self.device),
+            labels=labels.to(self.device),
             count=count,
             seed=self.how.seed,
             rounding=self.how.rounding,
@@ -175,7 +219,7 @@ class _Work:
             return replace(self.how, metric="sqnr"), None, None
         train = self.subject.data.train
         images, labels = self.subject.labelled(train, samples, self.how.seed)
-        return self.how, images, labels if self.how.metric in LABELLED else None
+        return self.how, images.to(self.device), labels if self.how.metric in LABELLED else None
 
     def _solve(
         self, search: _Search, budget: Constraints, graph: QuantGraph, measured: list[Measured]

@@ -1,0 +1,119 @@
+"""Measured refinement of what the search found for each budget.
+
+Configurations are quantized as `mpq ptq` does and their answers compared with the float network's.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from mpq.analyze.explain import allocation_policy
+from mpq.analyze.refine import Refined, refine
+from mpq.analyze.search import Allocation
+from mpq.analyze.sensitivity import Sensitivity
+from mpq.data import sample_indices
+from mpq.errors import UsageError
+from mpq.graph.ir import QuantGraph
+from mpq.graph.passes import prepare
+from mpq.pipeline.dropping import CALIBRATION_IMAGES
+from mpq.pipeline.subject import Subject
+from mpq.policy import Constraints
+from mpq.ptq import quantize_graph
+from mpq.train.evaluate import predict
+
+logger = logging.getLogger(__name__)
+COMPARED_IMAGES = 1000
+Solve = Callable[[Sensitivity, Constraints], Allocation]
+
+
+def check_refine(count: int, budgets: Sequence[Constraints], subject: Subject) -> None:
+    """Refuse what cannot be refined before any work is done for it.
+
+    Raises:
+        DataError: there are no data.
+        UsageError: a budget asks for an accuracy, which is measured already.
+    """
+    if not count:
+        return
+    subject.require_data("--refine")
+    if any(c.max_drop is not None for c in budgets):
+        raise UsageError(
+            "--refine must go with budgets of bits, bytes, operations or time. Got --max-drop, "
+            "which measures already. Leave one of them out."
+        )
+
+
+def refine_budgets(
+    meter: DivergenceMeter,
+    scores: Sensitivity,
+    solve: Solve,
+    budgets: Sequence[Constraints],
+    *,
+    count: int,
+    seed: int,
+    progress: Callable[[int, int], None],
+) -> list[Refined]:
+    """Measure `count` configurations for each budget and choose among them.
+
+    Args:
+        meter: what measures.
+        scores: where each budget begins.
+        solve: the best configuration of a budget by such scores.
+        budgets: each is refined for itself.
+        count: configurations of a budget.
+        seed: of the draws.
+        progress: told (measured, all).
+    """
+    found: list[Refined] = []
+    for place, budget in enumerate(budgets):
+
+        def best(changed: Sensitivity, budget: Constraints = budget) -> Allocation:
+            return solve(changed, budget)
+
+        def tell(done: int, total: int, place: int = place) -> None:
+            progress(place * total + done, len(budgets) * total)
+
+        found.append(refine(scores, best, meter.losses, count=count, seed=seed, told=tell))
+    return found
+
+
+class DivergenceMeter:
+    """Quantizes configurations as `mpq ptq` does and compares their answers with the float ones.
+
+    No label is used. Images are of the validation split, or of the training split where the data
+    have none. Quantization sees the same images
+    each time, so that what tells two configurations apart is their widths.
+
+    Args:
+        subject: the network and its data.
+        graph: its graph in stage `float`.
+        seed: of the images.
+
+    Raises:
+        DataError: there are no data.
+    """
+
+    def __init__(self, subject: Subject, graph: QuantGraph, *, seed: int = 0) -> None:
+        data = subject.require_data("--refine")
+        source = data.validation if len(data.validation) else data.train
+        self.images = source.read(sample_indices(source, COMPARED_IMAGES, seed))
+        self.calibration: Tensor = subject.sample(CALIBRATION_IMAGES, seed, "--refine")
+        self.subject, self.graph = subject, graph
+        self.reference = self._log_probabilities(graph.module)
+
+    def losses(self, allocation: Allocation) -> NDArray[np.float64]:
+        """`KL(float || quantized)` of each image `[N]`, in nats."""
+        prepared = prepare(self.graph, allocation_policy(allocation.widths))
+        quantize_graph(prepared, self.calibration)
+        found = self._log_probabilities(prepared.module)
+        rows: NDArray[np.float64] = (self.reference.exp() * (self.reference - found)).sum(1).numpy()
+        logger.info("%.2f effective bits: %.3g nats", allocation.effective_bits, rows.mean())
+        return rows
+
+    def _log_probabilities(self, module: nn.Module) -> Tensor:
+        return predict(module, self.images, self.subject.normalize).double().log_softmax(1)
