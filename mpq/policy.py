@@ -9,7 +9,6 @@ No torch here: a policy can be read where torch is absent.
 from __future__ import annotations
 
 import fnmatch
-import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,9 +26,8 @@ DropType = Literal["absolute", "relative"]
 
 
 def _read_spec(value: object) -> object:
-    if value == "float" or isinstance(value, QuantSpec):
-        return value
-    return QuantSpec.parse(str(value))
+    known = value == "float" or isinstance(value, QuantSpec)
+    return value if known else QuantSpec.parse(str(value))
 
 
 Spec = Annotated[QuantSpec | Float, BeforeValidator(_read_spec), PlainSerializer(str)]
@@ -209,7 +207,6 @@ class Policy(_Strict):
             _check_formats(choice)
         for group in self.groups:
             members = [n for pattern in group for n in _match(pattern, list(choices), "groups")]
-            # A layer that finds its range at run time shares no grid with others.
             members = [n for n in members if not choices[n].dynamic]
             formats = {str(choices[n].activation or "float") for n in members}
             if len(formats) > 1:
@@ -228,10 +225,7 @@ class Policy(_Strict):
         for layer in data["layers"]:
             if not layer["reason"]:
                 del layer["reason"]
-        out = io.StringIO()
-        for key, value in data.items():
-            out.write(_section(key, value))
-        return out.getvalue()
+        return "".join(_section(key, value) for key, value in data.items())
 
     @classmethod
     def from_yaml(cls, text: str, where: str = "policy") -> Policy:
@@ -298,8 +292,6 @@ def _check_formats(choice: LayerChoice) -> None:
             f"weight of layer {choice.name} must be signed, e.g. int{weight.bits}/channel. "
             f"Got {weight} instead."
         )
-    if weight and weight.granularity == "dynamic":
-        raise PolicyError(f"weight of layer {choice.name} cannot be dynamic: it is a constant.")
     if act and act not in (activation_spec(act.bits), DYNAMIC):
         raise PolicyError(
             f"activation of layer {choice.name} must be {activation_spec(act.bits)} at "

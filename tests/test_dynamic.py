@@ -81,6 +81,17 @@ def test_layers_behind_float_operations_are_chosen_and_no_others():
     assert not chosen(make_dynamic(residual, Policy()))  # its classifier reads pooled integers
 
 
+def test_wide_weights_stay_in_float(tmp_path):
+    """There is no 16-bit integer kernel, whatever the activations are."""
+    wide = LayerPolicy(name="up", weight=weight_spec(16), activation=DYNAMIC)
+    policy = Policy(layers=[wide])
+    graph = prepare(vit(), policy, nets.images(2))
+    quantize_graph(graph, nets.images(16), method="minmax")
+    made = to_onnx(graph, tmp_path / "m.onnx", policy=policy, images=nets.images(16))
+    row = next(r for r in made.certificate.layers if r.name == "up")
+    assert (row.executed, row.integer, row.broken) == ("MatMul", False, False)
+
+
 def test_layers_that_share_a_tensor_need_not_agree():
     policy = Policy(groups=[["a", "b"]], layers=[LayerPolicy(name="a", activation=DYNAMIC)])
     assert policy.resolve(["a", "b"])["a"].dynamic

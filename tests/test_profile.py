@@ -138,8 +138,19 @@ def test_the_command_writes_what_analyze_reads(tmp_path, monkeypatch, capsys) ->
     told = json.loads(capsys.readouterr().out)
     kept = LatencyProfile.load(tmp_path / "runs" / "plain" / "profile.json")
     assert list(told["layers"]) == list(kept.layers)
-    assert main(tell) == 0
+    assert main(tell) == 0  # the same once more: nothing is lost
     assert "all integer" in " ".join(capsys.readouterr().out.split())
+    before = (tmp_path / "runs" / "plain" / "profile.json").read_bytes()
+    other = [*tell, "--batch", "2"]
+    refused = "profile.json exists already. Replace it with --force"
+    assert main(other) == 2  # before it is measured
+    assert refused in " ".join(capsys.readouterr().err.split())
+    assert main([*other, "-o", "two"]) == 0
+    assert main(other) == 2  # and where it was measured for another run
+    assert refused in " ".join(capsys.readouterr().err.split())
+    assert (tmp_path / "runs" / "plain" / "profile.json").read_bytes() == before
+    assert main([*other, "--force"]) == 0
+    assert LatencyProfile.load(tmp_path / "runs" / "plain" / "profile.json").batch == 2
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,8 @@ def profile(
     """Measure each layer of CHECKPOINT as integers and in float, and what conversions cost.
 
     Writes profile.json into the run, which `mpq analyze --max-latency-ms` reads. What was measured
-    on this CPU with this onnxruntime is kept and not measured again. The machine should be idle.
+    on this CPU with this onnxruntime is kept and not measured again; a profile.json that says
+    something else is replaced with --force only. The machine should be idle.
 
     \b
     mpq profile model.pth
@@ -53,10 +54,19 @@ def profile(
     loaded = load_model(checkpoint, arch=model, trust_pickle=trust_pickle)
     channels, height, width = loaded.info.input
     size = (channels, input_size or height, input_size or width)
+    kept = folder / "profile.json"
     with options.status() as tell:
         found = profile_module(
-            loaded.module, size, threads=threads, batch=batch, again=force, progress=tell
+            loaded.module,
+            size,
+            threads=threads,
+            batch=batch,
+            again=force,
+            on_start=lambda: rundir.refuse_overwrite(kept, force),
+            progress=tell,
         )
+        if kept.is_file() and kept.read_text(encoding="utf-8") != found.to_json() + "\n":
+            rundir.refuse_overwrite(kept, force)  # of another CPU, runtime, batch or threads
         checked = None if check is None else hold(found, check)
     told = json.loads(found.to_json())
     if checked is not None:
@@ -76,5 +86,5 @@ def profile(
             f"{checked.measured_ms:.3f} ms, {checked.error:+.1f} %"
         )
     rundir.touch_run(folder)
-    found.save(folder / "profile.json")
-    options.say(f"wrote {folder / 'profile.json'}; next: mpq analyze --max-latency-ms")
+    found.save(kept)
+    options.say(f"wrote {kept}; next: mpq analyze --max-latency-ms")

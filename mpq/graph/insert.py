@@ -54,7 +54,8 @@ def _replace(
     assert spec is not None
     source = quantizers[plan.site] if plan.site else None
     if traced:
-        new: nn.Module = QuantLayer(layer, spec, source, dynamic=plan.choice.dynamic)
+        dynamic = plan.choice.dynamic and plan.support.integer
+        new: nn.Module = QuantLayer(layer, spec, source, dynamic=dynamic)
     else:
         activation = plan.choice.activation if plan.support.integer else None
         new = IslandLayer(layer, spec, activation)

@@ -51,6 +51,7 @@ def profile_module(
     threads: int = 1,
     batch: int = 1,
     again: bool = False,
+    on_start: Callable[[], None] | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> LatencyProfile:
     """The profile of a network, measured or, where it was measured before, read.
@@ -61,6 +62,7 @@ def profile_module(
         threads: threads inside an operation.
         batch: images at a time.
         again: measure even if there is one.
+        on_start: called before anything is measured; what it raises is raised.
         progress: told what is being done.
 
     Raises:
@@ -74,6 +76,8 @@ def profile_module(
             return LatencyProfile.load(path)
         except UsageError as error:
             logger.warning("measuring again: %s", error)
+    if on_start:
+        on_start()
     found = profile(graph, threads=threads, batch=batch, progress=progress)
     try:
         found.save(path)
