@@ -83,9 +83,14 @@ def rivals(
     largest = [i.name for i in sorted(scores.layers, key=lambda i: -i.params)]
     named = {"search": solve(scores).widths}
     if args.refine:
-        found = refine(scores, solve, judge.choose, count=args.refine, seed=args.seed)
-        told = [f"{1e3 * t.mean:.2f}" for t in found.trials]
-        print(f"{budget:4.1f} refined on {args.choose} images: {' '.join(told)}", flush=True)
+        found = refine(scores, solve, judge.choose, judge.again, count=args.refine, seed=args.seed)
+        told = " ".join(f"{1e3 * t.mean:.2f}" for t in found.trials)
+        off, error = found.again or (0.0, 0.0)
+        print(
+            f"{budget:4.1f} refined on {args.choose} images: {told}; again"
+            f" {1e3 * off:+.2f} +- {1e3 * error:.2f}, {'' if found.taken else 'not '}taken",
+            flush=True,
+        )
         named["refined"] = found.chosen.allocation.widths
     named["size"] = filled(scores, args.bits, act, budget, largest)
     rng = random.Random(args.seed)
@@ -104,17 +109,19 @@ class Judge:
 
     def __init__(self, subject: Subject, graph: QuantGraph, args: argparse.Namespace) -> None:
         test = subject.require_data("the comparison").test
-        begin = HALF if len(test) > HALF else args.choose if args.refine else 0
-        self.chosen = test.read(np.arange(min(args.choose, len(test))))
+        begin = HALF if len(test) > HALF else 2 * args.choose if args.refine else 0
+        count = min(args.choose, len(test) // 2)
+        self.halves = [test.read(np.arange(k * count, (k + 1) * count)) for k in range(2)]
         told = np.arange(begin, min(begin + args.test, len(test)))
         self.images, self.labels = test.read(told), test.labels[told]
         self.calibrations = [
             subject.sample(args.calibration, args.seed + k, "calibration")
-            for k in range(args.calibrations)
+            for k in range(max(args.calibrations, 2))
         ]
+        self.reported = self.calibrations[: args.calibrations]
         self.subject, self.graph, self.effort = subject, graph, args.effort
         self.reference = self._log_probabilities(graph.module, self.images)
-        self.before = self._log_probabilities(graph.module, self.chosen) if args.refine else None
+        self.before = [self._log_probabilities(graph.module, half) for half in self.halves]
         self.top1 = top1(self.reference, self.labels)
 
     def _log_probabilities(self, module: torch.nn.Module, images: Any) -> torch.Tensor:
@@ -127,13 +134,19 @@ class Judge:
 
     def choose(self, found: Allocation) -> NDArray[np.float64]:
         """Divergence of each image to choose on, in nats, with the first calibration."""
-        assert self.before is not None
-        module = self._quantized(found.widths, self.calibrations[0])
-        return _divergence(self.before, self._log_probabilities(module, self.chosen))
+        return self._half(found, 0)
+
+    def again(self, found: Allocation) -> NDArray[np.float64]:
+        """The same on the next images, with the second calibration."""
+        return self._half(found, 1)
+
+    def _half(self, found: Allocation, half: int) -> NDArray[np.float64]:
+        module = self._quantized(found.widths, self.calibrations[half])
+        return _divergence(self.before[half], self._log_probabilities(module, self.halves[half]))
 
     def measure(self, widths: Config) -> tuple[list[float], NDArray[np.float64]]:
         """Per calibration: top-1 in percent, and the divergence of each image `[k, N]` in nats."""
-        modules = [self._quantized(widths, images) for images in self.calibrations]
+        modules = [self._quantized(widths, images) for images in self.reported]
         found = [self._log_probabilities(module, self.images) for module in modules]
         rows = np.stack([_divergence(self.reference, one) for one in found])
         return [top1(one, self.labels) for one in found], rows

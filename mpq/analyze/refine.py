@@ -7,7 +7,9 @@ model of the cost with the scores, brought to the scale of the first measurement
 (Bayesian linear regression). What is measured next is the exact search's answer to scores drawn
 from the posterior (W. Thompson, "On the Likelihood that One Unknown Probability Exceeds Another",
 1933), so that every configuration keeps all budgets, groups and locks, and doubt about a layer is
-resolved where it could change the answer. Free of torch.
+resolved where it could change the answer. The least of many noisy values is too low, so the winner
+is measured again beside the search's own answer, on other images and after another calibration.
+Free of torch.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ in equal parts: a layer whose score is next to nothing may be wrong as well."""
 DOUBT = 0.03
 """What the linear model is trusted to at best: relative to the first measured cost."""
 MARGIN = 2.0
-"""Standard errors of the paired difference by which a configuration must beat the first one."""
+"""Standard errors of the paired difference by which the winner must beat the search's answer."""
 DRAWS = 20
 """Draws without a configuration that is new after which there is nothing more to measure."""
 
@@ -63,29 +65,34 @@ class Refined:
     """The outcome of a refinement.
 
     Args:
-        chosen: the least costly configuration that beats the first one by `MARGIN` standard errors;
-            the first one where none does.
-        trials: all that was measured, the first one being the search's own answer.
-        scores: the scores as fitted to the measurements.
+        chosen: the least costly configuration of the trials if it held when it was measured again,
+            else the first one, which is the search's own answer.
+        trials: all that was measured.
+        scores: as fitted to the measurements where they chose, else as they were.
+        again: what the least costly one costs more than the first, with its standard error, when
+            both were measured again; None where the first was the least costly.
     """
 
     chosen: Trial
     trials: tuple[Trial, ...]
     scores: Sensitivity
+    again: tuple[float, float] | None
 
     @property
-    def gain(self) -> tuple[float, float]:
-        """Cost of `chosen` less that of the first one, on the images of the choice, and its error.
+    def taken(self) -> bool:
+        """Whether another configuration than the search's own was chosen."""
+        return self.again is not None and _holds(*self.again)
 
-        The least of several noisy values is too low: on other images expect a smaller gain.
-        """
-        return self.chosen.against(self.trials[0])
+
+def _holds(off: float, error: float) -> bool:
+    return off < -MARGIN * error
 
 
 def refine(
     scores: Sensitivity,
     solve: Callable[[Sensitivity], Allocation],
     measure: Callable[[Allocation], Vector],
+    again: Callable[[Allocation], Vector],
     *,
     count: int,
     seed: int = 0,
@@ -96,7 +103,8 @@ def refine(
     Args:
         scores: where to begin.
         solve: the best configuration within the budgets, by such scores.
-        measure: cost of a configuration for each of the same images.
+        measure: cost of a configuration for each of the same images, two or more.
+        again: the same on other images, after another calibration.
         count: configurations to measure, at least 1; fewer where there are not so many.
         seed: of the draws.
         told: called with (measured, count).
@@ -113,10 +121,16 @@ def refine(
         if len(trials) >= count:
             break
         allocation = _unseen(model, solve, trials, mean, root, rng)
+    first, best = trials[0], min(trials, key=lambda t: t.mean)
+    if best is first:
+        return Refined(first, tuple(trials), scores, None)
+    pair = [Trial(t.allocation, again(t.allocation)) for t in (best, first)]
+    found = pair[0].against(pair[1])
+    if not _holds(*found):
+        return Refined(first, tuple(trials), scores, found)
     fitted = model.scores_of(mean)
-    best = _best(trials)
     priced = dataclasses.replace(best.allocation, objective=fitted.predict(best.allocation.widths))
-    return Refined(Trial(priced, best.losses), tuple(trials), fitted)
+    return Refined(Trial(priced, best.losses), tuple(trials), fitted, found)
 
 
 def _unseen(
@@ -135,16 +149,6 @@ def _unseen(
         if found.widths not in seen:
             return found
     return None
-
-
-def _best(trials: Sequence[Trial]) -> Trial:
-    first = trials[0]
-    beats = [first]
-    for trial in trials[1:]:
-        off, error = trial.against(first)
-        if off < -MARGIN * error:
-            beats.append(trial)
-    return min(beats, key=lambda t: t.mean)
 
 
 class _Model:

@@ -11,6 +11,7 @@ import click
 from mpq import rundir
 from mpq.analyze.limits import LIMITS
 from mpq.analyze.perturb import Rounding
+from mpq.analyze.refine import Refined
 from mpq.analyze.score import METRICS
 from mpq.cli import options, training
 from mpq.data import Normalization
@@ -202,12 +203,7 @@ def _show(found: Analysis, folder: Path, as_json: bool) -> None:
             f"{result.predicted_bytes:,}{drop}"
         )
     for choice, refined in zip(found.choices, found.refined, strict=False):
-        gain, error = refined.gain
-        options.show(
-            f"{choice.file}: of {len(refined.trials)} policies measured on "
-            f"{len(refined.chosen.losses)} images, divergence {refined.trials[0].mean:.3g} -> "
-            f"{refined.chosen.mean:.3g} nats ({gain:+.2g} +- {error:.1g})"
-        )
+        options.show(f"{choice.file}: {_refinement(refined)}")
     if found.validation:
         truth = found.validation
         options.show(
@@ -218,3 +214,13 @@ def _show(found: Analysis, folder: Path, as_json: bool) -> None:
         options.say(f"scores from {found.scores_from}; --rescore scores anew")
     written = ", ".join(str(path) for path, _ in results)
     options.say(f"wrote {written}; next: mpq ptq, or mpq qat --teacher ens.pth")
+
+
+def _refinement(refined: Refined) -> str:
+    """What measuring configurations came to."""
+    told = f"{len(refined.trials)} policies measured on {len(refined.chosen.losses)} images"
+    if refined.again is None:
+        return f"{told}; none was better than the search's own"
+    off, error = refined.again
+    kept = "taken" if refined.taken else "not taken, which is within the noise"
+    return f"{told}; the best differs by {off:+.2g} +- {error:.1g} nats on others: {kept}"

@@ -98,10 +98,9 @@ def analysis_json(found: Analysis) -> dict[str, Any]:
 
 def _refined_json(refined: Refined) -> dict[str, Any]:
     """What was measured for a choice: divergences in nats, the search's own answer first."""
-    gain, error = refined.gain
     return {
         "images": len(refined.chosen.losses),
-        "gain": gain,
-        "error": error,
+        "taken": refined.taken,
+        "again": None if refined.again is None else list(refined.again),
         "trials": [{**t.allocation.to_json(), "kl": t.mean} for t in refined.trials],
     }

@@ -17,17 +17,19 @@ from mpq.analyze.refine import Refined, refine
 from mpq.analyze.search import Allocation
 from mpq.analyze.sensitivity import Sensitivity
 from mpq.data import sample_indices
-from mpq.errors import UsageError
+from mpq.errors import DataError, UsageError
 from mpq.graph.ir import QuantGraph
 from mpq.graph.passes import prepare
 from mpq.pipeline.dropping import CALIBRATION_IMAGES
 from mpq.pipeline.subject import Subject
 from mpq.policy import Constraints
 from mpq.ptq import quantize_graph
-from mpq.train.evaluate import predict
+from mpq.train.evaluate import Images, predict
 
 logger = logging.getLogger(__name__)
 COMPARED_IMAGES = 1000
+"""In each half: the one that chooses, and the one that judges the choice."""
+LEAST_IMAGES = 20
 Solve = Callable[[Sensitivity, Constraints], Allocation]
 
 
@@ -78,7 +80,9 @@ def refine_budgets(
         def tell(done: int, total: int, place: int = place) -> None:
             progress(place * total + done, len(budgets) * total)
 
-        found.append(refine(scores, best, meter.losses, count=count, seed=seed, told=tell))
+        found.append(
+            refine(scores, best, meter.losses, meter.again, count=count, seed=seed, told=tell)
+        )
     return found
 
 
@@ -86,8 +90,8 @@ class DivergenceMeter:
     """Quantizes configurations as `mpq ptq` does and compares their answers with the float ones.
 
     No label is used. Images are of the validation split, or of the training split where the data
-    have none. Quantization sees the same images
-    each time, so that what tells two configurations apart is their widths.
+    have none: one half to choose on, the other to measure the choice again. Quantization sees the
+    same calibration images each time, so that what tells configurations apart is their widths.
 
     Args:
         subject: the network and its data.
@@ -95,25 +99,39 @@ class DivergenceMeter:
         seed: of the images.
 
     Raises:
-        DataError: there are no data.
+        DataError: there are no data, or fewer than `LEAST_IMAGES` images to measure on.
     """
 
     def __init__(self, subject: Subject, graph: QuantGraph, *, seed: int = 0) -> None:
         data = subject.require_data("--refine")
         source = data.validation if len(data.validation) else data.train
-        self.images = source.read(sample_indices(source, COMPARED_IMAGES, seed))
-        self.calibration: Tensor = subject.sample(CALIBRATION_IMAGES, seed, "--refine")
-        self.subject, self.graph = subject, graph
-        self.reference = self._log_probabilities(graph.module)
+        if len(source) < LEAST_IMAGES:
+            raise DataError(
+                f"--refine must have at least {LEAST_IMAGES} validation images to measure on. Got "
+                f"{len(source)}. Leave it out, or give more images."
+            )
+        picked = sample_indices(source, 2 * COMPARED_IMAGES, seed)
+        self.subject, self.graph, self.seed = subject, graph, seed
+        self.halves = [source.read(picked[k::2]) for k in range(2)]
+        self.references = [self._log_probabilities(graph.module, half) for half in self.halves]
 
     def losses(self, allocation: Allocation) -> NDArray[np.float64]:
-        """`KL(float || quantized)` of each image `[N]`, in nats."""
+        """`KL(float || quantized)` of each image to choose on `[N]`, in nats."""
+        return self._measure(allocation, 0)
+
+    def again(self, allocation: Allocation) -> NDArray[np.float64]:
+        """The same on the other images, quantized with other calibration images."""
+        return self._measure(allocation, 1)
+
+    def _measure(self, allocation: Allocation, half: int) -> NDArray[np.float64]:
+        images = self.subject.sample(CALIBRATION_IMAGES, self.seed + half, "--refine")
         prepared = prepare(self.graph, allocation_policy(allocation.widths))
-        quantize_graph(prepared, self.calibration)
-        found = self._log_probabilities(prepared.module)
-        rows: NDArray[np.float64] = (self.reference.exp() * (self.reference - found)).sum(1).numpy()
+        quantize_graph(prepared, images)
+        reference = self.references[half]
+        found = self._log_probabilities(prepared.module, self.halves[half])
+        rows: NDArray[np.float64] = (reference.exp() * (reference - found)).sum(1).numpy()
         logger.info("%.2f effective bits: %.3g nats", allocation.effective_bits, rows.mean())
         return rows
 
-    def _log_probabilities(self, module: nn.Module) -> Tensor:
-        return predict(module, self.images, self.subject.normalize).double().log_softmax(1)
+    def _log_probabilities(self, module: nn.Module, images: Images) -> Tensor:
+        return predict(module, images, self.subject.normalize).double().log_softmax(1)
