@@ -54,10 +54,10 @@ it (what its layer does alone: a tie that rounds the other way is one step), and
 end of the chain. The last is a matter of the network: batch norm and ReLU at random weights
 amplify noise from layer to layer (Yang et al., "A Mean Field Theory of Batch Normalization",
 2019). With shifts of mean 0 mobilenet_v2 ends 98 and regnet_y_400mf 177 steps from where it should
-be, though every layer alone is exact to one step on 99.998 % of its integers; with shifts of mean
-0.3, as here, 35 and 28. Size and latency are ratios to the float file; latencies of one interleaved
-run, one thread, batch 1, on a machine with other work on it. The command is in
-`benchmarks/coverage.py`; it goes on where it stopped.
+be, though every layer alone gives 99.997 % of its integers exactly and the rest to one step; with shifts of mean
+0.3, as here, 35 and 28. Size and latency are ratios to the float file; latencies
+are CPU time of one thread, batch 1, interleaved (`-`: the machine was too busy to tell). The
+command is in `benchmarks/coverage.py`; it goes on where it stopped.
 """
 
 
@@ -145,11 +145,11 @@ def quantize_and_export(qg: QuantGraph, policy: Policy, path: Path, side: int) -
 
 
 def latencies(files: list[Path], side: int) -> list[float]:
-    """Median over rounds of the time of the first file over each file's time."""
+    """Median over rounds of the first file's CPU time over each file's, one thread."""
     sessions = [runtime.session(path) for path in files]
     x = images(1, side, seed=3).numpy()
     runners = [lambda s=s: s.run(None, {s.get_inputs()[0].name: x}) for s in sessions]
-    times = interleave(runners, runs=ROUNDS, warmup=2)
+    times = interleave(runners, runs=ROUNDS, warmup=2, clock=time.thread_time)
     return [round(float(np.median(times[0] / t)), 3) for t in times]
 
 
@@ -231,14 +231,11 @@ def _in_a_process(name: str, memory_gb: float, minutes: float) -> dict[str, Any]
 
 
 def table(out: Path) -> str:
-    """The results as Markdown, the classifiers that were not run included."""
+    """The results as Markdown, and which classifiers were not run."""
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     measured = {row["model"] for row in rows}
-    rows += [
-        {"model": name, "params": size, "skipped": "not run yet"}
-        for name, size in by_size().items()
-        if name not in measured
-    ]
+    left = [name for name in by_size() if name not in measured]
+    rest = f"\nNot run yet, smallest first: {', '.join(left)}.\n" if left else ""
     head = (
         f"{_HEAD}\nonnxruntime {runtime.version()}, torch {torch.__version__}, "
         f"{platform.machine()}; {len(measured)} of 80 measured.\n\n"
@@ -247,7 +244,7 @@ def table(out: Path) -> str:
         + "|---" * 9
         + "|\n"
     )
-    return head + "".join(_line(row) for row in sorted(rows, key=lambda r: r["model"]))
+    return head + "".join(_line(row) for row in sorted(rows, key=lambda r: r["model"])) + rest
 
 
 def _line(row: dict[str, Any]) -> str:
