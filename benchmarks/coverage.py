@@ -54,10 +54,10 @@ it (what its layer does alone: a tie that rounds the other way is one step), and
 end of the chain. The last is a matter of the network: batch norm and ReLU at random weights
 amplify noise from layer to layer (Yang et al., "A Mean Field Theory of Batch Normalization",
 2019). With shifts of mean 0 mobilenet_v2 ends 98 and regnet_y_400mf 177 steps from where it should
-be, though every layer alone gives 99.997 % of its integers exactly and the rest to one step; with shifts of mean
-0.3, as here, 35 and 28. Size and latency are ratios to the float file; latencies
-are CPU time of one thread, batch 1, interleaved (`-`: the machine was too busy to tell). The
-command is in `benchmarks/coverage.py`; it goes on where it stopped.
+be, though every layer alone gives 99.997 % of its integers exactly and the rest to one step; with
+shifts of mean 0.3, as here, 35 and 28. Size and latency are ratios to the float file; latencies are
+CPU time of one thread, batch 1, interleaved (`-`: the machine was too busy to tell). The command is
+in `benchmarks/coverage.py`; it goes on where it stopped.
 """
 
 
