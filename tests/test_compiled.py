@@ -9,10 +9,13 @@ import nets
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from torch import Tensor, fx, nn
 from torch._dynamo.utils import counters
 
 from mpq import absorb_norms, attach_norms, freeze, policies, prepare, quantize_graph, to_float
+from mpq.cli.qat import qat as qat_command
+from mpq.cli.train import train as train_command
 from mpq.cli.training import recipe_from
 from mpq.data import Normalization
 from mpq.errors import UsageError
@@ -134,3 +137,11 @@ def test_without_a_compiler_it_says_what_is_missing(monkeypatch: pytest.MonkeyPa
     with pytest.raises(UsageError, match=message):
         train(student(), tmp_path / "new", RECIPE.override({"compile": True}))
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("flags", [(), ("--compile",)])
+def test_the_flag_is_the_recipes_key(flags: tuple[str, ...]):
+    done = CliRunner().invoke(train_command, ["resnet20", "--show-recipe", *flags])
+    assert done.exit_code == 0
+    assert f"compile: {str(bool(flags)).lower()}" in done.output
+    assert "--compile" in CliRunner().invoke(qat_command, ["--help"]).output
