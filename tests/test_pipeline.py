@@ -193,7 +193,7 @@ def test_the_whole_way_in_the_exact_forms(here, capsys, monkeypatch):
     assert re.search(r"^top-1 \d+\.\d\d % on the validation split, simulated$", out, re.M)
     names = {p.name for p in Path("runs/p").iterdir()}
     assert names == {"policy.yaml", "quantized.pth", "metrics.jsonl"}
-    assert load_safe(Path("runs/p/quantized.pth"))["metrics"]["teachers"] == ["model", "model"]
+    assert load_safe(Path("runs/p/quantized.pth"))["metrics"]["teachers"] == ["model", "small"]
 
     out, err = say(capsys, "export", "--onnx")
     assert "no file named: using runs/p/quantized.pth" in err
