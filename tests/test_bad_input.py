@@ -147,6 +147,7 @@ def test_spoiled_files(here, fails, file, how):
         ("analyze runs/model/quantized.pth", "mpq/quantized"),
         ("export --onnx model.pth", "model.pth must be a quantized network"),
         ("qat --teacher runs/model/quantized.pth -o a", "runs/model/quantized.pth"),
+        ("ensemble runs/model/quantized.pth -o e.pth", "mpq/quantized"),
         ("ptq --policy model.pth -o a", "model.pth"),
         ("analyze runs", "must be a file. Got a folder"),
         ("export --onnx runs", "runs/quantized.pth"),

@@ -1,14 +1,58 @@
-"""Several processes: who leads, and that all of them end in order."""
+"""Several processes: they train as one does, one of them leads, and all of them end in order."""
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from processes import main
 
 from mpq.processes import leading, ranks_of
+
+HERE = Path(__file__).parent
+LAUNCH = (
+    sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
+    "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
+    "--main_process_port", "0",
+)  # fmt: skip
+
+
+def launch(*command: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
+    return subprocess.run(
+        [*LAUNCH, *command], capture_output=True, text=True, env=env, cwd=folder, timeout=300
+    )
+
+
+def test_the_gradients_of_two_processes_are_those_of_one(tmp_path: Path):
+    both, alone = tmp_path / "both", tmp_path / "alone"
+    done = launch(str(HERE / "processes.py"), str(both), folder=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    main(alone)
+    found, expected = (torch.load(p / "weights.pth", weights_only=True) for p in (both, alone))
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, atol=1e-6, rtol=1e-5)
+    told, wanted = ((p / "metrics.jsonl").read_text().splitlines() for p in (both, alone))
+    for line, other in zip(told, wanted, strict=True):
+        ours, theirs = json.loads(line), json.loads(other)
+        assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-5)
+        assert ours["train_top1"] == theirs["train_top1"]
+
+
+def test_the_command_line_runs_in_two_processes_and_writes_once(tmp_path: Path):
+    train = ("train", "resnet20", "--data", "digits", "--epochs", "1", "--set", "batch=512")
+    done = launch("-m", "mpq", *train, "-o", "model.pth", folder=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "model.pth").is_file()
+    assert done.stderr.count("wrote model.pth") == 1
+    assert done.stdout.count("on the validation split") == 1
+    assert [p.name for p in (tmp_path / "model.train").iterdir()] == ["metrics.jsonl"]
+
 
 PROGRAM = """
 from mpq.analyze.batches import gather
