@@ -18,7 +18,7 @@ import argparse
 import json
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +29,17 @@ from numpy.typing import NDArray
 
 from mpq.analyze import Allocation, allocate, candidates, score_layers
 from mpq.analyze.cost import Widths, effective_bits
-from mpq.analyze.explain import allocation_policy
 from mpq.analyze.refine import refine
 from mpq.analyze.sensitivity import Sensitivity
 from mpq.data import Normalization
 from mpq.files import write_json
 from mpq.graph.ir import QuantGraph
-from mpq.graph.passes import prepare
+from mpq.layers import LayerInfo
+from mpq.pipeline.dropping import quantized
+from mpq.pipeline.refining import DivergenceMeter, divergences, log_probabilities
 from mpq.pipeline.subject import Source, Subject, open_checkpoint
 from mpq.policy import Constraints
-from mpq.ptq import quantize_graph
-from mpq.train.evaluate import predict, top1
+from mpq.train.evaluate import top1
 
 Config = dict[str, Widths]
 Row = dict[str, Any]
@@ -83,7 +83,9 @@ def rivals(
     largest = [i.name for i in sorted(scores.layers, key=lambda i: -i.params)]
     named = {"search": solve(scores).widths}
     if args.refine:
-        found = refine(scores, solve, judge.choose, judge.again, count=args.refine, seed=args.seed)
+        found = refine(
+            scores, solve, judge.meter.losses, judge.meter.again, count=args.refine, seed=args.seed
+        )
         told = " ".join(f"{1e3 * t.mean:.2f}" for t in found.trials)
         off, error = found.again or (0.0, 0.0)
         print(
@@ -103,73 +105,64 @@ def rivals(
 class Judge:
     """Quantizes configurations and measures them on test images.
 
-    Configurations are chosen on the first images by official index and reported on those from
-    `HALF` on, where there are so many.
+    Configurations are chosen (`meter`) on the first images by official index and reported on those
+    from `HALF` on, where there are so many.
     """
 
     def __init__(self, subject: Subject, graph: QuantGraph, args: argparse.Namespace) -> None:
         test = subject.require_data("the comparison").test
         begin = HALF if len(test) > HALF else 2 * args.choose if args.refine else 0
-        count = min(args.choose, len(test) // 2)
-        self.halves = [test.read(np.arange(k * count, (k + 1) * count)) for k in range(2)]
         told = np.arange(begin, min(begin + args.test, len(test)))
         self.images, self.labels = test.read(told), test.labels[told]
-        self.calibrations = [
+        calibrations = [
             subject.sample(args.calibration, args.seed + k, "calibration")
             for k in range(max(args.calibrations, 2))
         ]
-        self.reported = self.calibrations[: args.calibrations]
-        self.subject, self.graph, self.effort = subject, graph, args.effort
-        self.reference = self._log_probabilities(graph.module, self.images)
-        self.before = [self._log_probabilities(graph.module, half) for half in self.halves]
+        self.calibrations = calibrations[: args.calibrations]
+        self.graph, self.normalize, self.effort = graph, subject.normalize, args.effort
+        self.reference = log_probabilities(graph.module, self.images, self.normalize)
         self.top1 = top1(self.reference, self.labels)
-
-    def _log_probabilities(self, module: torch.nn.Module, images: Any) -> torch.Tensor:
-        return predict(module, images, self.subject.normalize).double().log_softmax(1)
-
-    def _quantized(self, widths: Config, calibration: torch.Tensor) -> torch.nn.Module:
-        prepared = prepare(self.graph, allocation_policy(widths))
-        quantize_graph(prepared, calibration, effort=self.effort)
-        return prepared.module
-
-    def choose(self, found: Allocation) -> NDArray[np.float64]:
-        """Divergence of each image to choose on, in nats, with the first calibration."""
-        return self._half(found, 0)
-
-    def again(self, found: Allocation) -> NDArray[np.float64]:
-        """The same on the next images, with the second calibration."""
-        return self._half(found, 1)
-
-    def _half(self, found: Allocation, half: int) -> NDArray[np.float64]:
-        module = self._quantized(found.widths, self.calibrations[half])
-        return _divergence(self.before[half], self._log_probabilities(module, self.halves[half]))
+        if args.refine:
+            count = min(args.choose, len(test) // 2)
+            self.meter = DivergenceMeter(
+                graph,
+                self.normalize,
+                images=[test.read(np.arange(k * count, (k + 1) * count)) for k in range(2)],
+                calibrations=calibrations,
+                effort=self.effort,
+            )
 
     def measure(self, widths: Config) -> tuple[list[float], NDArray[np.float64]]:
         """Per calibration: top-1 in percent, and the divergence of each image `[k, N]` in nats."""
-        modules = [self._quantized(widths, images) for images in self.reported]
-        found = [self._log_probabilities(module, self.images) for module in modules]
-        rows = np.stack([_divergence(self.reference, one) for one in found])
+        modules = [
+            quantized(self.graph, widths, images, effort=self.effort)
+            for images in self.calibrations
+        ]
+        found = [log_probabilities(m, self.images, self.normalize) for m in modules]
+        rows = np.stack([divergences(self.reference, one) for one in found])
         return [top1(one, self.labels) for one in found], rows
 
 
-def _divergence(reference: torch.Tensor, found: torch.Tensor) -> NDArray[np.float64]:
-    values: NDArray[np.float64] = (reference.exp() * (reference - found)).sum(1).numpy()
-    return values
-
-
-def compare(name: str, judge: Judge, widths: Config, base: NDArray[np.float64] | None) -> Row:
-    """A policy as measured, and paired with the one that the search found (`base`)."""
-    accuracies, rows = judge.measure(widths)
-    off = rows.mean(0) - (rows.mean(0) if base is None else base)
-    return {
-        "policy": name,
-        "top1": accuracies,
-        "kl": rows.mean(1).tolist(),
-        "off": float(off.mean()),
-        "error": float(off.std(ddof=1) / len(off) ** 0.5),
-        "widths": [pair[0] for pair in widths.values()],
-        "images": rows.mean(0),
-    }
+def compare(
+    named: dict[str, Config], judge: Judge, layers: Sequence[LayerInfo], budget: float
+) -> Iterator[Row]:
+    """Each policy as measured, and paired with the first, which the search found."""
+    base: NDArray[np.float64] | None = None
+    for name, widths in named.items():
+        accuracies, rows = judge.measure(widths)
+        losses = rows.mean(0)
+        base = losses if base is None else base
+        off = losses - base
+        yield {
+            "budget": budget,
+            "bits": effective_bits(layers, widths),
+            "policy": name,
+            "top1": accuracies,
+            "kl": rows.mean(1).tolist(),
+            "off": float(off.mean()),
+            "error": float(off.std(ddof=1) / len(off) ** 0.5),
+            "widths": [pair[0] for pair in widths.values()],
+        }
 
 
 def main() -> None:
@@ -220,15 +213,12 @@ def main() -> None:
     print(f"float: {judge.top1:.2f} of {len(judge.labels)} images")
     rows: list[Row] = []
     for budget in args.budgets:
-        base = None
-        for name, widths in rivals(scores, budget, judge, args).items():
-            row = compare(name, judge, widths, base)
-            base = row.pop("images") if base is None else (row.pop("images"), base)[1]
-            bits = effective_bits(scores.layers, widths)
-            rows.append({"budget": budget, "bits": bits, **row})
+        for row in compare(rivals(scores, budget, judge, args), judge, scores.layers, budget):
+            rows.append(row)
             print(
-                f"{budget:4.1f} {name:10s} {bits:.3f} bits  top-1 {np.mean(row['top1']):.2f}  KL"
-                f" x1000 {' '.join(f'{1e3 * k:.2f}' for k in row['kl'])}  to search"
+                f"{budget:4.1f} {row['policy']:10s} {row['bits']:.3f} bits"
+                f"  top-1 {np.mean(row['top1']):.2f}  KL x1000 "
+                f"{' '.join(f'{1e3 * k:.2f}' for k in row['kl'])}  to search"
                 f" {1e3 * row['off']:+.2f} +- {1e3 * row['error']:.2f}"
                 f"  {' '.join(map(str, row['widths']))}",
                 flush=True,

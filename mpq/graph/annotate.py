@@ -80,8 +80,7 @@ def make_dynamic(qg: QuantGraph, policy: Policy) -> Policy:
     for node in work.nodes:
         if work.integer_layer(node) and qg.layers[str(node.target)].kind == "linear":
             site = work.sites[work.source(node.args[0])]
-            narrow = choices[str(node.target)].activation_bits != 8
-            if site.role == "demand" and not narrow:
+            if site.role == "demand" and choices[str(node.target)].activation_bits == DYNAMIC.bits:
                 names.append(str(node.target))
     entries = [LayerPolicy(name=name, activation=DYNAMIC) for name in names]
     return policy.model_copy(update={"layers": [*policy.layers, *entries]})

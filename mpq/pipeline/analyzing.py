@@ -24,7 +24,7 @@ from mpq.graph.ir import QuantGraph
 from mpq.latency import LatencyProfile
 from mpq.pipeline.analysis import Analysis, Choice
 from mpq.pipeline.dropping import DropMeter
-from mpq.pipeline.refining import DivergenceMeter, check_refine, refine_budgets
+from mpq.pipeline.refining import check_refine, refine_budgets, validation_meter
 from mpq.pipeline.scoring import scores_of
 from mpq.pipeline.subject import Subject
 from mpq.policy import Constraints, DataInfo, Policy
@@ -176,7 +176,7 @@ class _Work:
         if not count:
             return []
         return refine_budgets(
-            DivergenceMeter(self.subject, graph, seed=self.how.seed),
+            validation_meter(self.subject, graph, seed=self.how.seed),
             search.scores,
             lambda scores, budget: replace(search, scores=scores).allocate(budget),
             budgets,

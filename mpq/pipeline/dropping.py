@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from mpq.analyze.cost import Widths
 from mpq.analyze.explain import allocation_policy
 from mpq.analyze.search import Allocation
 from mpq.data import sample_indices
 from mpq.graph.ir import QuantGraph
 from mpq.graph.passes import prepare
 from mpq.pipeline.subject import Subject
-from mpq.ptq import quantize_graph
+from mpq.ptq import Effort, quantize_graph
 from mpq.train.evaluate import accuracy
 
 logger = logging.getLogger(__name__)
@@ -46,9 +48,24 @@ class DropMeter:
 
     def drop(self, allocation: Allocation) -> float:
         """Top-1 lost by a configuration, in points or percent; negative where it gains."""
-        prepared = prepare(self.graph, allocation_policy(allocation.widths))
-        quantize_graph(prepared, self.calibration)
-        found = accuracy(prepared.module, self.images, self.labels, self.subject.normalize)
+        module = quantized(self.graph, allocation.widths, self.calibration)
+        found = accuracy(module, self.images, self.labels, self.subject.normalize)
         lost = self.top1 - found
         logger.info("%.2f effective bits: top-1 %.2f", allocation.effective_bits, found)
         return 100 * lost / max(self.top1, 1e-9) if self.relative else lost
+
+
+def quantized(
+    graph: QuantGraph, widths: Mapping[str, Widths], images: Tensor, *, effort: Effort = "good"
+) -> nn.Module:
+    """A configuration of a graph in stage `float`, quantized as `mpq ptq` does.
+
+    Args:
+        graph: stays as it is.
+        widths: of weights and input activations of each layer.
+        images: normalized calibration images `[N, C, H, W]`.
+        effort: as `mpq.ptq.quantize_graph` takes it.
+    """
+    prepared = prepare(graph, allocation_policy(widths))
+    quantize_graph(prepared, images, effort=effort)
+    return prepared.module

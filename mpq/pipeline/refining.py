@@ -12,18 +12,16 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from mpq.analyze.explain import allocation_policy
 from mpq.analyze.refine import Refined, refine
 from mpq.analyze.search import Allocation
 from mpq.analyze.sensitivity import Sensitivity
-from mpq.data import sample_indices
+from mpq.data import Normalization, sample_indices
 from mpq.errors import DataError, UsageError
 from mpq.graph.ir import QuantGraph
-from mpq.graph.passes import prepare
-from mpq.pipeline.dropping import CALIBRATION_IMAGES
+from mpq.pipeline.dropping import CALIBRATION_IMAGES, quantized
 from mpq.pipeline.subject import Subject
 from mpq.policy import Constraints
-from mpq.ptq import quantize_graph
+from mpq.ptq import Effort
 from mpq.train.evaluate import Images, predict
 
 logger = logging.getLogger(__name__)
@@ -89,31 +87,29 @@ def refine_budgets(
 class DivergenceMeter:
     """Quantizes configurations as `mpq ptq` does and compares their answers with the float ones.
 
-    No label is used. Images are of the validation split, or of the training split where the data
-    have none: one half to choose on, the other to measure the choice again. Quantization sees the
-    same calibration images each time, so that what tells configurations apart is their widths.
+    No label is used. Quantization sees the same calibration images each time, so that what tells
+    configurations apart is their widths.
 
     Args:
-        subject: the network and its data.
-        graph: its graph in stage `float`.
-        seed: of the images.
-
-    Raises:
-        DataError: there are no data, or fewer than `LEAST_IMAGES` images to measure on.
+        graph: a network in stage `float`.
+        normalize: of its images.
+        images: uint8 `[n, H, W, 3]`, to choose on; and others, to measure the choice again.
+        calibrations: normalized images to quantize with, for the one and for the other.
+        effort: of quantization.
     """
 
-    def __init__(self, subject: Subject, graph: QuantGraph, *, seed: int = 0) -> None:
-        data = subject.require_data("--refine")
-        source = data.validation if len(data.validation) else data.train
-        if len(source) < LEAST_IMAGES:
-            raise DataError(
-                f"--refine must have at least {LEAST_IMAGES} validation images to measure on. Got "
-                f"{len(source)}. Leave it out, or give more images."
-            )
-        picked = sample_indices(source, 2 * COMPARED_IMAGES, seed)
-        self.subject, self.graph, self.seed = subject, graph, seed
-        self.halves = [source.read(picked[k::2]) for k in range(2)]
-        self.references = [self._log_probabilities(graph.module, half) for half in self.halves]
+    def __init__(
+        self,
+        graph: QuantGraph,
+        normalize: Normalization,
+        *,
+        images: Sequence[Images],
+        calibrations: Sequence[Tensor],
+        effort: Effort = "good",
+    ) -> None:
+        self.graph, self.normalize, self.effort = graph, normalize, effort
+        self.images, self.calibrations = images, calibrations
+        self.references = [log_probabilities(graph.module, part, normalize) for part in images]
 
     def losses(self, allocation: Allocation) -> NDArray[np.float64]:
         """`KL(float || quantized)` of each image to choose on `[N]`, in nats."""
@@ -123,15 +119,44 @@ class DivergenceMeter:
         """The same on the other images, quantized with other calibration images."""
         return self._measure(allocation, 1)
 
-    def _measure(self, allocation: Allocation, half: int) -> NDArray[np.float64]:
-        images = self.subject.sample(CALIBRATION_IMAGES, self.seed + half, "--refine")
-        prepared = prepare(self.graph, allocation_policy(allocation.widths))
-        quantize_graph(prepared, images)
-        reference = self.references[half]
-        found = self._log_probabilities(prepared.module, self.halves[half])
-        rows: NDArray[np.float64] = (reference.exp() * (reference - found)).sum(1).numpy()
+    def _measure(self, allocation: Allocation, part: int) -> NDArray[np.float64]:
+        module = quantized(
+            self.graph, allocation.widths, self.calibrations[part], effort=self.effort
+        )
+        found = log_probabilities(module, self.images[part], self.normalize)
+        rows = divergences(self.references[part], found)
         logger.info("%.2f effective bits: %.3g nats", allocation.effective_bits, rows.mean())
         return rows
 
-    def _log_probabilities(self, module: nn.Module, images: Images) -> Tensor:
-        return predict(module, images, self.subject.normalize).double().log_softmax(1)
+
+def validation_meter(subject: Subject, graph: QuantGraph, *, seed: int = 0) -> DivergenceMeter:
+    """A meter on halves of the validation split, or of the training split where there is none.
+
+    Raises:
+        DataError: there are no data, or fewer than `LEAST_IMAGES` images to measure on.
+    """
+    data = subject.require_data("--refine")
+    source = data.validation if len(data.validation) else data.train
+    if len(source) < LEAST_IMAGES:
+        raise DataError(
+            f"--refine must have at least {LEAST_IMAGES} validation images to measure on. Got "
+            f"{len(source)}. Leave it out, or give more images."
+        )
+    picked = sample_indices(source, 2 * COMPARED_IMAGES, seed)
+    return DivergenceMeter(
+        graph,
+        subject.normalize,
+        images=[source.read(picked[k::2]) for k in range(2)],
+        calibrations=[subject.sample(CALIBRATION_IMAGES, seed + k, "--refine") for k in range(2)],
+    )
+
+
+def log_probabilities(module: nn.Module, images: Images, normalize: Normalization) -> Tensor:
+    """Float64 `[n, C]`."""
+    return predict(module, images, normalize).double().log_softmax(1)
+
+
+def divergences(reference: Tensor, found: Tensor) -> NDArray[np.float64]:
+    """`KL(reference || found)` of each image `[n]`, in nats, of log probabilities `[n, C]`."""
+    rows: NDArray[np.float64] = (reference.exp() * (reference - found)).sum(1).numpy()
+    return rows

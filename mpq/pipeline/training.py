@@ -16,7 +16,7 @@ from mpq.pipeline.subject import Source, Subject, open_checkpoint
 from mpq.policy import ModelInfo
 from mpq.processes import leading
 from mpq.train.engine import OnStep
-from mpq.train.ensemble import Ensemble, Member, bundled, measure, save_ensemble
+from mpq.train.ensemble import Ensemble, Member, bundled, measure, member_of, save_ensemble
 from mpq.train.loop import FitResult, fit
 from mpq.train.metrics import Record
 from mpq.train.recipe import Recipe
@@ -128,27 +128,17 @@ def build_ensemble(
         found, known = bundled(path, trust_pickle=trust_pickle)
         if not found:
             subject = open_checkpoint(path, source, normalize=normalize, trust_pickle=trust_pickle)
-            found, known = [_member(path, subject)], subject.data_name
+            found = [member_of(path, subject.module, subject.info, normalize=subject.normalize)]
+            known = subject.data_name
         members += found
         name = name or known
     ensemble = Ensemble(members)
     if not name or name == "none":
         raise DataError("teachers are measured on images. Name a data set with --data.")
     data = open_data(name, root=source.root, size=(members[0].input or (3, 32, 32))[1:])
+    data.require_classes(members[0].classes)
     images, labels = load_arrays(data.validation)
     return measure(ensemble, images, labels), data, name
-
-
-def _member(path: Path, subject: Subject) -> Member:
-    info = subject.info
-    return Member(
-        name=path.stem,
-        module=subject.module,
-        normalize=subject.normalize,
-        arch=info.arch,
-        classes=info.classes,
-        input=info.input,
-    )
 
 
 def write_ensemble(ensemble: Ensemble, path: Path, data: str, *, force: bool) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from mpq.checkpoint import load_model, load_safe, save_atomic
 from mpq.data import Normalization
 from mpq.errors import CheckpointError, MpqError
+from mpq.policy import ModelInfo
 from mpq.train.evaluate import Images, Labels, normalize_unit, predict_units, top1
 from mpq.zoo import build
 
@@ -201,16 +202,29 @@ def _single(path: Path, normalize: str, trust_pickle: bool) -> Ensemble:
             f"{path} does not say how its images are normalized. Give "
             "--teacher-normalize (normalize= in Python), e.g. imagenet."
         )
-    member = Member(
+    how, top1 = Normalization.parse(normalize), loaded.metrics.get("top1")
+    member = member_of(path, loaded.module, info, normalize=how, top1=top1)
+    return Ensemble([member], top1=member.top1)
+
+
+def member_of(
+    path: Path,
+    module: nn.Module,
+    info: ModelInfo,
+    *,
+    normalize: Normalization,
+    top1: float | None = None,
+) -> Member:
+    """The network of a checkpoint as a teacher, by the name of its file."""
+    return Member(
         name=Path(path).stem,
-        module=loaded.module,
-        normalize=Normalization.parse(normalize),
-        top1=loaded.metrics.get("top1"),
+        module=module,
+        normalize=normalize,
+        top1=top1,
         arch=info.arch,
         classes=info.classes,
         input=info.input,
     )
-    return Ensemble([member], top1=member.top1)
 
 
 def _member(entry: Any, where: str) -> Member:

@@ -95,15 +95,9 @@ def fit(
         device=device,
         answers=answers,
     )
-    folder.mkdir(parents=True, exist_ok=True)
     state = engine.state
     with engine.environment():
-        if resume and (folder / CHECKPOINT).exists():
-            state.load(folder)
-            engine.take_widths(state.epoch - 1)
-            logger.info("resumed %s after epoch %d", folder, state.epoch)
-        elif engine.main:
-            state.save(folder)
+        _begin(engine, folder, resume=resume)
         while state.epoch < recipe.epochs:
             started = time.perf_counter()
             record = engine.train_epoch(state.epoch, on_step)
@@ -121,3 +115,14 @@ def fit(
         model.load_state_dict(state.ema.module.state_dict())
     model.eval()
     return FitResult(state.history, state.history[-1]["val_top1"])
+
+
+def _begin(engine: Engine, folder: Path, *, resume: bool) -> None:
+    """Take over the folder's checkpoint, or write the first one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if resume and (folder / CHECKPOINT).exists():
+        engine.state.load(folder)
+        engine.take_widths(engine.state.epoch - 1)
+        logger.info("resumed %s after epoch %d", folder, engine.state.epoch)
+    elif engine.main:
+        engine.state.save(folder)
