@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import accuracy_of, answers, setting
+from common import UNIFORM, accuracy_of, answers, setting, uniform
 
 from mpq.analyze import allocate, build_policy, score_layers
 from mpq.analyze.sensitivity import Sensitivity
@@ -66,7 +66,6 @@ NETWORKS = {
         "resnet32-stage-relu-cifar100.pth", "cifar100", _C100, f"{_FOREIGN}resnet_stage_relu_32"
     ),
 }
-UNIFORM = {"w8a8": (8, 8), "w4a8": (4, 8), "w4a4": (4, 4)}
 BUDGETS = ("4.2", "4.5", "4.8", "5.2", "6.0", "7.0")
 """Effective bits from 8 and 4; `4.2+2` has 2-bit weights among the choices, `4.8a84` activations of
 8 and 4 bits."""
@@ -102,7 +101,8 @@ class Bench:
         data = DataInfo(name=self.subject.data_name, samples=self.options.samples, seed=seed)
         named = {"model": self.subject.info, "data": data}
         if configuration in UNIFORM:
-            return Policy.uniform(*UNIFORM[configuration]).model_copy(update=named), {}
+            policy = uniform(configuration, self.subject.graph().layers)
+            return policy.model_copy(update=named), {}
         plain, _, acts = configuration.partition("a")
         budget, _, more = plain.partition("+")
         bits = (8, 4, *map(int, more))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,28 @@ from numpy.typing import NDArray
 
 from mpq.data import Normalization
 from mpq.export import runtime
+from mpq.policy import LayerPolicy, Policy
+from mpq.spec import activation_spec
 
 HALF = 5000
 """Choices are made on the first half of CIFAR's test images by official index."""
+UNIFORM = {"w8a8": (8, 8), "w4a8": (4, 8), "w4a4": (4, 4)}
+"""Bits of all weights and activations, but see `uniform`."""
+
+
+def uniform(configuration: str, layers: Iterable[str]) -> Policy:
+    """One of `UNIFORM` for a network with these layers, in order.
+
+    With narrow activations the image stays at 8 bits, which it has anyway. Published W4A4 figures
+    do as much for the whole first and last layer.
+    """
+    policy = Policy.uniform(*UNIFORM[configuration])
+    if UNIFORM[configuration][1] >= 8:
+        return policy
+    image = LayerPolicy(
+        name=next(iter(layers)), activation=activation_spec(8), reason="images have 8 bits"
+    )
+    return policy.model_copy(update={"layers": [image]})
 
 
 def answers(path: Path, images: NDArray[np.uint8], normalize: Normalization) -> NDArray[np.int64]:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import accuracy_of, answers, setting
+from common import UNIFORM, accuracy_of, answers, setting, uniform
 
 from mpq.analyze import allocate, build_policy, score_layers
 from mpq.checkpoint import save_model
@@ -38,7 +38,6 @@ from mpq.train.loop import fit
 from mpq.train.recipe import Recipe
 
 CHECKPOINTS = Path(os.environ.get("MPQ_DATA", ".")) / "checkpoints"
-UNIFORM = {"w8a8": (8, 8), "w4a8": (4, 8), "w4a4": (4, 4)}
 MIXED = {"16/8": ((16, 8), 12.0), "4.8": ((8, 4), 4.8), "4.2": ((8, 4), 4.2)}
 """Widths to choose from, and effective bits."""
 CONFIGURATIONS = ("float", *UNIFORM, *MIXED)
@@ -50,7 +49,7 @@ def policy_for(configuration: str, subject: Subject) -> Policy:
     data = DataInfo(name=subject.data_name, samples=512, seed=0)
     named = {"model": subject.info, "data": data}
     if configuration in UNIFORM:
-        return Policy.uniform(*UNIFORM[configuration]).model_copy(update=named)
+        return uniform(configuration, subject.graph().layers).model_copy(update=named)
     bits, budget = MIXED[configuration]
     constraints = Constraints(effective_bits=budget)
     images = subject.sample(512, 0, "scoring")
