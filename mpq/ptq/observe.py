@@ -9,7 +9,7 @@ with TensorRT", 2017).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -96,18 +96,15 @@ def calibrate(
     sites = {n: m for n, m in qg.module.named_modules() if isinstance(m, FakeQuant)}
     histograms = {name: Histogram() for name in sites}
     parts = torch.split(images, batch)
-    passes: list[tuple[Callable[[Histogram, Tensor], None], Sequence[Tensor]]]
-    passes = [(Histogram.widen, parts)]
-    if method != "minmax":
-        passes.append((Histogram.count, parts[::2]))  # the shape is known from half of them
-    done, total = 0, sum(len(seen) for _, seen in passes)
+    looks = [Histogram.widen] if method == "minmax" else [Histogram.widen, Histogram.count]
+    done, total = 0, len(looks) * len(parts)
     qg.module.eval()
     with switched_off(qg.module):
-        for look, seen in passes:
+        for look in looks:
             handles = [m.register_forward_pre_hook(_watch(n, histograms[n], look))
                        for n, m in sites.items()]  # fmt: skip
             try:
-                for part in seen:
+                for part in parts:
                     qg.module(part)
                     done += 1
                     if progress:
