@@ -76,7 +76,11 @@ class Objective:
 
 
 def choose_weighting(recipe: Recipe) -> Weighting:
-    """The recipe's weighting with its parameters."""
+    """The recipe's weighting with its parameters; distances are those of the recipe's loss."""
+    t, alike = recipe.temperature, recipe.distill == "standardized"
+    if recipe.weighting == "gradient":
+        return partial(weightings.gradient, temperature=t, standardized=alike)
     if recipe.weighting == "dynamic":
-        return partial(weightings.dynamic, beta=recipe.weighting_beta, tau=recipe.weighting_tau)
+        beta, tau = recipe.weighting_beta, recipe.weighting_tau
+        return partial(weightings.dynamic, beta=beta, tau=tau, temperature=t, standardized=alike)
     return weightings.WEIGHTINGS[recipe.weighting]

@@ -4,7 +4,9 @@ A weighting is a function `(teacher_logits [K, B, C], student_logits [B, C], lab
 weights `[K, B]`, non-negative and summing to 1 over the K members. `labels` are class indices
 `[B]`, probabilities `[B, C]` or None (unlabelled images: the members' mean prediction stands in);
 `progress` runs from 0 to 1 over training. Any callable of that form will do. All values are
-float32. H is the entropy, CE_k the cross-entropy of member k on the label.
+float32. H is the entropy, CE_k the cross-entropy of member k on the label, both of the members'
+own predictions; what compares members with the student (`gradient`, `dynamic`) sees logits as the
+distillation loss does, at its temperature.
 """
 
 from __future__ import annotations
@@ -14,6 +16,8 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from mpq.train.losses import standardize
 
 Weighting = Callable[[Tensor, Tensor, Tensor | None, float], Tensor]
 
@@ -64,14 +68,24 @@ def confidence(teachers: Tensor, student: Tensor, labels: Tensor | None, progres
     return (1 - _risk(teachers, labels).softmax(0)) / (len(teachers) - 1)
 
 
-def gradient(teachers: Tensor, student: Tensor, labels: Tensor | None, progress: float) -> Tensor:
+def gradient(
+    teachers: Tensor,
+    student: Tensor,
+    labels: Tensor | None,
+    progress: float,
+    *,
+    temperature: float = 1.0,
+    standardized: bool = False,
+) -> Tensor:
     """`min_a ||sum_k a_k g_k||^2`, `sum a = 1`, `0 <= a_k <= 0.6`: where the members agree.
 
-    `g_k = p_s - p_k` is the gradient of member k's KL in the student's logits. Solved for each
-    sample by Frank-Wolfe with exact line search on the K x K Gram matrix.
+    `g_k = p_s - p_k` has the direction of the gradient of member k's KL in the student's logits.
+    Solved for each sample by Frank-Wolfe with exact line search on the K x K Gram matrix.
+    `temperature` and `standardized` are those of the distillation loss, as for `dynamic`.
     Source: Du et al., Agree to Disagree: Adaptive Ensemble Knowledge Distillation, NeurIPS 2020.
     """
-    g = (student.float().softmax(1) - teachers.float().softmax(2)).transpose(0, 1)  # [B, K, C]
+    log_p, log_s = (_seen(z, temperature, standardized) for z in (teachers, student))
+    g = (log_s.exp() - log_p.exp()).transpose(0, 1)  # [B, K, C]
     gram = g @ g.transpose(1, 2)  # [B, K, K]
     cap = max(GRADIENT_CAP, 1 / len(teachers))
     ranks = torch.arange(len(teachers), device=g.device)
@@ -95,11 +109,20 @@ def dynamic(
     *,
     beta: float = 1.0,
     tau: float = 1.0,
+    temperature: float = 1.0,
+    standardized: bool = False,
 ) -> Tensor:
-    """`w_k ~ exp(-(CE_k + beta (1 - progress) KL(p_k || p_s)) / tau)`, per sample.
+    """`w_k ~ exp(-(CE_k + beta (1 - progress) T^2 KL(p_k || p_s)) / tau)`, per sample.
 
     Members that are right about this image, and that the student can follow now: early in training
     a member far from the student is held back, at the end only being right counts.
+
+    The distance is the distillation loss of the member alone, in the unit that the objective adds
+    to a cross-entropy. At T = 1 it could not tell apart members that know the training images by
+    heart: nearly one-hot, all are `-log p_s(label)` away and weigh the same throughout. Without
+    T^2 it would fade as T grows; with it, it tends to half the variance over classes of the logits'
+    difference. Members that are all right weigh the same in the end, where the mean is the choice
+    of least variance.
 
     Args:
         teachers: logits `[K, B, C]`.
@@ -108,12 +131,19 @@ def dynamic(
         progress: 0..1.
         beta: weight of the distance to the student at the start, >= 0.
         tau: softness; large is near the mean, small picks one member. > 0.
+        temperature: T of the distance, that of the distillation loss. > 0.
+        standardized: whether that loss standardizes logits.
     """
-    log_p = F.log_softmax(teachers.float(), dim=2)
-    log_s = F.log_softmax(student.float(), dim=1)
-    distance = (log_p.exp() * (log_p - log_s)).sum(2)
+    log_p, log_s = (_seen(z, temperature, standardized) for z in (teachers, student))
+    distance = temperature**2 * (log_p.exp() * (log_p - log_s)).sum(2)
     cost = _risk(teachers, labels) + beta * (1 - progress) * distance
     return (-cost / tau).softmax(0)
+
+
+def _seen(logits: Tensor, temperature: float, standardized: bool) -> Tensor:
+    """Log-probabilities as the distillation loss sees them."""
+    z = standardize(logits) if standardized else logits.float()
+    return F.log_softmax(z / temperature, dim=-1)
 
 
 def _risk(teachers: Tensor, labels: Tensor | None) -> Tensor:
