@@ -15,7 +15,7 @@ import math
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import torch
@@ -34,6 +34,7 @@ from mpq.quant.rounding import (
     Moments,
     grouped,
     input_vectors,
+    output_error,
     round_rows,
     scales_by_output,
 )
@@ -195,7 +196,7 @@ def _weight_noise(graph: QuantGraph, name: str, bits: int, moment: Tensor | None
     op = LayerOp.of(graph.module.get_submodule(name))
     if moment is not None and bits <= SEARCHED:
         rows = grouped(op, weight.cpu())
-        steps = scales_by_output(rows, moment, spec)
+        steps = scales_by_output(rows, partial(output_error, h=moment), spec)
         integers = round_rows(rows, steps, moment, spec)
         return (integers * steps[..., None]).reshape(weight.shape).to(weight.device) - weight
     scale = weight_scales(weight, spec, op.axis)
@@ -217,7 +218,7 @@ def _second_moments(graph: QuantGraph, images: Tensor, batch: int) -> dict[str, 
             positions = info.out_elements // info.out_channels * len(images)
             thin = max(1, math.isqrt(positions // MOMENT_COLUMNS))
             vectors = input_vectors(op, weight, args[0], thin=thin).float().cpu()
-            kept = found.setdefault(name, Moments.empty(*vectors.shape[:2]))
+            kept = found.setdefault(name, Moments(*vectors.shape[:2]))
             kept.add(vectors, vectors)
 
         return look

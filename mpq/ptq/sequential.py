@@ -249,7 +249,7 @@ def _choose_integers(
     w = grouped(layer.op, layer.weight.detach())
     moments = _moments(layer, w, x_q, x)
     wanted = target_weights(w, moments) if learn_rounding else w
-    scale = scales_by_output(wanted, moments.quantized, layer.spec).reshape(-1)
+    scale = scales_by_output(wanted, moments.error, layer.spec).reshape(-1)
     if layer.scale.ndim == 0:
         scale = scale.amax()
     layer.scale.copy_(torch.maximum(scale, layer.least_step()))
@@ -265,7 +265,7 @@ def _choose_integers(
 
 
 def _moments(layer: QuantLayer, w: Tensor, x_q: list[Kept], x: list[Kept]) -> Moments:
-    moments, thin = Moments.empty(w.shape[0], w.shape[2]), 0
+    moments, thin = Moments(w.shape[0], w.shape[2]), 0
     for part_q, part in zip(x_q, x, strict=True):
         quantized = part_q.get()
         if not thin:

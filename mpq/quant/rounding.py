@@ -15,7 +15,7 @@ Weights have shape `[G, O, K]`: groups, outputs per group, inputs per group.
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -38,24 +38,55 @@ MAX_COLUMNS = 16384
 """About how many input vectors of a layer are looked at; more hardly change the result."""
 
 
-@dataclass
 class Moments:
-    """Accumulated second moments of a layer's input vectors: `[G, K, K]` each."""
+    """Accumulated second moments of a layer's input vectors.
 
-    quantized: Tensor
-    cross: Tensor
-    count: int = 0
+    As long as there are fewer vectors than inputs they are kept as they are: a classifier over
+    25,088 features that has seen 64 images needs no matrix of 25,088 x 25,088.
 
-    @classmethod
-    def empty(cls, groups: int, size: int) -> Moments:
-        """Nothing seen yet."""
-        return cls(torch.zeros(groups, size, size), torch.zeros(groups, size, size))
+    Args:
+        groups: G.
+        size: K, inputs per group.
+    """
+
+    def __init__(self, groups: int, size: int) -> None:
+        self._shape = (groups, size, size)
+        self._few: list[tuple[Tensor, Tensor]] = []
+        self._sums: tuple[Tensor, Tensor] | None = None
+        self.count = 0
 
     def add(self, x_q: Tensor, x: Tensor) -> None:
         """Add vectors `[G, K, P]` of the quantized network and of the float one."""
-        self.quantized += x_q @ x_q.transpose(1, 2)
-        self.cross += x @ x_q.transpose(1, 2)
         self.count += x_q.shape[-1]
+        self._few.append((x_q, x))
+        if self.count >= self._shape[1]:
+            self._sum()
+
+    @property
+    def quantized(self) -> Tensor:
+        """`X_q X_q^T`, `[G, K, K]`."""
+        return self._sum()[0]
+
+    @property
+    def cross(self) -> Tensor:
+        """`X X_q^T`, `[G, K, K]`."""
+        return self._sum()[1]
+
+    def error(self, off: Tensor) -> Tensor:
+        """`output_error(off, self.quantized)`, in the cheaper of two ways."""
+        if self._sums is not None:
+            return output_error(off, self.quantized)
+        costs = [(off @ x_q).square().sum(-1) for x_q, _ in self._few]
+        return torch.stack(costs).sum(0) if costs else off.new_zeros(off.shape[:2])
+
+    def _sum(self) -> tuple[Tensor, Tensor]:
+        if self._sums is None:
+            self._sums = torch.zeros(self._shape), torch.zeros(self._shape)
+        for x_q, x in self._few:
+            self._sums[0].add_(x_q @ x_q.transpose(1, 2))
+            self._sums[1].add_(x @ x_q.transpose(1, 2))
+        self._few.clear()
+        return self._sums
 
 
 def input_vectors(op: LayerOp, weight: Tensor, x: Tensor, *, thin: int) -> Tensor:
@@ -90,20 +121,26 @@ def nearest(w: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
     return torch.round(w / scale[..., None]).clamp(spec.qmin, spec.qmax)
 
 
-def output_error(w: Tensor, q: Tensor, scale: Tensor, h: Tensor) -> Tensor:
-    """`(w - q s)^T H (w - q s)` of every row, `[G, O]`."""
-    off = q * scale[..., None] - w
+def output_error(off: Tensor, h: Tensor) -> Tensor:
+    """`off H off^T` of every row of weights that are off by `[G, O, K]`: `[G, O]`."""
     return (off @ h * off).sum(-1)
 
 
-def scales_by_output(w: Tensor, h: Tensor, spec: QuantSpec) -> Tensor:
-    """Per-row scales `[G, O]` with the least output error among clipping ratios."""
+def scales_by_output(w: Tensor, error: Callable[[Tensor], Tensor], spec: QuantSpec) -> Tensor:
+    """Per-row scales `[G, O]` with the least output error among clipping ratios.
+
+    Args:
+        w: `[G, O, K]`.
+        error: what weights that are off by `[G, O, K]` cost each row, `[G, O]`.
+        spec: the format.
+    """
     scale, _ = choose_qparams(w.amin(-1), w.amax(-1), spec)
 
-    def error(ratio: float) -> Tensor:
-        return output_error(w, nearest(w, scale * ratio, spec), scale * ratio, h)
+    def at(ratio: float) -> Tensor:
+        steps = scale * ratio
+        return error(nearest(w, steps, spec) * steps[..., None] - w)
 
-    return scale * best_ratio(error)
+    return scale * best_ratio(at)
 
 
 def target_weights(w: Tensor, moments: Moments) -> Tensor:
@@ -121,7 +158,8 @@ def round_rows(w: Tensor, scale: Tensor, h: Tensor, spec: QuantSpec) -> Tensor:
     The scale of a row was chosen for rounding to nearest, which now and then is hard to beat.
     """
     found, plain = sequential(w, scale, h, spec), nearest(w, scale, spec)
-    better = output_error(w, found, scale, h) <= output_error(w, plain, scale, h)
+    errors = [output_error(q * scale[..., None] - w, h) for q in (found, plain)]
+    better = errors[0] <= errors[1]
     return torch.where(better[..., None], found, plain)
 
 
