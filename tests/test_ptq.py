@@ -17,6 +17,7 @@ from mpq.ptq import METHODS, calibrate, quantize_graph, quantize_layers
 from mpq.ptq.observe import Histogram, choose_range
 from mpq.quant.fake_quant import FakeQuant
 from mpq.quant.layer import LayerOp, QuantLayer
+from mpq.quant.ranges import CLIP_RATIOS, best_ratio
 from mpq.quant.rounding import (
     Moments,
     input_vectors,
@@ -96,6 +97,23 @@ def test_rounded_weights_are_integers_of_the_format() -> None:
     assert torch.equal(q, q.round())
     assert float(q.min()) >= -4
     assert float(q.max()) <= 3
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_a_search_that_stops_early_finds_what_the_whole_search_finds(bits: int) -> None:
+    w, h = problem(correlated=True)
+    scale, tried = w.abs().amax(-1) / 2 ** (bits - 1), []
+
+    def error(ratio: float) -> torch.Tensor:
+        tried.append(ratio)
+        q = torch.round(w / (scale * ratio)[..., None]).clamp(
+            -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+        )
+        return output_error(q * (scale * ratio)[..., None] - w, h)
+
+    early, count = best_ratio(error), len(tried)
+    assert torch.equal(early, best_ratio(error, hopeless=float("inf")))
+    assert bits < 8 or count < len(CLIP_RATIOS)
 
 
 @pytest.mark.parametrize("vectors", [0, 1, 40])

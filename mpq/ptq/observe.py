@@ -21,7 +21,7 @@ from mpq.graph.ir import QuantGraph
 from mpq.numerics import choose_qparams, fake_quantize
 from mpq.quant.fake_quant import FakeQuant
 from mpq.quant.layer import QuantLayer
-from mpq.quant.ranges import best_ratio
+from mpq.quant.ranges import HOPELESS, best_ratio
 from mpq.spec import QuantSpec
 
 Method = Literal["minmax", "percentile", "mse", "kl"]
@@ -162,7 +162,11 @@ def choose_range(histogram: Histogram, spec: QuantSpec, method: Method) -> tuple
         last = int((share >= 1 - PERCENTILE).nonzero()[0])
         return (float(centers[first]) if low < 0 else low), float(centers[last])
     score = _squared_error if method == "mse" else _divergence
-    best = float(best_ratio(lambda r: score(histogram, low * r, high * r, spec), RATIOS))
+    hopeless = HOPELESS if method == "mse" else math.inf  # a divergence goes up and down
+    found = best_ratio(
+        lambda r: score(histogram, low * r, high * r, spec), RATIOS, hopeless=hopeless
+    )
+    best = float(found)
     return low * best, high * best
 
 

@@ -20,6 +20,8 @@ from mpq.spec import QuantSpec
 
 CLIP_RATIOS = tuple(round(1.0 - 0.02 * i, 2) for i in range(31))
 """1.0 down to 0.4; the widest range that is as good as any other is taken."""
+HOPELESS = 4.0
+"""Times the least squared error that no narrower range comes back from."""
 
 SEARCHED = 6
 """Widest format, in bits, whose range is searched rather than taken as it is."""
@@ -79,12 +81,21 @@ def activation_range(values: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     return low * ratio, high * ratio
 
 
-def best_ratio(error: Callable[[float], Tensor], ratios: Sequence[float] = CLIP_RATIOS) -> Tensor:
+def best_ratio(
+    error: Callable[[float], Tensor],
+    ratios: Sequence[float] = CLIP_RATIOS,
+    *,
+    hopeless: float = HOPELESS,
+) -> Tensor:
     """The ratio of least error, elementwise over whatever shape `error` returns; ties go first.
+
+    The search is over when every error is so many times the least: at 8 bits clipping soon costs
+    far more than rounding does.
 
     Args:
         error: the loss at a clipping ratio.
         ratios: what to try, the widest range first.
+        hopeless: how many times the least error is too much to come back from.
     """
     best = error(ratios[0])
     chosen = torch.full_like(best, ratios[0])
@@ -92,4 +103,6 @@ def best_ratio(error: Callable[[float], Tensor], ratios: Sequence[float] = CLIP_
         now = error(ratio)
         chosen = torch.where(now < best, ratio, chosen)
         best = torch.minimum(now, best)
+        if bool(((now > hopeless * best) | (best == 0)).all()):
+            break
     return chosen
