@@ -2,7 +2,8 @@
 
 `cast`: a 4-bit weight is INT4 -> Cast(INT8), folded at load, from onnxruntime 1.23 on; likewise
 INT2 where the oldest runtime that is named takes it. `unpack`: packed bytes and bit operations that
-fold at load, any width, opset 18. `dq`: INT4 straight into DequantizeLinear, the form of the ONNX
+fold at load, any width, opset 18 (21 where activations are rounded to 16 bits). `dq`: INT4 straight
+into DequantizeLinear, the form of the ONNX
 specification for runtimes that have a kernel for it; onnxruntime decodes it at every run. What each
 version takes was measured: benchmarks/runtimes.py, tests/test_forms.py.
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import onnx
 
@@ -27,7 +28,8 @@ INT4_CAST: Version = (1, 23)
 INT4_DECODED: Version = (1, 20)
 INT2_CAST: Version = (1, 26)
 NEEDS, INT4 = "mpq.needs", "mpq.int4"
-"""Keys of `metadata_props`: what the file asks of a runtime, and that it is in the form `dq`."""
+"""Keys of `metadata_props`: what the file asks of a runtime, and `int4` where the opset does not
+tell it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +53,8 @@ class Form:
     def metadata(self) -> dict[str, str]:
         """What the file says of itself."""
         said = {NEEDS: f"onnxruntime>={self.needs[0]}.{self.needs[1]}"}
-        return said | ({INT4: self.int4} if self.int4 == "dq" else {})
+        told = "unpack" if self.opset == 18 else "cast"
+        return said | ({INT4: self.int4} if self.int4 != told else {})
 
 
 def choose_form(
@@ -59,6 +62,7 @@ def choose_form(
     *,
     int4_format: Int4Format | None = None,
     min_runtime: str | None = None,
+    rounds_16: bool = False,
 ) -> Form:
     """The form for weights of these widths.
 
@@ -66,6 +70,7 @@ def choose_form(
         widths: widths of the weights in the file, in bits.
         int4_format: storage of 4-bit weights; None: `cast` where the runtime takes it.
         min_runtime: the oldest onnxruntime that must run the file, e.g. `1.18`; None: 1.23.
+        rounds_16: activations are rounded to 16 bits, for which opset 18 has no type.
 
     Raises:
         UsageError: a version that is none or is too old, or a format that it does not take.
@@ -81,7 +86,8 @@ def choose_form(
     if 2 in widths and oldest is not None and oldest >= INT2_CAST:
         return Form(int4_format, int2=True, opset=25, ir=13, needs=INT2_CAST)
     if int4_format == "unpack" or (4 not in widths and oldest is not None):
-        return Form(int4_format, opset=18, ir=8, needs=OLDEST)
+        opset, version = (21, 10) if rounds_16 else (18, 8)
+        return Form(int4_format, opset=opset, ir=version, needs=OLDEST)
     if int4_format == "cast" and 4 in widths:
         if oldest is not None and oldest < INT4_CAST:
             raise UsageError(
@@ -99,9 +105,11 @@ def form_of(model: onnx.ModelProto) -> Form | None:
     if not match:
         return None
     opset = next((o.version for o in model.opset_import if not o.domain), 0)
-    int4: Int4Format = "dq" if INT4 in told else "unpack" if opset == 18 else "cast"
+    int4 = told.get(INT4, "unpack" if opset == 18 else "cast")
+    if int4 not in INT4_FORMATS:
+        return None
     needs = int(match.group(1)), int(match.group(2))
-    return Form(int4, opset == 25, opset, model.ir_version, needs)
+    return Form(cast(Int4Format, int4), opset == 25, opset, model.ir_version, needs)
 
 
 def _version(text: str) -> Version:

@@ -78,7 +78,8 @@ def lower(qg: QuantGraph, form: Form | None = None, pixels: PixelInput | None = 
     if pixels is not None:
         take_pixels(model, pixels)
     bits = {n: p.choice.weight.bits for n, p in qg.plans.items() if p.choice.weight is not None}
-    form = form or choose_form(set(bits.values()))
+    wide = any(plan.choice.exact for plan in qg.plans.values())
+    form = form or choose_form(set(bits.values()), rounds_16=wide)
     if form.int4 != "dq":  # a form for other runtimes, which may not fold what spreads the weights
         merge_groups(model.graph)
     pack(model, bits, form)

@@ -72,7 +72,12 @@ def to_onnx(
     """
     frozen = qg if qg.stage == "frozen" else freeze(qg)
     widths = {p.choice.weight.bits for p in frozen.plans.values() if p.choice.weight is not None}
-    form = choose_form(widths, int4_format=int4_format, min_runtime=min_runtime)
+    form = choose_form(
+        widths,
+        int4_format=int4_format,
+        min_runtime=min_runtime,
+        rounds_16=any(plan.choice.exact for plan in frozen.plans.values()),
+    )
     lowered = lower(frozen, form, pixels)
     data = serialize(lowered, policy)
     choices = {name: plan.choice for name, plan in frozen.plans.items()}

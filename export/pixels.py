@@ -12,6 +12,7 @@ formula is written out as it stands.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import onnx_ir as ir
@@ -78,7 +79,7 @@ def take_pixels(model: ir.Model, how: PixelInput) -> int:
     return len(nodes)
 
 
-def _arithmetic(how: Normalization, quantizer: tuple[float, int] | None) -> list[tuple[str, Array]]:
+def _arithmetic(how: Normalization, quantizer: Grid | None) -> list[tuple[str, Array]]:
     """Operations on the pixels as floats, and their operands per channel."""
     mean, std = (np.array(v, np.float32) for v in (how.mean, how.std))
     factor = np.array([1 / (255 * s) for s in how.std], np.float32)
@@ -87,21 +88,29 @@ def _arithmetic(how: Normalization, quantizer: tuple[float, int] | None) -> list
     plain = [("Div", np.full(1, 255, np.float32)), ("Sub", mean), ("Div", std)]
     if quantizer is None:
         return plain
-    scale, zero = quantizer
     p = np.broadcast_to(ALL.astype(np.float32)[:, None], (256, 3))
     asked = ((p / np.float32(255)) - mean) / std
     given = p * factor + offset
-    same = _integers(asked, scale, zero) == _integers(given, scale, zero)
+    same = _integers(asked, quantizer) == _integers(given, quantizer)
     return short if bool(same.all()) else plain
 
 
-def _integers(x: Array, scale: float, zero: int) -> Array:
-    q: Array = np.clip(np.rint(x / np.float32(scale)) + np.float32(zero), 0, 255)
-    return q
+class Grid(NamedTuple):
+    """Scale and zero point of a quantizer, and its highest integer."""
+
+    scale: float
+    zero: int
+    highest: int
 
 
-def _quantizer(value: ir.Value) -> tuple[float, int] | None:
-    """Scale and zero point of the QuantizeLinear that alone reads a value; None without one."""
+def _integers(x: Array, grid: Grid) -> Array:
+    q = np.rint(x / np.float32(grid.scale)) + np.float32(grid.zero)
+    clipped: Array = np.clip(q, 0, grid.highest)
+    return clipped
+
+
+def _quantizer(value: ir.Value) -> Grid | None:
+    """The QuantizeLinear that alone reads a value; None without one."""
     readers = [node for node, _ in value.uses()]
     while len(readers) == 1 and readers[0].op_type == "SpaceToDepth":
         readers = [node for node, _ in readers[0].outputs[0].uses()]
@@ -110,4 +119,5 @@ def _quantizer(value: ir.Value) -> tuple[float, int] | None:
     scale, zero = (v.const_value if v is not None else None for v in readers[0].inputs[1:3])
     if scale is None or zero is None:
         return None
-    return float(scale.numpy()), int(zero.numpy())
+    integer = zero.numpy()
+    return Grid(float(scale.numpy()), int(integer), int(np.iinfo(integer.dtype).max))

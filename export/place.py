@@ -2,7 +2,8 @@
 
 - A mean over space becomes GlobalAveragePool: it has an integer kernel, ReduceMean has none.
 - A hard-sigmoid between integers becomes an addition (`gates.py`).
-- Operations that only move values run on the integers: their DequantizeLinear sinks below them.
+- Operations that only move values run on 8-bit integers: their DequantizeLinear sinks below them.
+  Of 16 bits runtimes lack some (MaxPool, Pad), and the float layer behind them gains nothing.
 - A float layer between quantized neighbours is guarded: onnxruntime would otherwise give it 8-bit
   weights of its own. Its WeightBiasQuantization pass matches a Conv or Gemm whose output reaches a
   QuantizeLinear directly or through Relu or Clip, and its QDQPropagation pass first moves that
@@ -130,7 +131,10 @@ def _sink(graph: ir.Graph) -> int:
     work = [n for n in graph if n.op_type == "DequantizeLinear"]
     while work:
         dq = work.pop()
+        zero = dq.inputs[2] if len(dq.inputs) > 2 else None
         if dq.inputs[0] is None or dq.inputs[0].is_initializer():
+            continue
+        if zero is None or zero.const_value is None or zero.const_value.dtype != ir.DataType.UINT8:
             continue
         for move, index in list(dq.outputs[0].uses()):
             if index == 0 and _movable(move):

@@ -21,7 +21,7 @@ Value = Any
 def fake_quantize(x: Value, scale: Value, zero_point: Value, qmin: int, qmax: int) -> Value:
     """Quantize, saturate at fewer than 8 bits on the integers, dequantize."""
     q = op.QuantizeLinear(x, scale, zero_point)
-    if (qmin, qmax) != (0, 255):
+    if (qmin, qmax) not in ((0, 255), (0, 65535)):
         low = op.Constant(value=ir.tensor(qmin, dtype=ir.DataType.UINT8))
         high = op.Constant(value=ir.tensor(qmax, dtype=ir.DataType.UINT8))
         q = op.Clip(q, low, high)

@@ -185,9 +185,7 @@ def _check_sites(
     proto = onnx.load_from_string(model)
     blocked = _blocked(proto.graph)
     for name in sites.values():
-        proto.graph.output.append(
-            onnx.helper.make_tensor_value_info(name, onnx.TensorProto.UINT8, None)
-        )
+        proto.graph.output.append(onnx.ValueInfoProto(name=name))
     tapped, runs = proto.SerializeToString(), []
     for on in (True, False):
         values = runtime.values(tapped, feed, list(sites.values()), optimize=on)
@@ -236,8 +234,9 @@ def _walk(
     def at(site: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
         def hook(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
             assert isinstance(module, FrozenQuant)
-            zero = module.zero_point
-            ints = visit(site, (torch.round(out / module.scale) + zero).to(torch.uint8))
+            zero, narrow = module.zero_point.int(), module.zero_point.dtype == torch.uint8
+            ints = torch.round(out / module.scale) + zero
+            ints = visit(site, ints.to(torch.uint8 if narrow else torch.int32))
             return (ints.to(out.dtype) - zero) * module.scale
 
         return hook
@@ -262,7 +261,7 @@ def _blocked(graph: onnx.GraphProto) -> set[str]:
 
 def _plain(value: NDArray[Any], blocked: bool) -> Tensor:
     """Integers of the runtime, `[N, C, H, W]` also where they lie in 2x2 blocks of pixels."""
-    x = torch.from_numpy(value)
+    x = torch.from_numpy(value if value.dtype == np.uint8 else value.astype(np.int32))
     if not blocked:
         return x
     n, c, h, w = x.shape

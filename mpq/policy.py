@@ -18,8 +18,9 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
 
 from mpq.errors import PolicyError, nearest
-from mpq.spec import DYNAMIC, QuantSpec, activation_spec, weight_spec
+from mpq.spec import DYNAMIC, ROUNDED_16, QuantSpec, activation_spec, weight_spec
 from mpq.target import SATURATION, Target, get_target
+from mpq.yamltext import one_line, section
 
 Float = Literal["float"]
 DropType = Literal["absolute", "relative"]
@@ -153,6 +154,17 @@ class LayerChoice:
         """Whether the range of the input is taken at run time."""
         return self.activation == DYNAMIC
 
+    @property
+    def exact(self) -> bool:
+        """Whether the input is rounded to 16 bits at run time, for float arithmetic."""
+        return self.activation == ROUNDED_16
+
+    @property
+    def asked(self) -> str:
+        """In short, as certificates have it: `W4A8`, `W8A8 dynamic`, `W16A16 exact`."""
+        form = " dynamic" if self.dynamic else " exact" if self.exact else ""
+        return f"W{self.weight_bits or 32}A{self.activation_bits or 32}{form}"
+
 
 class Policy(_Strict):
     """A whole policy file (DESIGN: the user's contract with every stage)."""
@@ -225,7 +237,7 @@ class Policy(_Strict):
         for layer in data["layers"]:
             if not layer["reason"]:
                 del layer["reason"]
-        return "".join(_section(key, value) for key, value in data.items())
+        return "".join(section(key, value) for key, value in data.items())
 
     @classmethod
     def from_yaml(cls, text: str, where: str = "policy") -> Policy:
@@ -237,7 +249,7 @@ class Policy(_Strict):
         try:
             data = yaml.safe_load(text)
         except yaml.YAMLError as error:
-            raise PolicyError(f"{where} is not valid YAML: {_one_line(error)}") from None
+            raise PolicyError(f"{where} is not valid YAML: {one_line(error)}") from None
         if not isinstance(data, dict):
             raise PolicyError(
                 f"{where} must be a YAML mapping that begins with `version: 1`. "
@@ -285,17 +297,19 @@ def _none_if_float(spec: QuantSpec | Float) -> QuantSpec | None:
 
 
 def _check_formats(choice: LayerChoice) -> None:
-    """Refuse what no integer kernel reads: unsigned weights, signed or per-channel activations."""
+    """Refuse what no kernel reads: unsigned weights, signed or per-channel activations."""
     weight, act = choice.weight, choice.activation
     if weight and not weight.signed:
         raise PolicyError(
             f"weight of layer {choice.name} must be signed, e.g. int{weight.bits}/channel. "
             f"Got {weight} instead."
         )
-    if act and act not in (activation_spec(act.bits), DYNAMIC):
+    other = {8: DYNAMIC, 16: ROUNDED_16}
+    if act and act not in (activation_spec(act.bits), other.get(act.bits)):
+        also = f", or {other[act.bits]}" if act.bits in other else ""
         raise PolicyError(
             f"activation of layer {choice.name} must be {activation_spec(act.bits)} at "
-            f"{act.bits} bits{f', or {DYNAMIC}' if act.bits == 8 else ''}. Got {act} instead."
+            f"{act.bits} bits{also}. Got {act} instead."
         )
 
 
@@ -309,20 +323,6 @@ def _match(pattern: str, names: Sequence[str], where: str) -> list[str]:
             f"matches none of its {len(names)} layers{nearest(pattern, names)}"
         )
     return found
-
-
-def _section(key: str, value: object) -> str:
-    """One top-level key; list items and small mappings in flow style, on one line each."""
-    if isinstance(value, list) and value:
-        return f"{key}:\n" + "".join(f"  - {_flow(v)}\n" for v in value)
-    if key == "evidence" and isinstance(value, dict):
-        return f"{key}:\n" + "".join(f"  {_flow(k)}: {_flow(v)}\n" for k, v in value.items())
-    return f"{key}: {_flow(value)}\n"
-
-
-def _flow(value: object) -> str:
-    text = yaml.safe_dump(value, default_flow_style=True, width=10**6, sort_keys=False)
-    return text.removesuffix("\n").removesuffix("\n...")
 
 
 def _explain(error: ValidationError, where: str) -> str:
@@ -344,7 +344,3 @@ def _explain(error: ValidationError, where: str) -> str:
 def _known_keys() -> Iterable[str]:
     models = (Policy, ModelInfo, DataInfo, DefaultSpec, LayerPolicy, Constraints, SearchResult)
     return sorted({name for m in models for name in m.model_fields})
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -91,9 +91,17 @@ def weight_spec(bits: int) -> QuantSpec:
 
 
 def activation_spec(bits: int) -> QuantSpec:
-    """The activation format at a width: unsigned and affine up to 8 bits, signed at 16."""
+    """The activation format at a width: unsigned and affine up to 8 bits, signed at 16.
+
+    At 16 bits it is that of the form `fast`, which rounds nothing (`ROUNDED_16` does).
+    """
     return QuantSpec(bits, bits > 8, "tensor")
 
 
 DYNAMIC = QuantSpec(8, False, "dynamic")
 """The activation format whose range is that of each tensor as it comes."""
+
+ROUNDED_16 = QuantSpec(16, False, "tensor")
+"""The activation format of 16-bit layers in the form `exact`: rounded at run time, as 8 bits are.
+
+`int16/tensor` is the form `fast`: a layer of float arithmetic reads the tensor as it is."""

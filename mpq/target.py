@@ -80,6 +80,8 @@ class Target:
 _FLOAT_16 = "no 16-bit integer kernel: the stored integers are expanded to float at load"
 _FLOAT_IN = "the input is not quantized to 8 bits or fewer, so no integer kernel applies"
 _FLOAT = "kept in float by the policy"
+ROUNDED = "its input is rounded to {} bits when it runs"
+"""What else is to say of a 16-bit layer in the form `exact`."""
 
 
 def _onnxruntime_layers() -> dict[tuple[int | None, int | None], Support]:

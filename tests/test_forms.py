@@ -22,7 +22,7 @@ from mpq.graph.ir import QuantGraph
 from mpq.graph.passes import freeze, prepare, to_float
 from mpq.policy import LayerPolicy, Policy
 from mpq.ptq import calibrate, quantize_layers
-from mpq.spec import weight_spec
+from mpq.spec import ROUNDED_16, weight_spec
 
 INTEGER = {"QLinearConv", "QGemm", "MatMulIntegerToFloat"}
 CASES = {  # widths of the layers, in turn; options of the export; first runtime that takes it
@@ -31,10 +31,12 @@ CASES = {  # widths of the layers, in turn; options of the export; first runtime
     "unpack": ((4, 8), {"int4_format": "unpack"}, (1, 18)),
     "odd": ((3, 5, 6, 2), {"min_runtime": "1.18"}, (1, 18)),
     "wide": ((16,), {"min_runtime": "1.18"}, (1, 18)),
+    "rounded": ((16,), {"min_runtime": "1.18"}, (1, 18)),
     "int2": ((2, 8), {"min_runtime": "1.26"}, (1, 26)),
     "dq": ((4,), {"int4_format": "dq"}, (1, 20)),
 }
 PAIRS = [("residual", case) for case in CASES] + [("attention", c) for c in ("unpack", "dq")]
+FLOAT = ("dq", "wide", "rounded")
 
 
 def runtimes() -> ModuleType:
@@ -51,7 +53,9 @@ RUNTIMES = runtimes()
 
 
 @cache
-def quantized(net: str, widths: tuple[int, ...]) -> tuple[QuantGraph, Policy]:
+def quantized(
+    net: str, widths: tuple[int, ...], *, rounded: bool = False
+) -> tuple[QuantGraph, Policy]:
     graph = to_float(nets.build(net), nets.images())
     policy = Policy(
         layers=[
@@ -59,6 +63,9 @@ def quantized(net: str, widths: tuple[int, ...]) -> tuple[QuantGraph, Policy]:
             for i, name in enumerate(graph.layers)
         ]
     )
+    if rounded:
+        default = policy.default.model_copy(update={"activation": ROUNDED_16})
+        policy = policy.model_copy(update={"default": default})
     prepared = prepare(graph, policy)
     calibrate(prepared, nets.images(16), method="minmax")
     quantize_layers(prepared, nets.images(16), learn_rounding=False, correct_bias=False)
@@ -70,7 +77,7 @@ def test_every_form_answers_alike_here_and_in_the_oldest_runtime_it_names(
     net: str, case: str, tmp_path: Path
 ):
     widths, options, needs = CASES[case]
-    graph, policy = quantized(net, widths)
+    graph, policy = quantized(net, widths, rounded=case == "rounded")
     batch = nets.images(8, seed=3)
     path = tmp_path / "m.onnx"
     result = to_onnx(graph, path, policy=policy, images=batch, **options)
@@ -78,7 +85,7 @@ def test_every_form_answers_alike_here_and_in_the_oldest_runtime_it_names(
     assert not result.certificate.broken()
     onnx.checker.check_model(str(path), full_check=True)
     executed = {row.executed for row in result.certificate.layers}
-    assert executed <= INTEGER if case not in ("dq", "wide") else not executed & INTEGER
+    assert executed <= INTEGER if case not in FLOAT else not executed & INTEGER
     here = runtime.run(runtime.session(path), batch.numpy())
     with torch.no_grad():
         np.testing.assert_allclose(here, graph.module(batch).numpy(), atol=1e-5)
@@ -88,6 +95,8 @@ def test_every_form_answers_alike_here_and_in_the_oldest_runtime_it_names(
                 RUNTIMES.run_in(version, path, batch.numpy())
             continue
         answer, operators = RUNTIMES.run_in(version, path, batch.numpy())
+        if case == "rounded":
+            assert operators["QuantizeLinear"] == len(graph.sites)
         np.testing.assert_allclose(answer, here, atol=1e-6)
         kernels = Counter({op: n for op, n in operators.items() if op in INTEGER})
         assert sum(kernels.values()) == sum(row.integer for row in result.certificate.layers)
@@ -109,6 +118,10 @@ def test_how_a_form_is_chosen():
     new = choose_form({2, 4}, min_runtime="1.30")
     assert (new.int4, new.int2, new.opset, new.needs) == ("cast", True, 25, INT2_CAST)
     assert choose_form({8}).needs == OLDEST
+    rounds = choose_form({4, 16}, min_runtime="1.18", rounds_16=True)
+    assert (rounds.int4, rounds.opset, rounds.ir, rounds.needs) == ("unpack", 21, 10, OLDEST)
+    assert rounds.metadata()["mpq.int4"] == "unpack"
+    assert "mpq.int4" not in old.metadata()
     assert Form("dq").metadata()["mpq.int4"] == "dq"
     assert Form().metadata() == {NEEDS: "onnxruntime>=1.23"}
 

@@ -22,6 +22,8 @@ LAYERS = {
     "mpq.policy": 2,
     "mpq.target": 2,
     "mpq.latency": 2,
+    "mpq.yamltext": 1,
+    "mpq.wide": 2,
     "mpq.layers": 2,
     "mpq.compare": 2,
     "mpq.policies": 2,

@@ -176,7 +176,7 @@ def test_groups_must_agree():
             {"activation": "int8/tensor"},
             "must be uint8/tensor at 8 bits, or uint8/dynamic. Got int8/tensor",
         ),
-        ({"activation": "uint16/tensor"}, "must be int16/tensor at 16 bits. Got uint16/tensor"),
+        ({"activation": "int16/channel"}, "at 16 bits, or uint16/tensor. Got int16/channel"),
     ],
 )
 def test_formats_that_no_kernel_reads(entry: dict[str, str], message: str):

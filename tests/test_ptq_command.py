@@ -15,6 +15,7 @@ from mpq.checkpoint import load_safe, save_model
 from mpq.cli import main
 from mpq.policy import ModelInfo, Policy
 from mpq.ptq import blockwise
+from mpq.spec import ROUNDED_16
 
 BEST = ("ptq", "--effort", "best", "--iterations", "2", "--num-calib", "24")
 
@@ -131,3 +132,19 @@ def test_dynamic_reaches_the_policy_the_file_and_its_certificate(here, capsys):
     executed = {r["name"]: r["executed"] for r in rows if r["asked"] == "W8A8 dynamic"}
     assert len(executed) == 5
     assert set(executed.values()) == {"DynamicQuantizeMatMul"}
+
+
+def test_the_form_of_16_bit_layers_goes_into_the_result(here, capsys):
+    policy = Policy.from_yaml(Path("p.yaml").read_text())
+    wide = policy.model_copy(update={"default": Policy.uniform(16).default})
+    Path("w.yaml").write_text(wide.to_yaml())
+    argv = ["ptq", "--policy", "w.yaml", "--effort", "fast", "--num-calib", "24"]
+    assert main([*argv, "-o", "exact", "--int16-form", "exact"]) == 0
+    told = load_safe(Path("exact/quantized.pth"))["policy"]
+    assert Policy.from_yaml(told).default.activation == ROUNDED_16
+    assert any(name.startswith("quantizers.") for name in state("exact"))
+    assert main([*argv, "-o", "fast"]) == 0
+    assert not any(name.startswith("quantizers.") for name in state("fast"))
+    capsys.readouterr()
+    assert main(["export", "exact/quantized.pth", "--onnx", "-o", "exact"]) == 0
+    assert "W16A16 exact" in Path("exact/certificate.json").read_text()

@@ -15,6 +15,7 @@ from mpq.pipeline.subject import Source, policy_subject
 from mpq.policy import Policy
 from mpq.ptq import EFFORTS, EQUALIZE, MEMORY_MB, METHODS, Learning
 from mpq.ptq.blockwise import PROGRESS
+from mpq.wide import INT16_FORMS
 
 
 @click.command()
@@ -40,6 +41,9 @@ from mpq.ptq.blockwise import PROGRESS
 @click.option("--dynamic", is_flag=True,
               help="Linear layers that read floats (behind norms, attention, GELU) take their "
               "range at run time: for transformers.")  # fmt: skip
+@click.option("--int16-form", type=click.Choice(INT16_FORMS),
+              help="16-bit layers: fast leaves their inputs in float, exact rounds them to 16 "
+              "bits, as the file then does.  [default: the policy's formats]")  # fmt: skip
 @options.seed
 @options.trust_pickle
 @options.as_json
@@ -57,6 +61,7 @@ def ptq(
     num_calib: int | None,
     memory_mb: int,
     dynamic: bool,
+    int16_form: str | None,
     seed: int,
     trust_pickle: bool,
     as_json: bool,
@@ -99,6 +104,7 @@ def ptq(
             resume=resume,
             memory_mb=memory_mb,
             dynamic=dynamic,
+            int16_form=int16_form,  # type: ignore[arg-type]
             seed=seed,
             progress=tell,
         )

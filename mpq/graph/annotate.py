@@ -8,6 +8,8 @@ Insertion reads the result and knows no policy. The rules follow what an integer
   their result reaches an integer layer through such operations; a small float factor (a
   squeeze-excite gate) is quantized for their sake;
 - a linear layer whose input range is taken at run time (`uint8/dynamic`) reads and writes floats;
+- what only float layers read that round their input to 16 bits (`uint16/tensor`) is quantized to 16
+  bits, unless an integer layer writes it, and operations between such tensors stay in float;
 - operations that move values (max pooling, flatten, slice, zero padding) pass the grid through;
 - everything else is a float island, and a quantizer stands behind it where a layer reads it.
 """
@@ -22,8 +24,8 @@ from mpq.errors import PolicyError
 from mpq.graph.ir import LayerPlan, QuantGraph, Site
 from mpq.graph.kinds import kind_of
 from mpq.policy import LayerChoice, LayerPolicy, Policy
-from mpq.spec import DYNAMIC, QuantSpec, activation_spec
-from mpq.target import Support, Target, get_target
+from mpq.spec import DYNAMIC, ROUNDED_16, QuantSpec, activation_spec
+from mpq.target import ROUNDED, Support, Target, get_target
 
 logger = logging.getLogger(__name__)
 ABSORBED = ("relu", "relu6")
@@ -152,6 +154,23 @@ class _Annotator:
         support = self.target.support(choice.weight_bits, choice.activation_bits)
         return support.integer and kind != "conv_transpose" and not choice.dynamic
 
+    def rounding_layer(self, node: fx.Node) -> bool:
+        """Whether a node is a float layer whose input is rounded to 16 bits."""
+        if self.kinds[node] != "layer" or str(node.target) not in self.choices:
+            return False
+        return self.choices[str(node.target)].exact
+
+    def wide(self, node: fx.Node) -> bool:
+        """Whether a tensor gets 16 bits: a layer rounds it so, and none needs it as integers."""
+        readers = self.readers(node)
+        if self.kinds[node] in ABSORBED and isinstance(node.args[0], fx.Node):
+            node = node.args[0]
+        return (
+            any(self.rounding_layer(r) for r in readers)
+            and not any(self.integer_layer(r) for r in readers)
+            and not self.integer_layer(node)
+        )
+
     def tail(self, node: fx.Node) -> fx.Node:
         """The node itself, or the ReLU after it when nothing else reads it."""
         users = self.users(node)
@@ -184,6 +203,8 @@ class _Annotator:
                 linear = self.qg.layers[str(node.target)].kind == "linear"
                 if self.wanted(tail) or not linear:
                     self.quantize(tail, "layer")
+            elif self.rounding_layer(node):
+                self.quantize(self.source(node.args[0]), "demand")
             elif self.kinds[node] in self.target.integer_ops:
                 self.place_op(node)
 
@@ -196,6 +217,8 @@ class _Annotator:
         off_grid = [n for n in inputs if self.source(n) not in self.sites]
         if not on_grid or any(self.kinds[self.source(n)] == "layer" for n in off_grid):
             return  # a 16-bit or float layer's output keeps its precision
+        if any(self.wide(n) for n in (*map(self.source, inputs), self.tail(node))):
+            return  # so does what is rounded to 16 bits
         if off_grid and self.kinds[node] not in JOINS:
             return
         for n in off_grid:
@@ -206,13 +229,13 @@ class _Annotator:
         """Put a quantizer behind a node, once."""
         if node in self.sites:
             return
-        readers = [r for r in self.readers(node) if self.integer_layer(r)]
+        readers = [r for r in self.readers(node) if self.integer_layer(r) or self.rounding_layer(r)]
         specs = [self.choices[str(r.target)].activation for r in readers]
         placed = Site(
             name=f"quantizers.{node.name}",
             node=node.name,
             role="input" if node.op == "placeholder" else role,  # type: ignore[arg-type]
-            spec=_widest([s for s in specs if s is not None]),
+            spec=ROUNDED_16 if self.wide(node) else _widest([s for s in specs if s is not None]),
             ceiling=CEILINGS.get(self.kinds[node]),
             readers=tuple(str(r.target) for r in readers),
         )
@@ -230,12 +253,14 @@ class _Annotator:
             notes.append("inside a module that cannot be traced: quantized on its own")
         if not support.integer:
             notes.append(support.reason)
-        if node is None or not support.integer or choice.dynamic:
+        if choice.exact:
+            notes.append(ROUNDED.format(16))
+        if node is None or choice.dynamic or not (support.integer or choice.exact):
             return LayerPlan(choice, support, None, tuple(notes))
         site = self.sites[self.source(node.args[0])]
         if choice.activation and site.spec.bits != choice.activation.bits:
             notes.append(f"reads a tensor that another layer needs at {site.spec.bits} bits")
-        return LayerPlan(choice, support, site.name, tuple(notes))
+        return LayerPlan(choice, support, site.name if support.integer else None, tuple(notes))
 
 
 def _data_inputs(node: fx.Node, kind: str) -> list[fx.Node]:

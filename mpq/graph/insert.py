@@ -57,6 +57,7 @@ def _replace(
         dynamic = plan.choice.dynamic and plan.support.integer
         new: nn.Module = QuantLayer(layer, spec, source, dynamic=dynamic)
     else:
-        activation = plan.choice.activation if plan.support.integer else None
+        rounds = plan.support.integer or plan.choice.exact
+        activation = plan.choice.activation if rounds else None
         new = IslandLayer(layer, spec, activation)
     module.set_submodule(name, new)

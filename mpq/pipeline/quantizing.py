@@ -30,6 +30,7 @@ from mpq.train.loop import fit
 from mpq.train.metrics import Record
 from mpq.train.progressive import stage, take_widths
 from mpq.train.recipe import Recipe
+from mpq.wide import Int16Form, take_form
 
 logger = logging.getLogger(__name__)
 FORMAT, VERSION = "mpq/quantized", 1
@@ -59,6 +60,7 @@ def run_ptq(
     resume: bool = False,
     memory_mb: float = MEMORY_MB,
     dynamic: bool = False,
+    int16_form: Int16Form | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Quantized:
@@ -76,6 +78,7 @@ def run_ptq(
         memory_mb: activations held in memory, in MiB.
         dynamic: let linear layers that read floats take their range at run time
             (`mpq.graph.annotate.make_dynamic`); the policy of the result says which.
+        int16_form: of all 16-bit activations (`mpq.wide`); None: as the policy says.
         seed: of the calibration images and of learning.
         progress: told (phase, done, all).
 
@@ -87,6 +90,7 @@ def run_ptq(
     images = subject.sample(policy.data.samples or 512, seed, "ptq")
     floats = subject.graph()
     policy = make_dynamic(floats, policy) if dynamic else policy
+    policy = policy if int16_form is None else take_form(policy, int16_form)
     pairs = equalize(floats, images, policy, mode=equalization)
     graph = prepare(floats, policy)
     metrics: dict[str, Any] = {

@@ -18,7 +18,7 @@ class FakeQuant(nn.Module):
     freezing changes no bit. With `enabled` off it only does what it absorbed (calibration).
 
     Args:
-        spec: unsigned format of at most 8 bits.
+        spec: unsigned format.
         ceiling: an absorbed ReLU6: the range never exceeds it, so saturation is the clip.
 
     Attributes:
@@ -70,7 +70,7 @@ class FakeQuant(nn.Module):
 
 
 class FrozenQuant(nn.Module):
-    """A `FakeQuant` as constants: `scale` float32 `[]`, `zero_point` uint8 `[]`."""
+    """A `FakeQuant` as constants: `scale` float32 `[]`, `zero_point` uint8 or uint16 `[]`."""
 
     scale: Tensor
     zero_point: Tensor
@@ -79,7 +79,8 @@ class FrozenQuant(nn.Module):
         super().__init__()
         self.spec = quantizer.spec
         self.register_buffer("scale", quantizer.step().detach().clone())
-        self.register_buffer("zero_point", quantizer.zero_point.to(torch.uint8))
+        stored = torch.uint16 if self.spec.bits > 8 else torch.uint8
+        self.register_buffer("zero_point", quantizer.zero_point.to(stored))
 
     def forward(self, x: Tensor) -> Tensor:
         """Round `x` to the grid."""

@@ -20,7 +20,7 @@ from mpq.quant import ops
 from mpq.quant.fake_quant import FakeQuant, FrozenQuant
 from mpq.quant.lsq import learned_fake_quantize
 from mpq.quant.norm import LiveNorm
-from mpq.spec import DYNAMIC, QuantSpec
+from mpq.spec import DYNAMIC, ROUNDED_16, QuantSpec
 
 CONVS: dict[type[nn.Module], Callable[..., Tensor]] = {
     nn.Conv1d: F.conv1d,
@@ -316,18 +316,19 @@ class IslandLayer(nn.Module):
         layer: the float layer.
         spec: weight format.
         activation: input format, None for float arithmetic; a convolution's output takes it too,
-            because the integer kernel writes integers.
+            because the integer kernel writes integers. At 16 bits the input alone is rounded, for
+            float arithmetic.
     """
 
     def __init__(self, layer: nn.Module, spec: QuantSpec, activation: QuantSpec | None) -> None:
         super().__init__()
-        dynamic = activation == DYNAMIC
+        dynamic, wide = activation == DYNAMIC, activation == ROUNDED_16
         self.input: nn.Module = (
             FakeQuant(activation) if activation and not dynamic else nn.Identity()
         )
-        source = self.input if isinstance(self.input, FakeQuant) else None
+        source = self.input if isinstance(self.input, FakeQuant) and not wide else None
         self.layer: nn.Module = QuantLayer(layer, spec, source, dynamic=dynamic)
-        wants_output = activation is not None and not isinstance(layer, nn.Linear)
+        wants_output = activation is not None and not wide and not isinstance(layer, nn.Linear)
         self.output: nn.Module = (
             FakeQuant(activation) if activation is not None and wants_output else nn.Identity()
         )
