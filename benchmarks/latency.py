@@ -7,7 +7,10 @@ onnxruntime's default options; the whole is repeated in fresh sessions, because 
 changes a session's speed by some percent. Milliseconds are CPU time of the one thread that runs, so
 that what else the machine does counts as little as possible; on an idle machine it is wall time.
 
-    MPQ_DATA=... python benchmarks/latency.py --out runs/latency [--models resnet18 ...]
+    MPQ_DATA=... python benchmarks/latency.py --out runs/latency [--models M ...] [--openvino]
+
+With `--openvino` its own int8 form takes its turn too, and milliseconds are CPU time of the whole
+process, because OpenVINO may run on a thread of its own.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import openvino_peer
 import torch
 from torch import nn
 
@@ -45,7 +49,8 @@ SIDES = {
     "mobilenet_v3_large": 224,
     "regnet_y_400mf": 224,
 }
-FILES = ("float", "mpq-w8a8", "mpq-8-4", "ort-static")
+FILES = ("float.onnx", "mpq-w8a8.onnx", "mpq-8-4.onnx", "ort-static.onnx")
+OPENVINO = "openvino-int8.xml"
 MEAN_BITS = 4.8
 CALIBRATION = 4
 
@@ -111,6 +116,14 @@ def build(name: str, folder: Path) -> dict[str, Any]:
     return facts
 
 
+def add_openvino(name: str, folder: Path) -> Path:
+    """OpenVINO's int8 form of a network, made from the float file where it is not there."""
+    path = folder / OPENVINO
+    if not path.is_file():
+        openvino_peer.quantize(folder / "float.onnx", path, images(name, CALIBRATION).numpy())
+    return path
+
+
 def measure(files: Sequence[Path], *, rounds: int, repeats: int) -> list[dict[str, Any]]:
     """Milliseconds and ratios of files that take turns; the first is the reference.
 
@@ -118,9 +131,14 @@ def measure(files: Sequence[Path], *, rounds: int, repeats: int) -> list[dict[st
     and the greatest of the repeats' medians; `best_ms` is the fastest round.
     """
     times = []
+    foreign = [p.suffix == ".xml" for p in files]
+    clock = time.process_time if any(foreign) else time.thread_time
     for _ in range(repeats):
-        runners = [runner(p, threads=1, batch=1) for p in files]
-        times.append(1e3 * interleave(runners, runs=rounds, clock=time.thread_time))
+        runners = [
+            openvino_peer.runner(p) if other else runner(p, threads=1, batch=1)
+            for p, other in zip(files, foreign, strict=True)
+        ]
+        times.append(1e3 * interleave(runners, runs=rounds, clock=clock))
     whole = np.concatenate(times, axis=1)
     rows = []
     for i, path in enumerate(files):
@@ -128,7 +146,7 @@ def measure(files: Sequence[Path], *, rounds: int, repeats: int) -> list[dict[st
         rows.append(
             {
                 "file": path.stem,
-                "bytes": path.stat().st_size,
+                "bytes": openvino_peer.size(path) if foreign[i] else path.stat().st_size,
                 "median_ms": round(float(np.median(whole[i])), 4),
                 "best_ms": round(float(whole[i].min()), 4),
                 "ratio": round(float(np.median(whole[0] / whole[i])), 3),
@@ -155,11 +173,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--rebuild", action="store_true")
+    parser.add_argument("--openvino", action="store_true", help="also OpenVINO's own int8")
     options = parser.parse_args()
+    if options.openvino and openvino_peer.missing():
+        parser.error(openvino_peer.missing())
     torch.set_num_threads(1)
     table: dict[str, Any] = {
         "cpu": cpu_name(),
-        "versions": {"torch": torch.__version__, "onnxruntime": runtime.version()},
+        "versions": {"torch": torch.__version__, "onnxruntime": runtime.version()}
+        | (openvino_peer.versions() if options.openvino else {}),
         "rounds": options.rounds * options.repeats,
         "models": {},
     }
@@ -168,12 +190,14 @@ def main() -> None:
         if options.rebuild or not (folder / "facts.json").is_file():
             build(name, folder)
         facts = json.loads((folder / "facts.json").read_text())
-        files = [folder / f"{label}.onnx" for label in FILES]
+        files = [folder / label for label in FILES]
+        if options.openvino:
+            files.append(add_openvino(name, folder))
         rows = measure(files, rounds=options.rounds, repeats=options.repeats)
         table["models"][name] = [row | facts.get(row["file"], {}) for row in rows]
         for row in rows:
             print(
-                f"{name:20} {row['file']:10} {row['bytes']:>11,} {row['median_ms']:9.3f} ms"
+                f"{name:20} {row['file']:13} {row['bytes']:>11,} {row['median_ms']:9.3f} ms"
                 f"  {row['ratio']:.2f}x ({row['ratio_low']:.2f} to {row['ratio_high']:.2f})"
                 f"  best {row['best_ms']:.3f} ms {row['ratio_best']:.2f}x",
                 flush=True,
