@@ -15,12 +15,14 @@ from typing import Any
 
 import numpy as np
 import onnx
+import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from mpq.export import runtime
 from mpq.export.bench import interleave
 from mpq.export.stem import Axis, spread
+from mpq.quant import subpixel
 
 Array = NDArray[Any]
 SCALE, STEP = np.float32(0.02), np.float32(5e-4)
@@ -151,6 +153,33 @@ def gate(integer: bool) -> Net:
     return net.with_names("Mul", before).grid().conv(last)
 
 
+def transposed(
+    channels: int, outputs: int, kernel: int, padding: int, side: int, groups: int = 1
+) -> dict[str, Net]:
+    """A transposed convolution of stride 2 between two pointwise ones: in float, as integers."""
+    rng = np.random.default_rng(0)
+    shape = (channels, outputs // groups, kernel, kernel)
+    weight = rng.integers(-127, 128, shape).astype(np.int8)
+    axes = subpixel.axes_of((kernel,) * 2, (2, 2), (padding,) * 2, (0, 0), (1, 1))
+    parts = [subpixel.kernels(p, axes) for p in torch.from_numpy(weight).chunk(groups)]
+    start, end = axes[0].start, axes[0].start + axes[0].length(side)
+    crop = [np.array([n, n], np.int64) for n in (start, end)] + [np.array([2, 3])]
+    first = rng.integers(-127, 128, (channels, channels, 1, 1)).astype(np.int8)
+    last = rng.integers(-127, 128, (outputs, outputs, 1, 1)).astype(np.int8)
+    window = {"pads": [padding] * 4, "strides": [2, 2], "group": groups}
+
+    def begin() -> Net:
+        return Net((1, channels, side, side)).grid().conv(first)
+
+    island = begin().op("ConvTranspose", STEP * weight, **window).op("Max", np.float32(0))
+    whole = begin().conv(torch.cat(parts).numpy(), pads=[axes[0].padding] * 4, group=groups)
+    whole.nodes.pop()
+    whole.at = whole.nodes[-1].output[0]
+    whole.op("DepthToSpace", blocksize=2, mode="CRD").op("Slice", *crop)
+    whole.with_names("DequantizeLinear", "s", "y")
+    return {"float": island.grid("y").conv(last), "integers": whole.conv(last)}
+
+
 def main() -> None:
     """Print a line per comparison."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -172,6 +201,19 @@ def main() -> None:
     compare("3 dense 3x3, 64 channels at 56", signs, rounds)
     gates = {"float island": gate(False), "integers": gate(True)}
     compare("SiLU between 1x1, 96 channels at 56", gates, rounds, equal=False)
+    for channels, outputs, kernel, padding, side, groups in (
+        (64, 32, 2, 0, 32, 1),
+        (128, 64, 2, 0, 56, 1),
+        (32, 16, 2, 0, 112, 1),
+        (64, 64, 4, 1, 32, 1),
+        (256, 256, 4, 1, 16, 1),
+        (64, 64, 4, 1, 32, 4),
+        (64, 64, 2, 0, 32, 2),
+        (64, 64, 4, 1, 32, 64),
+    ):
+        row = f"transposed {kernel}x{kernel}, {channels} to {outputs} at {side}, {groups} groups"
+        forms = transposed(channels, outputs, kernel, padding, side, groups)
+        compare(row, forms, rounds // 2, equal=False)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,8 @@ OLDEST: Version = (1, 18)
 INT4_CAST: Version = (1, 23)
 INT4_DECODED: Version = (1, 20)
 INT2_CAST: Version = (1, 26)
+BYTE_SHUFFLE: Version = (1, 23)
+"""DepthToSpace of uint8: 1.20 lacks it."""
 NEEDS, INT4 = "mpq.needs", "mpq.int4"
 """Keys of `metadata_props`: what the file asks of a runtime, and `int4` where the opset does not
 tell it."""
@@ -63,6 +65,7 @@ def choose_form(
     int4_format: Int4Format | None = None,
     min_runtime: str | None = None,
     rounds_16: bool = False,
+    shuffles: bool = False,
 ) -> Form:
     """The form for weights of these widths.
 
@@ -71,6 +74,7 @@ def choose_form(
         int4_format: storage of 4-bit weights; None: `cast` where the runtime takes it.
         min_runtime: the oldest onnxruntime that must run the file, e.g. `1.18`; None: 1.23.
         rounds_16: activations are rounded to 16 bits, for which opset 18 has no type.
+        shuffles: integers are interleaved, for which new runtimes have an operation.
 
     Raises:
         UsageError: a version that is none or is too old, or a format that it does not take.
@@ -95,6 +99,8 @@ def choose_form(
                 f"--min-runtime is {min_runtime}. Use --int4-format unpack."
             )
         return Form(int4_format)
+    if shuffles and oldest is None:
+        return Form(int4_format, needs=BYTE_SHUFFLE)
     return Form(int4_format, needs=INT4_DECODED if 4 in widths else OLDEST)
 
 

@@ -24,8 +24,9 @@ from onnxscript.rewriter import rewrite
 from mpq.errors import ExportError
 from mpq.graph.ir import QuantGraph
 from mpq.quant.fake_quant import FrozenQuant
+from mpq.quant.layer import FrozenLayer
 
-from .form import Form, choose_form
+from .form import BYTE_SHUFFLE, Form, Int4Format, choose_form
 from .groups import merge_groups
 from .opset import set_opset
 from .pack import pack, weight_names
@@ -33,9 +34,12 @@ from .pixels import PixelInput, take_pixels
 from .place import place
 from .qdq import TRANSLATIONS
 from .slim import OPSET, slim
+from .upsample import plain_shuffles
 
 LAYER_OPS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul", "MatMulInteger"})
-_KEEP = frozenset({"Mul", "Cast", "Reshape", "Transpose", "DequantizeLinear", "QuantizeLinear"})
+_KEEP = frozenset({
+    *("Mul", "Cast", "Reshape", "Transpose", "Pad", "DequantizeLinear", "QuantizeLinear"),
+})  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -77,12 +81,12 @@ def lower(qg: QuantGraph, form: Form | None = None, pixels: PixelInput | None = 
     place(model)
     if pixels is not None:
         take_pixels(model, pixels)
-    bits = {n: p.choice.weight.bits for n, p in qg.plans.items() if p.choice.weight is not None}
-    wide = any(plan.choice.exact for plan in qg.plans.values())
-    form = form or choose_form(set(bits.values()), rounds_16=wide)
+    form = form or form_for(qg)
+    if form.needs < BYTE_SHUFFLE:
+        plain_shuffles(model.graph)
     if form.int4 != "dq":  # a form for other runtimes, which may not fold what spreads the weights
         merge_groups(model.graph)
-    pack(model, bits, form)
+    pack(model, _widths(qg), form)
     sites = slim(model, frozenset(qg.layers), frozenset(quantizers))
     set_opset(model, form)
     layers = tuple(str(n.name) for n in model.graph if n.name in qg.layers)
@@ -90,6 +94,23 @@ def lower(qg: QuantGraph, form: Form | None = None, pixels: PixelInput | None = 
     if missing:
         raise ExportError(f"layers {missing} have no node in the exported graph.")
     return Lowered(model, sites, layers, form)
+
+
+def form_for(
+    qg: QuantGraph, *, int4_format: Int4Format | None = None, min_runtime: str | None = None
+) -> Form:
+    """The form for what a graph holds (see `mpq.export.form.choose_form`)."""
+    return choose_form(
+        set(_widths(qg).values()),
+        int4_format=int4_format,
+        min_runtime=min_runtime,
+        rounds_16=any(plan.choice.exact for plan in qg.plans.values()),
+        shuffles=any(isinstance(m, FrozenLayer) and m.interleaves for m in qg.module.modules()),
+    )
+
+
+def _widths(qg: QuantGraph) -> dict[str, int]:
+    return {n: p.choice.weight.bits for n, p in qg.plans.items() if p.choice.weight is not None}
 
 
 def _export(qg: QuantGraph) -> ir.Model:

@@ -19,8 +19,8 @@ from mpq.policy import Policy
 
 from . import meta, runtime
 from .certify import Certificate, certify
-from .form import Int4Format, choose_form, form_of
-from .lower import Lowered, lower
+from .form import Int4Format, form_of
+from .lower import Lowered, form_for, lower
 from .pixels import PixelInput
 from .verify import VerifyReport, verify
 
@@ -71,13 +71,7 @@ def to_onnx(
             answer as the graph does. Nothing is written then.
     """
     frozen = qg if qg.stage == "frozen" else freeze(qg)
-    widths = {p.choice.weight.bits for p in frozen.plans.values() if p.choice.weight is not None}
-    form = choose_form(
-        widths,
-        int4_format=int4_format,
-        min_runtime=min_runtime,
-        rounds_16=any(plan.choice.exact for plan in frozen.plans.values()),
-    )
+    form = form_for(frozen, int4_format=int4_format, min_runtime=min_runtime)
     lowered = lower(frozen, form, pixels)
     data = serialize(lowered, policy)
     choices = {name: plan.choice for name, plan in frozen.plans.items()}

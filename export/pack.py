@@ -68,9 +68,11 @@ def _replace(graph: ir.Graph, weight: ir.Value, bits: int, form: Form) -> None:
 
 
 def _multiplied(weight: ir.Value) -> bool:
-    """Whether integers are multiplied as they are: MatMulInteger has no 4-bit form."""
-    readers = [n for user, _ in weight.uses() for n, _ in user.outputs[0].uses()]
-    return any(n.op_type == "MatMulInteger" for n in readers)
+    """Whether the integers themselves are worked on: MatMulInteger and Pad have no 4-bit form."""
+    users = [user for user, _ in weight.uses()]
+    readers = [n for user in users for n, _ in user.outputs[0].uses()]
+    rearranged = any(n.op_type not in ("DequantizeLinear", "Transpose", "Cast") for n in users)
+    return rearranged or any(n.op_type == "MatMulInteger" for n in readers)
 
 
 def _standard_form(graph: ir.Graph, weight: ir.Value, array: NDArray[np.int8]) -> None:

@@ -2,6 +2,7 @@
 
 - A mean over space becomes GlobalAveragePool: it has an integer kernel, ReduceMean has none.
 - A hard-sigmoid between integers becomes an addition (`gates.py`).
+- What follows the interleaving of a transposed convolution moves before it (`upsample.py`).
 - Operations that only move values run on 8-bit integers: their DequantizeLinear sinks below them.
   Of 16 bits runtimes lack some (MaxPool, Pad), and the float layer behind them gains nothing.
 - A float layer between quantized neighbours is guarded: onnxruntime would otherwise give it 8-bit
@@ -25,10 +26,11 @@ from onnx_ir.passes import common
 
 from .gates import hard_sigmoids
 from .stem import block_stem
+from .upsample import lift_quantizers
 
 MOVES = frozenset({
     *("Reshape", "Flatten", "Slice", "Gather", "Transpose", "MaxPool", "Squeeze", "Unsqueeze"),
-    *("Split", "Pad"),
+    *("Split", "Pad", "DepthToSpace"),
 })  # fmt: skip
 GUARDED = frozenset({"Conv", "ConvTranspose", "Gemm"})
 TRANSPARENT = MOVES | {"Identity", "Relu", "Clip"}
@@ -38,8 +40,8 @@ LOWEST = np.float32(-3.4e38)
 def place(model: ir.Model) -> int:
     """Run all placement passes; return the number of rewrites."""
     graph = model.graph
-    steps = (_pool, _join_slices, _sink, hard_sigmoids, _guard, _gemm_zero_points, block_stem)
-    count = sum(step(graph) for step in steps)
+    steps = (_pool, _join_slices, lift_quantizers, _sink, hard_sigmoids, _guard)
+    count = sum(step(graph) for step in (*steps, _gemm_zero_points, block_stem))
     common.RemoveUnusedNodesPass()(model)
     return count
 

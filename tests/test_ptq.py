@@ -16,7 +16,8 @@ from mpq.policy import Policy
 from mpq.ptq import METHODS, calibrate, quantize_graph, quantize_layers
 from mpq.ptq.observe import Histogram, choose_range
 from mpq.quant.fake_quant import FakeQuant
-from mpq.quant.layer import LayerOp, QuantLayer
+from mpq.quant.layer import QuantLayer
+from mpq.quant.operation import LayerOp
 from mpq.quant.ranges import CLIP_RATIOS, best_ratio
 from mpq.quant.rounding import (
     Moments,

@@ -10,14 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mpq.quant.fake_quant import FakeQuant, FrozenQuant
-from mpq.quant.layer import (
-    FrozenLayer,
-    IslandLayer,
-    LayerOp,
-    QuantLayer,
-    integer_bias,
-    refuse,
-)
+from mpq.quant.layer import FrozenLayer, IslandLayer, QuantLayer
+from mpq.quant.operation import LayerOp, integer_bias, refuse
 from mpq.spec import QuantSpec, activation_spec, weight_spec
 
 LAYERS = {

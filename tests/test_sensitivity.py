@@ -29,14 +29,14 @@ from mpq.spec import QuantSpec, activation_spec, weight_spec
 class Net(nn.Module):
     """Every kind of layer, a tensor with two readers, and operations in place."""
 
-    def __init__(self) -> None:
+    def __init__(self, up_groups: int = 1) -> None:
         super().__init__()
         self.stem = nn.Conv2d(3, 8, 3, 2, 1)
         self.deep = nn.Conv2d(8, 8, 3, 1, 1, groups=8, bias=False)
         self.norm = nn.BatchNorm2d(8)
         self.relu = nn.ReLU(inplace=True)
         self.side = nn.Conv2d(8, 8, 1)
-        self.up = nn.ConvTranspose2d(8, 6, 2, 2)
+        self.up = nn.ConvTranspose2d(8, 6, 2, 2, groups=up_groups)
         self.head = nn.Linear(6, 5)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -237,8 +237,12 @@ def test_a_tensor_with_two_readers_is_counted_once(graph: QuantGraph, images: Te
     assert deep + side == pytest.approx(whole, rel=1e-6)
 
 
-def test_a_transposed_convolution_reads_floats(graph: QuantGraph, images: Tensor) -> None:
-    assert score_layers(graph, images, act_bits=(4,)).score("up", "activation", 4) == 0.0
+def test_a_transposed_convolution_in_groups_reads_floats(graph: QuantGraph, images: Tensor) -> None:
+    assert score_layers(graph, images, act_bits=(4,)).score("up", "activation", 4) > 0.0
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        grouped = to_float(Net(up_groups=2).eval(), images)
+    assert score_layers(grouped, images, act_bits=(4,)).score("up", "activation", 4) == 0.0
 
 
 # -- analyze -----------------------------------------------------------------------------------

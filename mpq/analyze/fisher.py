@@ -34,7 +34,7 @@ from mpq.analyze.batches import Batch, Progress, Rows, over_batches
 from mpq.analyze.perturb import Column, Perturbations
 from mpq.analyze.watch import Watch, require_finite
 from mpq.errors import GraphError
-from mpq.quant.layer import LayerOp
+from mpq.quant.operation import LayerOp
 
 TEMPERATURE = 2.0
 STRIDE = 1_000_003

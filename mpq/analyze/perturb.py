@@ -28,7 +28,7 @@ from mpq.graph.annotate import annotate
 from mpq.graph.ir import QuantGraph
 from mpq.numerics import choose_qparams, fake_quantize, sqnr_db
 from mpq.policy import Policy
-from mpq.quant.layer import LayerOp
+from mpq.quant.operation import LayerOp
 from mpq.quant.ranges import SEARCHED, activation_range, weight_scales
 from mpq.quant.rounding import (
     Moments,

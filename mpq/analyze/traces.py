@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from mpq.analyze.batches import Batch, Progress, Rows, over_batches
 from mpq.analyze.perturb import Column, Perturbations
 from mpq.analyze.watch import Watch, require_finite
-from mpq.quant.layer import LayerOp
+from mpq.quant.operation import LayerOp
 
 
 def trace_scores(

@@ -24,6 +24,7 @@ from mpq.errors import PolicyError
 from mpq.graph.ir import LayerPlan, QuantGraph, Site
 from mpq.graph.kinds import kind_of
 from mpq.policy import LayerChoice, LayerPolicy, Policy
+from mpq.quant.operation import LayerOp
 from mpq.spec import DYNAMIC, ROUNDED_16, QuantSpec, activation_spec
 from mpq.target import ROUNDED, Support, Target, get_target
 
@@ -36,7 +37,6 @@ The hard-sigmoid's is a little lower, because `hardsigmoid(0) = 1/2`, its most f
 lie between two integers of a grid that ends at 1, and runtimes would disagree on the rounding.
 """
 JOINS = ("add", "mul", "concat")
-_TRANSPOSED = "no integer kernel for transposed convolution"
 
 
 def annotate(qg: QuantGraph, policy: Policy) -> int:
@@ -150,9 +150,15 @@ class _Annotator:
         if self.kinds[node] != "layer" or str(node.target) not in self.choices:
             return False
         choice = self.choices[str(node.target)]
-        kind = self.qg.layers[choice.name].kind
+        return self.support(choice).integer and not choice.dynamic
+
+    def support(self, choice: LayerChoice) -> Support:
+        """What the target makes of a layer, given what operation it is."""
         support = self.target.support(choice.weight_bits, choice.activation_bits)
-        return support.integer and kind != "conv_transpose" and not choice.dynamic
+        reason = LayerOp.of(self.modules[choice.name]).no_integers()
+        if support.integer and reason:
+            return Support(support.storage, "float", False, reason)
+        return support
 
     def rounding_layer(self, node: fx.Node) -> bool:
         """Whether a node is a float layer whose input is rounded to 16 bits."""
@@ -244,10 +250,8 @@ class _Annotator:
     def plan(self, name: str) -> LayerPlan:
         """What becomes of a layer, with the reasons that belong in a report."""
         choice = self.choices[name]
-        support = self.target.support(choice.weight_bits, choice.activation_bits)
+        support = self.support(choice)
         notes = [choice.reason] if choice.reason else []
-        if support.integer and self.qg.layers[name].kind == "conv_transpose":
-            support = Support(support.storage, "float", False, _TRANSPOSED)
         node = next((n for n in self.nodes if n.op == "call_module" and n.target == name), None)
         if node is None:
             notes.append("inside a module that cannot be traced: quantized on its own")

@@ -11,7 +11,7 @@ from mpq.errors import GraphError
 from mpq.graph.ir import QuantGraph
 from mpq.graph.shapes import run_example
 from mpq.layers import LayerInfo, LayerKind
-from mpq.quant.layer import LAYERS, LayerOp, refuse
+from mpq.quant.operation import LAYERS, LayerOp, refuse
 
 logger = logging.getLogger(__name__)
 _CONTAINERS = (nn.Module, nn.Sequential, nn.ModuleList, nn.ModuleDict)

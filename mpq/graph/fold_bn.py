@@ -19,7 +19,7 @@ from mpq.graph.ir import QuantGraph
 from mpq.graph.kinds import kind_of
 from mpq.graph.shapes import ranks
 from mpq.numerics import per_axis
-from mpq.quant.layer import LayerOp
+from mpq.quant.operation import LayerOp
 
 
 def fold_bn(qg: QuantGraph) -> int:

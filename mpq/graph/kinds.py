@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from mpq.quant.layer import LAYERS, refuse
+from mpq.quant.operation import LAYERS, refuse
 
 MODULES: dict[type[nn.Module], str] = {
     nn.ReLU: "relu",

@@ -26,7 +26,7 @@ from mpq.graph.fold_bn import scale_outputs
 from mpq.graph.ir import QuantGraph
 from mpq.policy import LayerChoice, Policy
 from mpq.ptq.pairs import Link, links
-from mpq.quant.layer import LayerOp
+from mpq.quant.operation import LayerOp
 
 logger = logging.getLogger(__name__)
 Equalize = Literal["auto", "on", "off"]

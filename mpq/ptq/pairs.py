@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from mpq.graph.ir import QuantGraph
 from mpq.graph.kinds import kind_of
 from mpq.graph.shapes import shapes
-from mpq.quant.layer import LayerOp
+from mpq.quant.operation import LayerOp
 
 HOMOGENEOUS = ("relu", "maxpool", "avgpool", "global_avgpool", "adaptive_avgpool")
 CEILING = 6.0

@@ -22,7 +22,8 @@ from mpq.numerics import per_axis
 from mpq.ptq.blocks import Block, blocks
 from mpq.ptq.shelf import Kept, Shelf
 from mpq.ptq.walk import FLOAT, QUANTIZED, LockStep
-from mpq.quant.layer import IslandLayer, QuantLayer, integer_bias
+from mpq.quant.layer import IslandLayer, QuantLayer
+from mpq.quant.operation import integer_bias
 from mpq.quant.ranges import weight_scales
 from mpq.quant.rounding import (
     MAX_COLUMNS,

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mpq.numerics import choose_qparams
-from mpq.quant.layer import LayerOp
+from mpq.quant.operation import LayerOp
 from mpq.quant.ranges import best_ratio
 from mpq.spec import QuantSpec
 
