@@ -9,7 +9,8 @@ that what else the machine does counts as little as possible; on an idle machine
 
     MPQ_DATA=... python benchmarks/latency.py --out runs/latency [--models M ...] [--openvino]
 
-With `--openvino` its own int8 form takes its turn too, and milliseconds are CPU time of the whole
+With `--int16` both forms of 16-bit layers take their turns, every layer in that form. With
+`--openvino` its own int8 form takes its turn too, and milliseconds are CPU time of the whole
 process, because OpenVINO may run on a thread of its own.
 """
 
@@ -39,6 +40,7 @@ from mpq.graph.passes import prepare, to_float
 from mpq.policy import LayerPolicy, Policy
 from mpq.ptq import calibrate
 from mpq.spec import weight_spec
+from mpq.wide import INT16_FORMS, take_form
 
 SIDES = {
     "resnet20": 32,
@@ -50,6 +52,7 @@ SIDES = {
     "regnet_y_400mf": 224,
 }
 FILES = ("float.onnx", "mpq-w8a8.onnx", "mpq-8-4.onnx", "ort-static.onnx")
+WIDE = ("mpq-16-fast.onnx", "mpq-16-exact.onnx")
 OPENVINO = "openvino-int8.xml"
 MEAN_BITS = 4.8
 CALIBRATION = 4
@@ -116,6 +119,19 @@ def build(name: str, folder: Path) -> dict[str, Any]:
     return facts
 
 
+def add_wide(name: str, folder: Path) -> list[Path]:
+    """A network with all layers at 16 bits in either form, written where it is not there."""
+    paths = [folder / label for label in WIDE]
+    graph = None if all(p.is_file() for p in paths) else to_float(network(name), images(name, 2))
+    for path, form in zip(paths, INT16_FORMS, strict=True):
+        if graph is not None:
+            policy = take_form(Policy.uniform(16), form)  # type: ignore[arg-type]
+            quantized = prepare(graph, policy)
+            calibrate(quantized, images(name, CALIBRATION), method="minmax")
+            to_onnx(quantized, path, policy=policy)
+    return paths
+
+
 def add_openvino(name: str, folder: Path) -> Path:
     """OpenVINO's int8 form of a network, made from the float file where it is not there."""
     path = folder / OPENVINO
@@ -173,6 +189,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--rebuild", action="store_true")
+    parser.add_argument("--int16", action="store_true", help="also all layers at 16 bits")
     parser.add_argument("--openvino", action="store_true", help="also OpenVINO's own int8")
     options = parser.parse_args()
     if options.openvino and openvino_peer.missing():
@@ -191,6 +208,8 @@ def main() -> None:
             build(name, folder)
         facts = json.loads((folder / "facts.json").read_text())
         files = [folder / label for label in FILES]
+        if options.int16:
+            files += add_wide(name, folder)
         if options.openvino:
             files.append(add_openvino(name, folder))
         rows = measure(files, rounds=options.rounds, repeats=options.repeats)
