@@ -6,10 +6,11 @@ from mpq import policies
 from mpq.errors import PolicyError
 from mpq.graph.passes import to_float
 from mpq.pipeline.subject import Source, policy_subject
+from mpq.wide import take_form
 
 
 def test_every_ready_made_policy_loads() -> None:
-    assert set(policies.names()) >= {"w8a8", "w4a8", "w16a16"}
+    assert set(policies.names()) >= {"w8a8", "w4a8", "w16a16", "w16a16-exact"}
     for name in policies.names():
         assert policies.load(name).version == 1
 
@@ -18,6 +19,12 @@ def test_every_ready_made_policy_loads() -> None:
 def test_uniform_policy_fits_any_network(name: str, widths: tuple[int, int]) -> None:
     choice = policies.load(name).resolve(["a", "b.c"])["b.c"]
     assert (choice.weight_bits, choice.activation_bits) == widths
+
+
+def test_both_forms_of_16_bits_are_there() -> None:
+    fast, exact = policies.load("w16a16"), policies.load("w16a16-exact")
+    assert fast != exact
+    assert take_form(fast, "exact") == exact
 
 
 def test_unknown_name_offers_the_nearest() -> None:
