@@ -26,7 +26,7 @@ from mpq.spec import ROUNDED_16, activation_spec, weight_spec
 from mpq.wide import take_form
 
 EXACT = take_form(Policy.uniform(16), "exact")
-NETS = ("residual", "concat", "se_hardsigmoid", "pre_activation", "transposed", "attention")
+NETS = ("residual", "se_hardsigmoid", "pre_activation", "attention")
 U16 = onnx.TensorProto.UINT16
 MIN_SQNR_DB = 90.0
 """Of answers: 16-bit layers reach 100 dB and more, one with 8-bit weights some 40."""
