@@ -28,6 +28,7 @@ __all__ = [
     "Loaded",
     "load_model",
     "load_safe",
+    "loaded_from",
     "read_state",
     "save_atomic",
     "save_model",
@@ -79,7 +80,13 @@ def load_model(
         UsageError: an unknown architecture, a factory that fails.
     """
     path = Path(path)
-    content = load_safe(path, trust_pickle=trust_pickle)
+    return loaded_from(load_safe(path, trust_pickle=trust_pickle), path, arch=arch, classes=classes)
+
+
+def loaded_from(
+    content: Any, path: Path, *, arch: str | None = None, classes: int | None = None
+) -> Loaded:
+    """`load_model` of a file that has been read: what `load_safe` gave for `path`."""
     saved = _saved_info(content, path)
     state = _checked(_find_state(content, path), path)
     module = _find_module(content)

@@ -16,7 +16,7 @@ from torch._dynamo.utils import counters
 from mpq import absorb_norms, attach_norms, freeze, policies, prepare, quantize_graph, to_float
 from mpq.cli.qat import qat as qat_command
 from mpq.cli.train import train as train_command
-from mpq.cli.training import recipe_from
+from mpq.cli.training import check_plan, recipe_from
 from mpq.data import Normalization
 from mpq.errors import UsageError
 from mpq.train.loop import fit
@@ -132,8 +132,12 @@ def test_without_a_compiler_it_says_what_is_missing(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(cpp_builder, "get_cpp_compiler", lambda: none(config.cpp.cxx))
     message = r"compile needs a C\+\+ compiler such as g\+\+ .*leave --compile"
     with pytest.raises(UsageError, match=message):
-        recipe_from("qat", 1, (), compiling=True)
+        check_plan(RECIPE.override({"compile": True}), device="cpu", teacher=None, answers=None)
+    check_plan(RECIPE, device="cpu", teacher=None, answers=None)
     assert recipe_from("qat", 1, ()).compile is False
+    shown = CliRunner().invoke(train_command, ["resnet20", "--show-recipe", "--compile"])
+    assert shown.exit_code == 0
+    assert "compile: true" in shown.output
     with pytest.raises(UsageError, match=message):
         train(student(), tmp_path / "new", RECIPE.override({"compile": True}))
     assert not (tmp_path / "new").exists()

@@ -3,6 +3,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import replace
 from functools import partial
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from mpq import zoo
-from mpq.checkpoint import save_atomic, save_model
+from mpq.checkpoint import load_safe, save_atomic, save_model
 from mpq.data import Normalization
 from mpq.errors import CheckpointError
 from mpq.policy import ModelInfo
@@ -305,7 +306,10 @@ def test_a_single_model_is_an_ensemble_of_one(tmp_path):
     model = zoo.build("resnet20", 4)
     info = ModelInfo(arch="resnet20", classes=4, input=(3, 16, 16), normalize="cifar10")
     save_model(tmp_path / "one.pth", model, info=info, metrics={"top1": 88.0})
-    ensemble = load_ensemble(tmp_path / "one.pth")
+    again = mock.patch("mpq.checkpoint.load_safe", side_effect=AssertionError("read twice"))
+    with mock.patch("mpq.train.ensemble.load_safe", wraps=load_safe) as read, again:
+        ensemble = load_ensemble(tmp_path / "one.pth")
+    read.assert_called_once()
     member = ensemble.members[0]
     assert (ensemble.names, ensemble.top1, member.top1) == (["one"], 88.0, 88.0)
     assert str(member.normalize) == "cifar10"

@@ -14,12 +14,13 @@ from mpq.analyze.perturb import Rounding
 from mpq.analyze.refine import Refined
 from mpq.analyze.score import METRICS
 from mpq.cli import options, training
+from mpq.cli.budgets import budgets as with_budgets
 from mpq.data import Normalization
 from mpq.latency import LatencyProfile
 from mpq.pipeline.analysis import Analysis, analysis_json, write_analysis
 from mpq.pipeline.analyzing import find_policy
 from mpq.pipeline.subject import Source, open_checkpoint
-from mpq.policy import Constraints, DropType, Policy
+from mpq.policy import Constraints, Policy
 from mpq.processes import leading
 from mpq.report.tables import configurations_table, sensitivity_table
 from mpq.target import this_target
@@ -36,17 +37,7 @@ MINIMIZE = dict(zip(("bits", "size", "bops", "activation", "latency"), LIMITS, s
 @options.normalize
 @options.widths("--bits", "8,4", "Weight widths to choose from.")
 @options.widths("--act-bits", "8", "Activation widths to choose from.")
-@options.limits("--effective-bits", "Mean bits per weight; of several, each gets a policy file."
-                "  [default: 4.8 without other limits]")  # fmt: skip
-@options.limit("--max-size-mb", "Size of the file in MB (10^6 bytes).")
-@options.limit("--max-bops", "10^9 BitOps per image (MACs x weight bits x activation bits).")
-@options.limit("--max-activation-mb", "Peak of the activations alive at one time, in MB, each "
-               "tensor at its width.")  # fmt: skip
-@options.limit("--max-latency-ms", "Milliseconds, as a profile of `mpq profile` predicts them.")
-@click.option("--max-drop", metavar="NUMBER", type=click.FloatRange(min=0),
-              help="Top-1 that may be lost, measured on validation images.")  # fmt: skip
-@click.option("--drop-type", type=click.Choice(get_args(DropType)), default="absolute",
-              show_default=True, help="--max-drop in points, or in percent of float.")  # fmt: skip
+@with_budgets
 @click.option("--minimize", type=click.Choice(list(MINIMIZE)), default="bits", show_default=True,
               help="What --max-drop makes small, and what the Pareto front is over.")  # fmt: skip
 @click.option("--profile", "profile_path", type=click.Path(path_type=Path), metavar="FILE",
@@ -81,13 +72,7 @@ def analyze(
     normalize: Normalization | None,
     bits: tuple[int, ...],
     act_bits: tuple[int, ...],
-    effective_bits: tuple[float, ...],
-    max_size_mb: float | None,
-    max_bops: float | None,
-    max_activation_mb: float | None,
-    max_latency_ms: float | None,
-    max_drop: float | None,
-    drop_type: DropType,
+    budgets: list[Constraints],
     minimize: str,
     profile_path: Path | None,
     metric: str,
@@ -118,20 +103,8 @@ def analyze(
     """
     folder = rundir.resolve_out(out, checkpoint.stem)
     rundir.refuse_overwrite(folder / "policy.yaml", force)
-    budgets = [
-        Constraints(
-            effective_bits=bits_each,
-            max_size_mb=max_size_mb,
-            max_bops=max_bops,
-            max_activation_mb=max_activation_mb,
-            max_latency_ms=max_latency_ms,
-            max_drop=max_drop,
-            drop_type=None if max_drop is None else drop_type,
-        )
-        for bits_each in effective_bits or (None,)
-    ]
-    wanted = max_latency_ms is not None or minimize == "latency" or profile_path is not None
-    profile = _profile(profile_path, folder) if wanted else None
+    timed = minimize == "latency" or budgets[0].max_latency_ms is not None
+    profile = _profile(profile_path, folder) if timed or profile_path is not None else None
     subject = open_checkpoint(
         checkpoint,
         Source(data, data_root),

@@ -67,7 +67,8 @@ def qat(
     written = folder / "quantized.pth"
     check_start(folder, written, resume=resume, force=force)
     check_policy_file(path, folder, force=force)
-    plan = training.recipe_from(recipe, epochs, settings, compiling=compiling, device=device)
+    plan = training.recipe_from(recipe, epochs, settings, compiling=compiling)
+    training.check_plan(plan, device=device, teacher=teacher, answers=answers)
     source = Source(data, data_root)
     subject = policy_subject(policy, path, source, weights=True, trust_pickle=trust_pickle)
     ensemble = training.load_teacher(teacher, teacher_normalize)

@@ -67,10 +67,11 @@ def train(
     mpq train resnet20 --data cifar10 -o model.pth
     mpq train resnet20 --data cifar10 --teacher ens.pth -o student.pth
     """
-    plan = training.recipe_from(recipe, epochs, settings, compiling=compiling, device=device)
+    plan = training.recipe_from(recipe, epochs, settings, compiling=compiling)
     if show_recipe:
         click.echo(plan.to_yaml(), nl=False)
         return
+    training.check_plan(plan, device=device, teacher=teacher, answers=answers)
     check_start(working_folder(out), out, resume=resume, force=force)
     subject = new_subject(arch, Source(data, data_root), normalize=normalize, seed=seed)
     options.say(

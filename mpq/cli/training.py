@@ -17,6 +17,7 @@ from mpq.errors import UsageError
 from mpq.processes import leading
 from mpq.train.compiled import require_compiler
 from mpq.train.ensemble import Ensemble, load_ensemble
+from mpq.train.features import check_features
 from mpq.train.metrics import Record
 from mpq.train.recipe import Recipe
 
@@ -102,13 +103,11 @@ def recipe_from(
     settings: tuple[str, ...],
     *,
     compiling: bool = False,
-    device: str = "cpu",
 ) -> Recipe:
     """A recipe by name or file, with overrides.
 
     Raises:
-        UsageError: an unknown recipe or key, a setting without `=`, or no compiler for `device`
-            where the recipe or `compiling` wants one.
+        UsageError: an unknown recipe or key, or a setting without `=`.
     """
     changes: dict[str, object] = {} if epochs is None else {"epochs": epochs}
     if compiling:
@@ -118,10 +117,19 @@ def recipe_from(
         if not equals:
             raise UsageError(f"--set must be KEY=VALUE, e.g. --set lr=0.02. Got {setting!r}.")
         changes[key.strip()] = _value(key.strip(), value)
-    found = Recipe.load(name).override(changes)
-    if found.compile:
+    return Recipe.load(name).override(changes)
+
+
+def check_plan(recipe: Recipe, *, device: str, teacher: Path | None, answers: Path | None) -> None:
+    """Refuse before any work what training would refuse.
+
+    Raises:
+        UsageError: no compiler for `device` where the recipe wants one, or features to distil from
+            together with kept answers.
+    """
+    if recipe.compile:
         require_compiler(device)
-    return found
+    check_features(recipe, teacher, answers)
 
 
 def _value(key: str, text: str) -> object:

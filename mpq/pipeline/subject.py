@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from mpq import zoo
-from mpq.checkpoint import load_model, weights_hash
+from mpq.checkpoint import Loaded, load_model, weights_hash
 from mpq.data import DataSet, Normalization, open_data, sample_indices
 from mpq.data.normalize import NAMED
 from mpq.data.sources import Source as Split
@@ -106,6 +106,18 @@ def open_checkpoint(
         UsageError: the normalization is neither known nor can be proposed.
     """
     loaded = load_model(path, arch=arch, trust_pickle=trust_pickle)
+    return subject_of(loaded, path, source, normalize=normalize, input_size=input_size)
+
+
+def subject_of(
+    loaded: Loaded,
+    path: Path,
+    source: Source,
+    *,
+    normalize: Normalization | None = None,
+    input_size: int | None = None,
+) -> Subject:
+    """What was read from a checkpoint, with its data. Raises as `open_checkpoint`."""
     name = source.data or loaded.data
     if not name:
         raise DataError(

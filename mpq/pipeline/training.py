@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 
 from mpq import rundir, zoo
-from mpq.checkpoint import load_model, save_model
+from mpq.checkpoint import load_model, load_safe, loaded_from, save_model
 from mpq.data import DataSet, Normalization, load_arrays, open_data
 from mpq.errors import DataError
 from mpq.pipeline.guard import check_teacher
-from mpq.pipeline.subject import Source, Subject, open_checkpoint
+from mpq.pipeline.subject import Source, Subject, subject_of
 from mpq.policy import ModelInfo
 from mpq.processes import leading
 from mpq.train.engine import OnStep
@@ -125,9 +125,10 @@ def build_ensemble(
     members: list[Member] = []
     name = source.data or ""
     for path in paths:
-        found, known = bundled(path, trust_pickle=trust_pickle)
+        content = load_safe(path, trust_pickle=trust_pickle)
+        found, known = bundled(path, content)
         if not found:
-            subject = open_checkpoint(path, source, normalize=normalize, trust_pickle=trust_pickle)
+            subject = subject_of(loaded_from(content, path), path, source, normalize=normalize)
             found = [member_of(path, subject.module, subject.info, normalize=subject.normalize)]
             known = subject.data_name
         members += found

@@ -82,7 +82,7 @@ class QuantLayer(nn.Module):
     def constants(self) -> Constants:
         """What eval mode and the frozen layer compute with."""
         factor, bias = self._affine()
-        step = torch.maximum(self.step(), self.least_step())
+        step = torch.maximum(self.step(), self._floor(factor, bias))
         zero = torch.zeros_like(step)
         q = quantize(self.weight, step, zero, self.spec, self.op.axis)
         stored = q.to(torch.int16 if self.spec.bits > 8 else torch.int8)
@@ -95,7 +95,10 @@ class QuantLayer(nn.Module):
 
         A channel whose weights have died still has its bias, and in eval mode its scale carries it.
         """
-        factor, bias = self._affine()
+        return self._floor(*self._affine())
+
+    def _floor(self, factor: Tensor | None, bias: Tensor | None) -> Tensor:
+        """`least_step`, given what `_affine` gives."""
         if bias is None or self.source is None:
             return torch.zeros_like(self.scale)
         floor = bias.abs() / (self.source.step() * 2.0**30)
@@ -106,7 +109,7 @@ class QuantLayer(nn.Module):
         """What a channel of the bare layer is multiplied by, if anything, and what is added."""
         if self.norm is None:
             return None, self.bias
-        return self.norm.factor(), self.norm.shift()
+        return self.norm.affine()
 
     @torch.no_grad()
     def absorb_norm(self) -> None:

@@ -49,9 +49,10 @@ class LiveNorm(nn.Module):
         """`f` `[C]`, positive: what a channel is multiplied by in eval mode."""
         return (self.weight.abs() / (self.running_var + EPS).sqrt()).clamp(min=TINY)
 
-    def shift(self) -> Tensor:
-        """What is added to a channel in eval mode `[C]`."""
-        return self.bias - self.running_mean * self.factor()
+    def affine(self) -> tuple[Tensor, Tensor]:
+        """`factor()`, and what is added to a channel in eval mode `[C]`."""
+        factor = self.factor()
+        return factor, self.bias - self.running_mean * factor
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize `[B, C, ...]`; in training by the batch, unless frozen."""

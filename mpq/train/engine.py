@@ -30,6 +30,7 @@ from mpq.train.compiled import compiled
 from mpq.train.diagnose import first_nonfinite
 from mpq.train.ensemble import Ensemble
 from mpq.train.evaluate import Images, Labels, as_tensor, normalize_unit, to_unit
+from mpq.train.features import Features, check_features
 from mpq.train.metrics import Record, Totals
 from mpq.train.objective import Objective
 from mpq.train.optim import Ema, build_optimizer, learning_rate
@@ -58,7 +59,8 @@ class Engine:
     Attributes:
         state: what a checkpoint holds.
 
-    The arguments are those of `fit`. Raises `UsageError` for a device that is not there.
+    The arguments are those of `fit`. Raises `UsageError` for a device that is not there, or for
+    feature maps that no network has or that would have to be kept.
     """
 
     def __init__(
@@ -74,6 +76,7 @@ class Engine:
         device: str,
         answers: Path | None = None,
     ) -> None:
+        check_features(recipe, teacher, answers)
         self.recipe, self.normalize, self.seed = recipe, normalize, seed
         self.accelerator, self.device = _accelerator(device)
         layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
@@ -93,6 +96,10 @@ class Engine:
             self.accelerator.prepare_model(step, device_placement=False) if ranks > 1 else step
         )
         self.forward = compiled(self.network, device) if recipe.compile else self.network
+        self.features: Features | None = None
+        if teacher is not None and recipe.feature_weight:
+            seen = to_unit(self.images[:2].to(self.device))
+            self.features = Features(step, teacher, images=seen, inputs=self._input(seen))
         self.classes = int(train[1].max()) + 1
         self.steps = max(1, len(self.images) // recipe.batch)
         identity = {
@@ -233,17 +240,27 @@ class Engine:
     ) -> Tensor:
         """Forward and backward of one part; returns its contribution to the step's loss."""
         with self._autocast():
-            student = self.forward(self._input(images))
-            teachers = self._teach(images)
+            student, teachers, features = self._answer(images)
         self._check_logits(student, teachers)
         labels = targets.for_classes(student.shape[1])
-        parts = self.objective(student, teachers, labels, progress=progress)
+        parts = self.objective(student, teachers, labels, progress=progress, features=features)
         loss = parts.loss
         if self.recipe.dampen:
             loss = loss + self.recipe.dampen * strength(progress) * dampening(self.model)
         self.accelerator.backward(loss * share)
         totals.add(parts, student.detach(), labels)
         return parts.loss.detach() * share
+
+    def _answer(self, images: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """What student and teachers say, and how far apart their feature maps are."""
+
+        def learn() -> Tensor:
+            logits: Tensor = self.forward(self._input(images))
+            return logits
+
+        if self.features is None:
+            return learn(), self._teach(images), None
+        return self.features(learn, images)
 
     def _check_logits(self, student: Tensor, teachers: Tensor | None) -> None:
         if student.ndim != 2 or student.shape[1] < self.classes:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mpq.checkpoint import load_model, load_safe, save_atomic
+from mpq.checkpoint import load_safe, loaded_from, save_atomic
 from mpq.data import Normalization
 from mpq.errors import CheckpointError, MpqError
 from mpq.policy import ModelInfo
@@ -161,16 +161,15 @@ def load_ensemble(path: Path, *, normalize: str = "", trust_pickle: bool = False
     """
     content = load_safe(path, trust_pickle=trust_pickle)
     if not _is_bundle(content):
-        return _single(path, normalize, trust_pickle)
+        return _single(path, content, normalize)
     return _bundle(path, content)
 
 
-def bundled(path: Path, *, trust_pickle: bool = False) -> tuple[Sequence[Member], str]:
+def bundled(path: Path, content: Any) -> tuple[Sequence[Member], str]:
     """The members of an `ens.pth` and the data it was measured on; none if it is another file.
 
-    Raises as `load_ensemble`.
+    `content` is what `load_safe` read from `path`. Raises as `load_ensemble`.
     """
-    content = load_safe(path, trust_pickle=trust_pickle)
     if not _is_bundle(content):
         return (), ""
     return _bundle(path, content).members, str(content.get("data", ""))
@@ -193,8 +192,8 @@ def _bundle(path: Path, content: dict[str, Any]) -> Ensemble:
     return Ensemble(members, top1=content.get("top1"))
 
 
-def _single(path: Path, normalize: str, trust_pickle: bool) -> Ensemble:
-    loaded = load_model(path, trust_pickle=trust_pickle)
+def _single(path: Path, content: Any, normalize: str) -> Ensemble:
+    loaded = loaded_from(content, path)
     info = loaded.info
     normalize = normalize or info.normalize
     if not normalize:

@@ -23,12 +23,14 @@ class Parts:
         label: the cross-entropy, not yet weighted, without gradient.
         distill: the distillation loss, not yet weighted, without gradient; None without teacher.
         weights: mean weight of each teacher over the batch `[K]`; None without teacher.
+        feature: the distance of feature maps, likewise; None without.
     """
 
     loss: Tensor
     label: Tensor
     distill: Tensor | None = None
     weights: Tensor | None = None
+    feature: Tensor | None = None
 
 
 class Objective:
@@ -44,11 +46,18 @@ class Objective:
         self.weighting = weighting or choose_weighting(recipe)
 
     def __call__(
-        self, student: Tensor, teachers: Tensor | None, labels: Tensor, *, progress: float
+        self,
+        student: Tensor,
+        teachers: Tensor | None,
+        labels: Tensor,
+        *,
+        progress: float,
+        features: Tensor | None = None,
     ) -> Parts:
         """The loss of logits `[B, C]` given teacher logits `[K, B, C]` and labels.
 
-        `labels` are `[B]` or `[B, C]`; `progress` runs from 0 to 1 over training.
+        `labels` are `[B]` or `[B, C]`; `progress` runs from 0 to 1 over training; `features` are
+        distances `[K, B]` from each teacher's feature maps, weighed as the teachers are.
         """
         recipe = self.recipe
         label = cross_entropy(student, labels, smoothing=recipe.smoothing)
@@ -62,7 +71,12 @@ class Objective:
         warmup = recipe.distill_warmup_epochs
         ramp = min(1.0, progress * recipe.epochs / warmup) if warmup else 1.0
         loss = recipe.label_weight * label + recipe.distill_weight * ramp * distill
-        return Parts(loss, label.detach(), distill.detach(), weights.mean(1))
+        feature = None
+        if features is not None:
+            feature = (weights * features).sum(0).mean()
+            loss = loss + recipe.feature_weight * ramp * feature
+            feature = feature.detach()
+        return Parts(loss, label.detach(), distill.detach(), weights.mean(1), feature)
 
     def _distill(self, student: Tensor, target: Tensor, labels: Tensor) -> Tensor:
         recipe, t = self.recipe, self.recipe.temperature

@@ -1,0 +1,61 @@
+"""The limits that `mpq analyze` searches within: options that come together as `budgets`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, get_args
+
+import click
+
+from mpq.cli import options
+from mpq.policy import Constraints, DropType
+
+_OPTIONS = (
+    options.limits("--effective-bits", "Mean bits per weight; of several, each gets a policy file."
+                   "  [default: 4.8 without other limits]"),
+    options.limit("--max-size-mb", "Size of the file in MB (10^6 bytes)."),
+    options.limit("--max-bops", "10^9 BitOps per image (MACs x weight bits x activation bits)."),
+    options.limit("--max-activation-mb", "Peak of the activations alive at one time, in MB, each "
+                  "tensor at its width."),
+    options.limit("--max-latency-ms", "Milliseconds, as a profile of `mpq profile` predicts them."),
+    click.option("--max-drop", metavar="NUMBER", type=click.FloatRange(min=0),
+                 help="Top-1 that may be lost, measured on validation images."),
+    click.option("--drop-type", type=click.Choice(get_args(DropType)), default="absolute",
+                 show_default=True, help="--max-drop in points, or in percent of float."),
+)  # fmt: skip
+
+
+def budgets(command: Callable[..., None]) -> Callable[..., None]:
+    """Options of limits: argument `budgets`, a list of `Constraints`, one per policy wanted."""
+
+    @wraps(command)
+    def folded(
+        *,
+        effective_bits: tuple[float, ...],
+        max_size_mb: float | None,
+        max_bops: float | None,
+        max_activation_mb: float | None,
+        max_latency_ms: float | None,
+        max_drop: float | None,
+        drop_type: DropType,
+        **others: Any,
+    ) -> None:
+        found = [
+            Constraints(
+                effective_bits=bits_each,
+                max_size_mb=max_size_mb,
+                max_bops=max_bops,
+                max_activation_mb=max_activation_mb,
+                max_latency_ms=max_latency_ms,
+                max_drop=max_drop,
+                drop_type=None if max_drop is None else drop_type,
+            )
+            for bits_each in effective_bits or (None,)
+        ]
+        command(budgets=found, **others)
+
+    made: Callable[..., None] = folded
+    for option in reversed(_OPTIONS):
+        made = option(made)
+    return made
