@@ -56,6 +56,12 @@ def test_stages_end_at_the_policys_widths():
     assert [stage(eight, e, 3) for e in range(4)] == [8, 8, 8, 8]
 
 
+def test_a_network_of_16_bits_has_no_stages():
+    model = student(16, 16, wide=False).module
+    assert [stage(model, epoch, 4) for epoch in range(5)] == [16] * 5
+    assert not take_widths(model, 16)
+
+
 def test_only_what_the_policy_wants_narrow_is_widened():
     graph = student(4, 8, wide=False)
     before = {q: q.spec for q in quantizers(graph.module)}

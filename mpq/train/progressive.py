@@ -27,7 +27,7 @@ Quantizer = QuantLayer | FakeQuant
 def stage(model: nn.Module, epoch: int, epochs: float) -> int:
     """Bits that no quantizer is below in `epoch` (from 0) of a lowering over `epochs`."""
     narrowest = min((q.goal.bits for q in quantizers(model)), default=STAGES[0])
-    on_the_way = [bits for bits in STAGES if bits >= narrowest]
+    on_the_way = [bits for bits in STAGES if bits >= narrowest] or [narrowest]  # 16 throughout
     last = len(on_the_way) - 1
     return on_the_way[min(last, int(epoch * last / epochs))] if epochs else narrowest
 
