@@ -186,8 +186,8 @@ def test_quantized_files_with_wrong_content(here, fails, change, told):
         ({"layers": [{"name": "conv1", "weight": "int7/channel"}]}, ["must be one of", "Got 7"]),
         ({"layers": [{"name": "conv1", "weight": "4 bits"}]}, ["'int4/channel'", "'4 bits'"]),
         (
-            {"layers": [{"name": "conv1", "activation": "uint16/tensor"}]},
-            ["int16/tensor at 16 bits"],
+            {"layers": [{"name": "conv1", "activation": "int8/tensor"}]},
+            ["must be uint8/tensor at 8 bits", "Got int8/tensor"],
         ),
         ({"layers": [{"name": "conv1", "weight": "uint8/channel"}]}, ["must be signed"]),
         ({"target": "tensorrt"}, ["onnxruntime-cpu", "'tensorrt'"]),
