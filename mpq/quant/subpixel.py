@@ -11,6 +11,7 @@ zeros where the kernel ends within a block; moving values rounds nothing.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -76,10 +77,7 @@ def axes_of(
 
 def phases(axes: Sequence[Axis]) -> int:
     """How many phases the output has: the product of the strides."""
-    count = 1
-    for axis in axes:
-        count *= axis.stride
-    return count
+    return math.prod(axis.stride for axis in axes)
 
 
 def kernels(weight: Tensor, axes: Sequence[Axis]) -> Tensor:
@@ -129,9 +127,7 @@ def _shuffle(out: Tensor, strides: Sequence[int]) -> Tensor:
     if len(strides) == 2 and strides[0] == strides[1]:
         return F.pixel_shuffle(out, strides[0])  # what ONNX calls DepthToSpace
     rank, blocks = len(strides), out.shape[2:]
-    channels = out.shape[1]
-    for stride in strides:
-        channels //= stride
+    channels = out.shape[1] // math.prod(strides)
     apart = out.reshape(-1, channels, *strides, *blocks)
     order = [0, 1, *(d for k in range(rank) for d in (2 + rank + k, 2 + k))]
     joined = [n * s for n, s in zip(blocks, strides, strict=True)]
