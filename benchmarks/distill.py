@@ -108,7 +108,7 @@ def make(
 def measure(configuration: str, training: str, seed: int, options: Any) -> dict[str, Any]:
     """One line of the table."""
     normalize = Normalization.parse("imagenet")
-    source = Source("cifar10")
+    source = Source("cifar10", holdout=options.holdout)
     subject = open_checkpoint(options.model, source, normalize=normalize)
     teacher = load_ensemble(options.teachers)
     name = f"{configuration.replace('/', '-')}-{training}-{options.name}-seed{seed}"
@@ -142,6 +142,8 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--recipe", default="qat")
     parser.add_argument("--set", dest="settings", nargs="+", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--holdout", type=int, metavar="N",
+                        help="training images left out; 0: none")  # fmt: skip
     parser.add_argument("--name", default="base", help="of this recipe, in the table and on disk")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()

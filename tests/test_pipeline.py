@@ -65,6 +65,17 @@ def as_json(capsys, *argv: str) -> dict[str, object]:
     return json.loads(say(capsys, *argv, "--json")[0])
 
 
+def test_all_images_may_be_trained_on(here, capsys):
+    argv = ["train", "resnet20_conv", "--data", "digits", *FAST, "-o", "all.pth"]
+    assert "none were held out" in say(capsys, *argv, "--holdout", "0")[0]
+    argv = ["qat", "--policy", "runs/model/policy.yaml", *FAST, "-o", "all"]
+    assert as_json(capsys, *argv, "--holdout", "0")["validation_top1"] is None
+    record = json.loads(Path("all/metrics.jsonl").read_text())
+    assert record["val_top1"] is None
+    held = as_json(capsys, *argv[:-1], "held", "--holdout", "50")["validation_top1"]
+    assert held * 50 / 100 == pytest.approx(round(held * 50 / 100))  # of 50 images
+
+
 def test_several_budgets_from_one_scoring(here, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
     argv = ["analyze", "model.pth", "--num-score", "64", "-o", "b"]

@@ -23,6 +23,7 @@ from mpq.processes import leading
 @training.answers
 @options.data
 @options.data_root
+@training.holdout
 @training.recipe("qat")
 @training.epochs
 @training.settings
@@ -41,6 +42,7 @@ def qat(
     answers: Path | None,
     data: str | None,
     data_root: Path | None,
+    holdout: int | None,
     recipe: str,
     epochs: int | None,
     settings: tuple[str, ...],
@@ -69,7 +71,7 @@ def qat(
     check_policy_file(path, folder, force=force)
     plan = training.recipe_from(recipe, epochs, settings, compiling=compiling)
     training.check_plan(plan, device=device, teacher=teacher, answers=answers)
-    source = Source(data, data_root)
+    source = Source(data, data_root, holdout)
     subject = policy_subject(policy, path, source, weights=True, trust_pickle=trust_pickle)
     ensemble = training.load_teacher(teacher, teacher_normalize)
     with training.live(plan.epochs) as (on_step, on_epoch):
@@ -94,7 +96,5 @@ def qat(
     if as_json:
         click.echo(json.dumps({"file": str(written), **found.metrics}))
     else:
-        options.show(
-            f"top-1 {found.metrics['validation_top1']:.2f} % on the validation split, simulated"
-        )
+        options.show(training.outcome(found.metrics["validation_top1"], ", simulated"))
     options.say(f"wrote {written}; next: mpq export --onnx")

@@ -19,6 +19,7 @@ from mpq.processes import leading
 @click.argument("arch")
 @options.data
 @options.data_root
+@training.holdout
 @options.normalize
 @training.teacher
 @training.teacher_normalize
@@ -41,6 +42,7 @@ def train(
     arch: str,
     data: str | None,
     data_root: Path | None,
+    holdout: int | None,
     normalize: Normalization | None,
     teacher: Path | None,
     teacher_normalize: str,
@@ -73,7 +75,7 @@ def train(
         return
     training.check_plan(plan, device=device, teacher=teacher, answers=answers)
     check_start(working_folder(out), out, resume=resume, force=force)
-    subject = new_subject(arch, Source(data, data_root), normalize=normalize, seed=seed)
+    subject = new_subject(arch, Source(data, data_root, holdout), normalize=normalize, seed=seed)
     options.say(
         f"{arch} on {subject.data_name}: {subject.info.classes} classes, "
         f"normalization {subject.info.normalize}, {plan.epochs} epochs"
@@ -99,5 +101,5 @@ def train(
     if as_json:
         click.echo(json.dumps({"file": str(out), "validation_top1": result.top1}))
     else:
-        options.show(f"top-1 {result.top1:.2f} % on the validation split")
+        options.show(training.outcome(result.top1))
     options.say(f"wrote {out}; next: mpq analyze {out}")

@@ -50,6 +50,13 @@ answers = click.option(
     type=click.Path(path_type=Path, file_okay=False),
     help="Keep the teachers' answers there, for other runs on the same images.",
 )
+# holdout: int | None
+holdout = click.option(
+    "--holdout",
+    metavar="N",
+    type=click.IntRange(min=0),
+    help="Training images kept out, to choose by; 0 trains on all.  [default: 10 %]",
+)
 # epochs: int | None
 epochs = click.option(
     "--epochs", metavar="N", type=click.IntRange(min=1), help="Epochs, instead of the recipe's."
@@ -130,6 +137,13 @@ def check_plan(recipe: Recipe, *, device: str, teacher: Path | None, answers: Pa
     if recipe.compile:
         require_compiler(device)
     check_features(recipe, teacher, answers)
+
+
+def outcome(top1: float | None, where: str = "") -> str:
+    """What a finished run says of its accuracy in percent."""
+    if top1 is None:
+        return "trained on all images: none were held out to measure on"
+    return f"top-1 {top1:.2f} % on the validation split{where}"
 
 
 def _value(key: str, text: str) -> object:

@@ -157,7 +157,7 @@ def run_qat(
     result = fit(
         graph.module,
         train=load_arrays(data.train),
-        validation=load_arrays(data.validation),
+        validation=subject.held_out(),
         normalize=subject.normalize,
         recipe=recipe,
         folder=folder,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mpq import zoo
 from mpq.checkpoint import Loaded, load_model, weights_hash
-from mpq.data import DataSet, Normalization, open_data, sample_indices
+from mpq.data import DataSet, Normalization, load_arrays, open_data, sample_indices
 from mpq.data.normalize import NAMED
 from mpq.data.sources import Source as Split
 from mpq.errors import CheckpointError, DataError, PolicyError, UsageError
@@ -33,10 +33,11 @@ _NEUTRAL = NAMED["none"]
 
 @dataclass(frozen=True)
 class Source:
-    """Where a command finds its data: the options `--data` and `--data-root`."""
+    """Where a command finds its data: the options `--data`, `--data-root` and `--holdout`."""
 
     data: str | None = None
     root: Path | None = None
+    holdout: int | None = None
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,15 @@ class Subject:
                 "digits, cifar10, cifar100, a folder, a zip, or module:factory."
             )
         return self.data
+
+    def held_out(self) -> tuple[NDArray[np.uint8], NDArray[np.int64]] | None:
+        """Images and labels to choose by, or None where training takes all there are.
+
+        Raises:
+            DataError: there are no data.
+        """
+        split = self.require_data("validation").validation
+        return load_arrays(split) if len(split) else None
 
     def sample(self, count: int, seed: int, purpose: str) -> Tensor:
         """A seeded sample of the training split, normalized `[count, C, H, W]`.
@@ -152,7 +162,7 @@ def _normalized(subject: Subject, normalize: Normalization | None) -> Subject:
 def _data(name: str, source: Source, info: ModelInfo) -> DataSet | None:
     if name == "none":
         return None
-    data = open_data(name, root=source.root, size=info.input[1:])
+    data = open_data(name, root=source.root, size=info.input[1:], holdout=source.holdout)
     data.require_classes(info.classes)
     return data
 

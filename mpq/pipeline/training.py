@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -36,9 +37,10 @@ def new_subject(
     """
     channels, height, width = zoo.input_size(arch)
     name = source.data or "digits"
-    native = open_data(name, root=source.root)
+    opened = partial(open_data, name, root=source.root, holdout=source.holdout)
+    native = opened()
     size = native.size if (height, width) == (32, 32) else (height, width)
-    data = native if size == native.size else open_data(name, root=source.root, size=size)
+    data = native if size == native.size else opened(size=size)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         module = zoo.build(arch, len(data.classes), in_channels=channels)
@@ -80,7 +82,7 @@ def run_train(
     result = fit(
         subject.module,
         train=load_arrays(data.train),
-        validation=load_arrays(data.validation),
+        validation=subject.held_out(),
         normalize=subject.normalize,
         recipe=recipe,
         folder=folder,
