@@ -1,11 +1,12 @@
-"""What a training step costs: float, prepared by mpq, and prepared by torch's own quantization.
+"""What a training step costs: float, prepared by mpq, by torch's own quantization, by Brevitas.
 
 One interleaved run: in each round every variant makes one step (forward, backward, SGD) on the same
 images, so that a machine that slows down slows all of them. Times are CPU seconds of the process,
 in milliseconds; ratios are medians over the rounds of variant / float, `of_compiled` of variant /
 compiled float (with `--compile`, which adds a compiled row for float and for mpq). What mpq runs is
 what `mpq qat` runs. Memory is the peak of one eager step over what lay there before, measured in a
-process of its own; `--no-memory` leaves it out.
+process of its own; `--no-memory` leaves it out. Brevitas has a row where it is installed; its
+scales are calibrated first, as the steps that collect statistics cost more than all later ones.
 
     python benchmarks/qat_step.py [--models resnet18_cifar] [--batch 128] [--rounds 10] [--compile]
 """
@@ -13,6 +14,7 @@ process of its own; `--no-memory` leaves it out.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import subprocess
 import sys
@@ -34,6 +36,7 @@ from mpq.train.compiled import compiled
 
 MODELS = ("resnet18_cifar", "mobilenet_v2_cifar")
 VARIANTS = ("float", "mpq w8a8", "mpq w4a8", "torch fx w8a8")
+BREVITAS = ("brevitas w8a8",) if importlib.util.find_spec("brevitas") else ()
 COMPILED = ("float compiled", "mpq w8a8 compiled", "mpq w4a8 compiled")
 
 
@@ -52,8 +55,21 @@ def network(name: str, variant: str) -> nn.Module:
             warnings.simplefilter("ignore")
             mapping = get_default_qat_qconfig_mapping("onednn")
             model = prepare_qat_fx(model.train(), mapping, (images[:2],))
+    elif variant.startswith("brevitas"):
+        model = by_brevitas(model.eval(), images)
     made: nn.Module = model.train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return compiled(made, "cpu") if variant.endswith("compiled") else made
+
+
+def by_brevitas(model: nn.Module, images: Tensor) -> nn.Module:
+    """As Brevitas quantizes a network for training, batch norm alive, scales calibrated."""
+    from brevitas.graph.calibrate import calibration_mode
+    from brevitas.graph.quantize import preprocess_for_quantize, quantize
+
+    made: nn.Module = quantize(preprocess_for_quantize(model, merge_bn=False))
+    with torch.no_grad(), calibration_mode(made):
+        made(images)
+    return made
 
 
 def stepper(model: nn.Module, images: Tensor, labels: Tensor, *, bf16: bool) -> Callable[[], None]:
@@ -100,10 +116,17 @@ def measure(name: str, options: argparse.Namespace) -> list[dict[str, object]]:
     """A row per variant."""
     images, labels = batch_of(options.batch)
     steps = {}
-    for variant in VARIANTS + (COMPILED if options.compile else ()):
-        steps[variant] = stepper(network(name, variant), images, labels, bf16=options.bf16)
-        steps[variant]()
-        steps[variant]()
+    for variant in VARIANTS + BREVITAS + (COMPILED if options.compile else ()):
+        step = stepper(network(name, variant), images, labels, bf16=options.bf16)
+        try:
+            step()
+        except TypeError as error:  # as Brevitas on slices, of shortcuts without parameters
+            if variant not in BREVITAS:
+                raise
+            print(f"{name}, {variant}: {error}", file=sys.stderr)
+            continue
+        step()
+        steps[variant] = step
     times: dict[str, list[float]] = {v: [] for v in steps}
     for _ in range(options.rounds):
         for variant, step in steps.items():
