@@ -218,8 +218,7 @@ def _second_moments(graph: QuantGraph, images: Tensor, batch: int) -> dict[str, 
             positions = info.out_elements // info.out_channels * len(images)
             thin = max(1, math.isqrt(positions // MOMENT_COLUMNS))
             vectors = input_vectors(op, weight, args[0], thin=thin).float().cpu()
-            kept = found.setdefault(name, Moments(*vectors.shape[:2]))
-            kept.add(vectors, vectors)
+            found.setdefault(name, Moments(*vectors.shape[:2])).add(vectors)
 
         return look
 

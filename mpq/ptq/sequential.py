@@ -248,7 +248,7 @@ def _choose_integers(
 ) -> Tensor:
     """Set scale and weights of a layer; return the real weights that its integers stand for."""
     w = grouped(layer.op, layer.weight.detach())
-    moments = _moments(layer, w, x_q, x)
+    moments = _moments(layer, w, x_q, x if learn_rounding else None)
     wanted = target_weights(w, moments) if learn_rounding else w
     scale = scales_by_output(wanted, moments.error, layer.spec).reshape(-1)
     if layer.scale.ndim == 0:
@@ -265,17 +265,15 @@ def _choose_integers(
     return wanted.reshape(layer.weight.shape)
 
 
-def _moments(layer: QuantLayer, w: Tensor, x_q: list[Kept], x: list[Kept]) -> Moments:
+def _moments(layer: QuantLayer, w: Tensor, x_q: list[Kept], x: list[Kept] | None) -> Moments:
     moments, thin = Moments(w.shape[0], w.shape[2]), 0
-    for part_q, part in zip(x_q, x, strict=True):
+    for i, part_q in enumerate(x_q):
         quantized = part_q.get()
         if not thin:
             total = len(x_q) * quantized.shape[0] * _positions(layer, quantized)
             thin = max(1, math.isqrt(total // MAX_COLUMNS))
-        moments.add(
-            input_vectors(layer.op, layer.weight, quantized, thin=thin),
-            input_vectors(layer.op, layer.weight, part.get(), thin=thin),
-        )
+        parts = [quantized] if x is None else [quantized, x[i].get()]
+        moments.add(*(input_vectors(layer.op, layer.weight, part, thin=thin) for part in parts))
     return moments
 
 

@@ -51,12 +51,12 @@ class Moments:
 
     def __init__(self, groups: int, size: int) -> None:
         self._shape = (groups, size, size)
-        self._few: list[tuple[Tensor, Tensor]] = []
+        self._few: list[tuple[Tensor, Tensor | None]] = []
         self._sums: tuple[Tensor, Tensor] | None = None
         self.count = 0
 
-    def add(self, x_q: Tensor, x: Tensor) -> None:
-        """Add vectors `[G, K, P]` of the quantized network and of the float one."""
+    def add(self, x_q: Tensor, x: Tensor | None = None) -> None:
+        """Add vectors `[G, K, P]` of the quantized network and, where `cross` counts, the float."""
         self.count += x_q.shape[-1]
         self._few.append((x_q, x))
         if self.count >= self._shape[1]:
@@ -69,7 +69,7 @@ class Moments:
 
     @property
     def cross(self) -> Tensor:
-        """`X X_q^T`, `[G, K, K]`."""
+        """`X X_q^T`, `[G, K, K]`, of all vectors that came in pairs."""
         return self._sum()[1]
 
     def error(self, off: Tensor) -> Tensor:
@@ -84,7 +84,8 @@ class Moments:
             self._sums = torch.zeros(self._shape), torch.zeros(self._shape)
         for x_q, x in self._few:
             self._sums[0].add_(x_q @ x_q.transpose(1, 2))
-            self._sums[1].add_(x @ x_q.transpose(1, 2))
+            if x is not None:
+                self._sums[1].add_(x @ x_q.transpose(1, 2))
         self._few.clear()
         return self._sums
 
