@@ -113,10 +113,10 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     file = options.out / "weighting.jsonl"
     rows = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    alike = {"depth": options.depth, "epochs": options.epochs, "settings": options.settings}
     for seed in options.seeds:
         for variant in variants:
-            key = {"variant": variant, "seed": seed, "depth": options.depth}
-            key |= {"epochs": options.epochs, "settings": options.settings}
+            key = alike | {"variant": variant, "seed": seed}
             if any(key.items() <= row.items() for row in rows):
                 continue
             row = key | learn(
@@ -132,7 +132,7 @@ def main() -> None:
             with file.open("a", encoding="utf-8") as out:
                 out.write(json.dumps(row) + "\n")
             print(json.dumps(row), flush=True)
-    print(table(rows))
+    print(table([row for row in rows if alike.items() <= row.items()]))
     print(json.dumps(setting()))
 
 
