@@ -1,14 +1,17 @@
-"""Does it matter how the teachers of an ensemble are weighed? Students from scratch, by weighting.
+"""Does it matter how the teachers of an ensemble are weighed? Students by weighting.
 
-For each seed a small ResNet learns from the same initial weights and the same augmented images once
-by every weighting, once from each single teacher and once from labels alone; so differences are
-paired. CIFAR-10's training images without the validation split, top-1 on all test images and on
-both halves. Every run is a line of `weighting.jsonl`; runs that are there are not repeated, and the
-teachers' answers are computed once for all.
+For each seed a student learns from the same initial weights and the same augmented images once by
+every weighting, once from each single teacher and once from labels alone; so differences are
+paired. The student is a small ResNet with random weights (by seed), or the network of `--student`
+(seeds are then of order and augmentation). CIFAR-10's training images without the validation split,
+top-1 on all test images and on both halves. Every run is a line of `weighting.jsonl` and leaves
+`model.pth`, which may be a teacher of other runs; runs that are there are not repeated, and the
+teachers' answers are computed once for all of a seed.
 
     mpq ensemble resnet32.pth resnet44.pth resnet56.pth --normalize imagenet -o ens.pth
     MPQ_DATA=... python benchmarks/weighting.py --teachers ens.pth --seeds 0 1 2 --epochs 10
-    MPQ_DATA=... python benchmarks/weighting.py --teachers ens.pth --variants mean dynamic
+    MPQ_DATA=... python benchmarks/weighting.py --teachers ens.pth --variants mean dynamic \
+        --student resnet20-cifar10.pth --epochs 2 --set lr=0.02
 """
 
 from __future__ import annotations
@@ -24,32 +27,47 @@ from typing import Any
 import torch
 from common import accuracy_of, setting
 
+from mpq import zoo
+from mpq.checkpoint import save_model
 from mpq.cli.training import recipe_from
-from mpq.data import DataSet, Normalization, load_arrays, open_data
+from mpq.data import Normalization, load_arrays, open_data
+from mpq.pipeline.subject import Source, Subject, open_checkpoint
+from mpq.policy import ModelInfo
 from mpq.train.ensemble import Ensemble, load_ensemble
 from mpq.train.evaluate import predict
 from mpq.train.loop import fit
 from mpq.train.recipe import Recipe
 from mpq.train.weighting import WEIGHTINGS
-from mpq.zoo.resnet import cifar_resnet
 
 LABELS = "labels"
+
+
+def student_of(options: argparse.Namespace, seed: int) -> Subject:
+    """The student of a seed, as it is before it learns."""
+    source = Source("cifar10")
+    if options.student:
+        return open_checkpoint(options.student, source, normalize=Normalization.parse("imagenet"))
+    normalize = Normalization.parse("cifar10")
+    torch.manual_seed(seed)
+    module = zoo.build(f"resnet{options.depth}", 10)
+    info = ModelInfo(
+        arch=f"resnet{options.depth}", classes=10, input=(3, 32, 32), normalize=str(normalize)
+    )
+    return Subject(module, info, open_data("cifar10"), "cifar10", normalize)
 
 
 def learn(
     variant: str,
     seed: int,
     *,
-    depth: int,
-    data: DataSet,
     teachers: Ensemble,
     recipe: Recipe,
-    out: Path,
+    options: argparse.Namespace,
 ) -> dict[str, Any]:
-    """Train one student from scratch; its accuracy. `seed` is of its initial weights alone."""
-    normalize = Normalization.parse("cifar10")
-    torch.manual_seed(seed)
-    student = cifar_resnet(depth, shortcut="pad", classes=10)
+    """Train one student; its accuracy."""
+    subject = student_of(options, seed)
+    student, data = subject.module, subject.require_data("training")
+    folder = options.out / f"{variant}-{options.depth}-{seed}"
     single = [m for m in teachers.members if m.name == variant]
     teacher = None if variant == LABELS else Ensemble(single) if single else teachers
     if variant in WEIGHTINGS:
@@ -59,15 +77,17 @@ def learn(
         student,
         train=load_arrays(data.train),
         validation=None,
-        normalize=normalize,
+        normalize=subject.normalize,
         recipe=recipe,
-        folder=out / f"{variant}-{depth}-{seed}",
+        folder=folder,
         teacher=teacher,
         resume=True,
-        answers=out / "answers",
+        seed=seed if options.student else 0,
+        answers=options.out / "answers",
     )
+    save_model(folder / "model.pth", student, info=subject.info, data="cifar10")
     images, labels = load_arrays(data.test)
-    found = accuracy_of(predict(student, images, normalize).argmax(1).numpy(), labels)
+    found = accuracy_of(predict(student, images, subject.normalize).argmax(1).numpy(), labels)
     return found | {"seconds": round(time.perf_counter() - start)}
 
 
@@ -97,7 +117,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/weighting"))
     parser.add_argument("--variants", nargs="+", metavar="NAME",
                         help="labels, a weighting, or a teacher; all without it")  # fmt: skip
-    parser.add_argument("--depth", type=int, default=8, help="of the student, 6n + 2")
+    parser.add_argument("--depth", type=int, default=8, help="of a student from scratch")
+    parser.add_argument("--student", type=Path, metavar="FILE",
+                        help="checkpoint to start from (ImageNet normalization)")  # fmt: skip
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--set", dest="settings", nargs="+", default=[], metavar="KEY=VALUE")
@@ -105,7 +127,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     recipe = recipe_from("plain", options.epochs, tuple(options.settings))
-    teachers, data = load_ensemble(options.teachers), open_data("cifar10")
+    teachers = load_ensemble(options.teachers)
     known = [LABELS, *WEIGHTINGS, *teachers.names]
     variants = options.variants or known
     if unknown := set(variants) - set(known):
@@ -113,21 +135,14 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     file = options.out / "weighting.jsonl"
     rows = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
-    alike = {"depth": options.depth, "epochs": options.epochs, "settings": options.settings}
+    alike = {"student": str(options.student or f"resnet{options.depth}")}
+    alike |= {"teachers": teachers.names, "epochs": options.epochs, "settings": options.settings}
     for seed in options.seeds:
         for variant in variants:
             key = alike | {"variant": variant, "seed": seed}
             if any(key.items() <= row.items() for row in rows):
                 continue
-            row = key | learn(
-                variant,
-                seed,
-                depth=options.depth,
-                data=data,
-                teachers=teachers,
-                recipe=recipe,
-                out=options.out,
-            )
+            row = key | learn(variant, seed, teachers=teachers, recipe=recipe, options=options)
             rows.append(row)
             with file.open("a", encoding="utf-8") as out:
                 out.write(json.dumps(row) + "\n")

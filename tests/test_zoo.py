@@ -17,11 +17,13 @@ from mpq.zoo.detection import _WithoutMemory, classes_in, family_key, match, pla
 # Parameters for 10 classes. ResNet: He et al. 2016, table 6 (0.27, 0.46, 0.66, 0.85, 1.7 million);
 # the rest: the figures of the papers, which give two or three digits, or of the public code.
 PARAMETERS = {
+    "resnet8": 75_290,
     "resnet20": 269_722,
     "resnet32": 464_154,
     "resnet44": 658_586,
     "resnet56": 853_018,
     "resnet110": 1_727_962,
+    "resnet8_conv": 78_042,
     "resnet20_conv": 272_474,
     "resnet32_conv": 466_906,
     "resnet44_conv": 661_338,

@@ -90,11 +90,11 @@ class Objective:
 
 
 def choose_weighting(recipe: Recipe) -> Weighting:
-    """The recipe's weighting with its parameters; distances are those of the recipe's loss."""
-    t, alike = recipe.temperature, recipe.distill == "standardized"
+    """The recipe's weighting with its parameters."""
     if recipe.weighting == "gradient":
-        return partial(weightings.gradient, temperature=t, standardized=alike)
+        alike = recipe.distill == "standardized"
+        return partial(weightings.gradient, temperature=recipe.temperature, standardized=alike)
     if recipe.weighting == "dynamic":
         beta, tau = recipe.weighting_beta, recipe.weighting_tau
-        return partial(weightings.dynamic, beta=beta, tau=tau, temperature=t, standardized=alike)
+        return partial(weightings.dynamic, beta=beta, tau=tau)
     return weightings.WEIGHTINGS[recipe.weighting]

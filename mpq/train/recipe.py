@@ -131,7 +131,7 @@ class Recipe(BaseModel):
     weighting_beta: float = Field(
         default=1.0,
         ge=0,
-        description="dynamic: weight of the distance to the student (T^2 KL) at first",
+        description="dynamic: weight of the distance to the student at first",
     )
     weighting_tau: float = Field(
         default=1.0, gt=0, description="dynamic: small picks one teacher, large is the mean"

@@ -25,7 +25,7 @@ class Constructor(Protocol):
         """Build it with random weights."""
 
 
-_DEPTHS = (20, 32, 44, 56, 110)
+_DEPTHS = (8, 20, 32, 44, 56, 110)
 
 ARCHITECTURES: Mapping[str, Constructor] = MappingProxyType(
     {
