@@ -49,10 +49,9 @@ def student_of(options: argparse.Namespace, seed: int) -> Subject:
         return open_checkpoint(options.student, source, normalize=Normalization.parse("imagenet"))
     normalize = Normalization.parse("cifar10")
     torch.manual_seed(seed)
-    module = zoo.build(f"resnet{options.depth}", 10)
-    info = ModelInfo(
-        arch=f"resnet{options.depth}", classes=10, input=(3, 32, 32), normalize=str(normalize)
-    )
+    arch = f"resnet{options.depth}"
+    module = zoo.build(arch, 10)
+    info = ModelInfo(arch=arch, classes=10, input=(3, 32, 32), normalize=str(normalize))
     return Subject(module, info, open_data("cifar10"), "cifar10", normalize)
 
 
