@@ -134,7 +134,7 @@ class Recipe(BaseModel):
         description="dynamic: weight of the distance to the student at first",
     )
     weighting_tau: float = Field(
-        default=1.0, gt=0, description="dynamic: small picks one teacher, large is the mean"
+        default=0.25, gt=0, description="dynamic: small picks one teacher, large is the mean"
     )
 
     @model_validator(mode="after")
