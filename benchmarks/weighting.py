@@ -27,12 +27,11 @@ from typing import Any
 import torch
 from common import accuracy_of, setting
 
-from mpq import zoo
 from mpq.checkpoint import save_model
 from mpq.cli.training import recipe_from
-from mpq.data import Normalization, load_arrays, open_data
+from mpq.data import Normalization, load_arrays
 from mpq.pipeline.subject import Source, Subject, open_checkpoint
-from mpq.policy import ModelInfo
+from mpq.pipeline.training import new_subject
 from mpq.train.ensemble import Ensemble, load_ensemble
 from mpq.train.evaluate import predict
 from mpq.train.loop import fit
@@ -47,12 +46,7 @@ def student_of(options: argparse.Namespace, seed: int) -> Subject:
     source = Source("cifar10")
     if options.student:
         return open_checkpoint(options.student, source, normalize=Normalization.parse("imagenet"))
-    normalize = Normalization.parse("cifar10")
-    torch.manual_seed(seed)
-    arch = f"resnet{options.depth}"
-    module = zoo.build(arch, 10)
-    info = ModelInfo(arch=arch, classes=10, input=(3, 32, 32), normalize=str(normalize))
-    return Subject(module, info, open_data("cifar10"), "cifar10", normalize)
+    return new_subject(f"resnet{options.depth}", source, seed=seed)
 
 
 def learn(

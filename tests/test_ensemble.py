@@ -157,6 +157,12 @@ def test_a_recipe_weighs_by_the_gradients_of_its_loss(distill):
     assert not torch.equal(got, gradient(teachers(), student(), LABELS, 0.0))
 
 
+def test_dynamics_weights_are_a_mixture_of_any_logits():
+    w = dynamic(teachers(5e3).half(), student().half(), LABELS, 0.3)
+    assert bool((w >= 0).all())
+    torch.testing.assert_close(w.sum(0), torch.ones(B))
+
+
 def test_a_recipe_sets_the_distance_and_the_softness_of_dynamic():
     recipe = Recipe(weighting="dynamic", weighting_beta=3.0, weighting_tau=0.5)
     got = choose_weighting(recipe)(teachers(), student(), LABELS, 0.0)
