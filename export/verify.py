@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -25,8 +25,10 @@ from mpq.errors import ExportError
 from mpq.graph.ir import QuantGraph
 from mpq.numerics import sqnr_db
 from mpq.quant.fake_quant import FrozenQuant
+from mpq.target import this_target
 
 from . import runtime
+from .certify import certify
 from .pixels import PixelInput
 
 LAYER_IMAGES = 32
@@ -73,6 +75,7 @@ class VerifyReport:
         logits_sqnr_db: of the logits, default options.
         max_step: largest difference of any site, what it inherited included.
         layers: one row per site.
+        notes: why this computer cannot run the file exactly, if it answers otherwise.
     """
 
     n: int
@@ -81,6 +84,7 @@ class VerifyReport:
     logits_sqnr_db: float
     max_step: int
     layers: tuple[SiteCheck, ...]
+    notes: tuple[str, ...] = ()
 
     def failures(self) -> list[str]:
         """Bounds that are not met, in words."""
@@ -101,7 +105,7 @@ class VerifyReport:
                 f"no layer alone is more than {MAX_OWN_STEP} step off, so the network itself "
                 "amplifies such steps: is it trained, or are these images that it knows?"
             )
-        return found + own
+        return [*found, *own, *self.notes]
 
     @property
     def max_own_step(self) -> int:
@@ -167,7 +171,7 @@ def verify(
     few = slice(0, LAYER_IMAGES)
     rows = _check_sites(qg, model, sites, images[few], np.ascontiguousarray(feed[few]))
     classes = simulated.argmax(1)
-    return VerifyReport(
+    report = VerifyReport(
         n=len(images),
         top1_agreement=float((default.argmax(1) == classes).double().mean()),
         top1_agreement_unoptimized=float((plain.argmax(1) == classes).double().mean()),
@@ -175,6 +179,9 @@ def verify(
         max_step=max((r.max_step for r in rows), default=0),
         layers=rows,
     )
+    if report.failures() and this_target().saturates:
+        return replace(report, notes=certify(model).notes)
+    return report
 
 
 def _check_sites(

@@ -19,7 +19,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSeriali
 
 from mpq.errors import PolicyError, nearest
 from mpq.spec import DYNAMIC, ROUNDED_16, QuantSpec, activation_spec, weight_spec
-from mpq.target import SATURATION, Target, get_target
+from mpq.target import SATURATION, Target, get_target, this_target
 from mpq.yamltext import one_line, section
 
 Float = Literal["float"]
@@ -167,12 +167,15 @@ class LayerChoice:
 
 
 class Policy(_Strict):
-    """A whole policy file (DESIGN: the user's contract with every stage)."""
+    """A whole policy file (DESIGN: the user's contract with every stage).
+
+    A file that names no target is for the computer that reads it; what mpq writes names one.
+    """
 
     version: Literal[1] = 1
     model: ModelInfo | None = None
     data: DataInfo = DataInfo()
-    target: str = "onnxruntime-cpu"
+    target: str = Field(default_factory=lambda: this_target().name)
     default: DefaultSpec = DefaultSpec()
     groups: list[list[str]] = []
     layers: list[LayerPolicy] = []

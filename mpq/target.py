@@ -14,6 +14,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 
 from mpq.errors import PolicyError, nearest
@@ -122,6 +123,7 @@ _VNNI = {"avx512_vnni", "avx_vnni", "avx_vnni_int8"}
 _X86 = ("x86_64", "amd64", "i386", "i686", "x86")
 
 
+@cache
 def this_target(cpuinfo: Path = _CPUINFO, machine: str | None = None) -> Target:
     """The target that this computer is.
 

@@ -1,5 +1,6 @@
 """Ready-made policies: `load("w4a8")` is uniform and fits any network.
 
+They name no target: they are for the computer that reads them.
 `resnet20-cifar10-4.8bit.yaml` is what `mpq analyze` found for a ResNet-20; it names the hash of the
 weights that it was made for.
 """

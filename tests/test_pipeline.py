@@ -137,7 +137,8 @@ def test_a_budget_that_is_measured(here, capsys):
     assert policy.constraints.drop_type == "absolute"
     measured = json.loads(Path("d/sensitivity.json").read_text())["measured"]
     assert measured[0]["drop"] == pytest.approx(told["measured_drop"], abs=1e-3)
-    assert main([*argv, "0", "--drop-type", "relative", "--force", "--bits", "2"]) == 2
+    chance = ["--bits", "2", "--act-bits", "2"]
+    assert main([*argv, "0", "--drop-type", "relative", "--force", *chance]) == 2
     assert "max_drop must be at least" in capsys.readouterr().err
 
 

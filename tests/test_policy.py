@@ -113,6 +113,7 @@ def test_bad_files_say_what_is_wrong(text: str, message: str):
 
 def test_defaults_then_the_last_match_field_by_field():
     policy = Policy(
+        target="onnxruntime-cpu",
         default=DefaultSpec(weight=W8, activation=A8),
         layers=[
             LayerPolicy(name="layer1.*", weight=W4, reason="wide", locked=True),

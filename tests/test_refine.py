@@ -72,17 +72,20 @@ def test_refining_finds_what_the_true_costs_would_have_found() -> None:
 
 
 def test_measured_scores_rank_layers_better_than_those_before() -> None:
-    scores, truth = scored(1.0), scored(8.0, seed=4)
-    fitted = run(scores, truth, 40).scores
-
-    def rho(told: Sensitivity) -> float:
+    def rho(told: Sensitivity, truth: Sensitivity) -> float:
         pairs = zip(told.rows, truth.rows, strict=True)
         both = np.array([(a.score, b.score) for a, b in pairs if a.bits == 4])
         return float(spearmanr(*both.T)[0])
 
-    assert rho(fitted) > rho(scores) + 0.1
-    assert all(r.score == 0 for r in fitted.rows if r.part == "activation")
-    assert min(r.score for r in fitted.rows) >= 0
+    gains = []
+    for seed in range(4, 10):  # what one of them gains depends on which of equals a solver returns
+        scores, truth = scored(1.0), scored(8.0, seed=seed)
+        fitted = run(scores, truth, 40).scores
+        gains.append(rho(fitted, truth) - rho(scores, truth))
+        assert all(r.score == 0 for r in fitted.rows if r.part == "activation")
+        assert min(r.score for r in fitted.rows) >= 0
+    assert min(gains) >= 0
+    assert np.mean(gains) > 0.3
 
 
 def test_the_search_answer_stays_where_nothing_beats_it_by_more_than_the_noise() -> None:

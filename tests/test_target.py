@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from mpq.errors import PolicyError
+from mpq import policies
+from mpq.errors import ExportError, PolicyError
 from mpq.export import to_onnx
 from mpq.export.certify import Certificate, certify
 from mpq.graph.passes import prepare
@@ -68,7 +69,9 @@ def test_seven_bits_never_saturate(bits: int, exact: bool):
     assert (saturating_product(x, w) == x.astype(np.int32) @ w.T).all() == exact
 
 
-def exported(target: str, folder: Path) -> tuple[np.ndarray, Certificate]:
+def exported(
+    target: str, folder: Path, *, verified: bool = False
+) -> tuple[np.ndarray, Certificate]:
     """Integer weights of a layer of a W8A8 network made for a target, and the certificate."""
     policy = Policy(target=target)
     net = nn.Sequential(
@@ -77,7 +80,8 @@ def exported(target: str, folder: Path) -> tuple[np.ndarray, Certificate]:
     images = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     graph = prepare(net.eval(), policy, images)
     calibrate(graph, images, method="minmax")
-    result = to_onnx(graph, folder / "m.onnx", policy=policy, images=images, target=AVX2.name)
+    seen = images if verified else None
+    result = to_onnx(graph, folder / "m.onnx", policy=policy, images=seen, target=AVX2.name)
     assert certify(folder / "m.onnx", target=AVX2.name).notes == result.certificate.notes
     assert result.certificate.integer_macs_fraction == 1
     return graph.module.get_submodule("2").integers().flatten(1).numpy(), result.certificate
@@ -85,7 +89,7 @@ def exported(target: str, folder: Path) -> tuple[np.ndarray, Certificate]:
 
 def test_eight_bit_weights_take_seven_bits_where_they_would_saturate(tmp_path: Path):
     x = np.full((1, 72), 255, np.uint8)
-    narrow, certificate = exported(AVX2.name, tmp_path)
+    narrow, certificate = exported(AVX2.name, tmp_path, verified=True)
     assert narrow.min() >= -64
     assert narrow.max() == 63
     assert (saturating_product(x, narrow) == x.astype(np.int32) @ narrow.T).all()
@@ -97,6 +101,25 @@ def test_eight_bit_weights_take_seven_bits_where_they_would_saturate(tmp_path: P
     assert not (saturating_product(x, wide) == x.astype(np.int32) @ wide.T).all()
     assert len(certificate.notes) == 1
     assert "2 layers (0, 2) have weights beyond 7 bits" in certificate.notes[0]
+
+
+@pytest.mark.skipif(not this_target().saturates, reason="this CPU has VNNI: nothing saturates")
+def test_a_file_for_other_cpus_is_refused_where_it_saturates(tmp_path: Path):
+    with pytest.raises(ExportError, match=r"steps off .* beyond 7 bits: .* Quantize with `target:"):
+        exported(ONNXRUNTIME_CPU.name, tmp_path, verified=True)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(this_target().saturates, reason="here a file for other CPUs is refused")
+def test_other_cpus_run_either_exactly(tmp_path: Path):
+    exported(ONNXRUNTIME_CPU.name, tmp_path, verified=True)
+
+
+def test_a_policy_without_a_target_is_for_this_computer(tmp_path: Path):
+    here = this_target().name
+    assert Policy().target == Policy.uniform(8).target == here
+    assert policies.load("w8a8").target == here
+    assert f"target: {here}" in Policy.uniform(8).to_yaml()
 
 
 def test_only_eight_bit_weights_of_integer_layers_are_narrowed():
@@ -111,9 +134,9 @@ def test_only_eight_bit_weights_of_integer_layers_are_narrowed():
 
 
 def test_the_cpu_is_read(tmp_path: Path):
-    info = tmp_path / "cpuinfo"
     for flags, target in (("avx2 fma", AVX2), ("avx512f avx512_vnni", ONNXRUNTIME_CPU),
                           ("avx2 avx_vnni", ONNXRUNTIME_CPU)):  # fmt: skip
+        info = tmp_path / flags
         info.write_text(f"processor\t: 0\nflags\t\t: fpu {flags}\n")
         assert this_target(info, "x86_64") == target
         assert this_target(info, "aarch64") == ONNXRUNTIME_CPU

@@ -21,7 +21,7 @@ from mpq.policy import (
     Spec,
 )
 from mpq.spec import activation_spec, weight_spec
-from mpq.target import ONNXRUNTIME_CPU
+from mpq.target import this_target
 
 TOP = 3
 """How many layers a reason ranks by name of place."""
@@ -56,7 +56,7 @@ def build_policy(
     model: ModelInfo | None = None,
     data: DataInfo | None = None,
     constraints: Constraints | None = None,
-    target: str = ONNXRUNTIME_CPU.name,
+    target: str | None = None,
     base: Policy | None = None,
     measured_drop: float | None = None,
 ) -> Policy:
@@ -68,7 +68,7 @@ def build_policy(
         model: which network.
         data: which images.
         constraints: the budgets, for the record.
-        target: name of the target.
+        target: name of the target; None: that of this computer.
         base: the policy that locked entries and the default formats come from.
         measured_drop: top-1 lost on validation images, where that was measured.
     """
@@ -96,7 +96,7 @@ def build_policy(
     return Policy(
         model=model,
         data=data or DataInfo(),
-        target=target,
+        target=target or this_target().name,
         default=default,
         groups=[list(group) for group in sensitivity.groups],
         layers=entries,

@@ -23,7 +23,6 @@ from mpq.pipeline.subject import Source, open_checkpoint
 from mpq.policy import Constraints, Policy
 from mpq.processes import leading
 from mpq.report.tables import configurations_table, sensitivity_table
-from mpq.target import this_target
 
 MINIMIZE = dict(zip(("bits", "size", "bops", "activation", "latency"), LIMITS, strict=True))
 """What `--minimize` calls the limits."""
@@ -127,7 +126,7 @@ def analyze(
             rounding=rounding,
             samples=num_score,
             seed=seed,
-            target=target or this_target().name,
+            target=target,
             locked=Policy.load(locked) if locked else None,
             profile=profile,
             minimize=MINIMIZE[minimize],

@@ -28,7 +28,7 @@ from mpq.pipeline.refining import check_refine, refine_budgets, validation_meter
 from mpq.pipeline.scoring import scores_of
 from mpq.pipeline.subject import Subject
 from mpq.policy import Constraints, DataInfo, Policy
-from mpq.target import Target, get_target
+from mpq.target import Target, get_target, this_target
 
 logger = logging.getLogger(__name__)
 DEFAULT_EFFECTIVE_BITS = 4.8
@@ -46,7 +46,7 @@ def find_policy(
     rounding: Rounding = "nearest",
     samples: int = 512,
     seed: int = 0,
-    target: str = "onnxruntime-cpu",
+    target: str | None = None,
     locked: Policy | None = None,
     profile: LatencyProfile | None = None,
     minimize: str = "effective_bits",
@@ -68,7 +68,7 @@ def find_policy(
         rounding: how the weights that are scored are rounded.
         samples: training images to score on.
         seed: of the sample and of the scoring.
-        target: runtime to plan for.
+        target: runtime to plan for; None: that of this computer.
         locked: a policy whose locked entries are kept.
         profile: measured times, for `max_latency_ms`.
         minimize: the limit that `max_drop` makes as small as it can, and that the front is over.
@@ -89,7 +89,7 @@ def find_policy(
     work = _Work(
         subject,
         Scoring(tuple(bits), tuple(act_bits), metric, seed, rounding=rounding),
-        get_target(target),
+        get_target(target) if target else this_target(),
         locked,
         profile,
         minimize,

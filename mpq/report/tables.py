@@ -128,7 +128,9 @@ def configurations_table(sensitivity: Json, limit: int = 12) -> Grid:
             )
         )
     marked = frozenset(kept.index(i) for i in kept if i in picked)
-    note = f"{len(kept)} of {len(front)} configurations; W8: layers with 8-bit weights"
+    note = f"{len(kept)} of {len(front)} configurations"
+    if bits:
+        note += f"; W{bits[0]}: layers with {bits[0]}-bit weights"
     return Grid("Configurations on the Pareto front", heads, tuple(body), note, marked)
 
 
