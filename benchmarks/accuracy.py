@@ -8,6 +8,9 @@ goes on where it stopped.
     MPQ_DATA=... python benchmarks/accuracy.py --out runs/accuracy
     MPQ_DATA=... python benchmarks/accuracy.py --models resnet20 --only w4a8 4.8 --seeds 5
     MPQ_DATA=... python benchmarks/accuracy.py --effort best --only w4a4
+
+With `--target` files are made for CPUs of another kind and run on this one all the same, as happens
+to files that travel.
 """
 
 from __future__ import annotations
@@ -35,6 +38,7 @@ from mpq.pipeline.quantizing import run_ptq
 from mpq.pipeline.subject import Source, Subject, open_checkpoint
 from mpq.policy import Constraints, DataInfo, Policy
 from mpq.ptq import EFFORTS, EQUALIZE, Learning
+from mpq.target import TARGETS, this_target
 
 
 @dataclass(frozen=True)
@@ -99,7 +103,8 @@ class Bench:
     def policy(self, configuration: str, seed: int) -> tuple[Policy, dict[str, float]]:
         """The policy of a configuration, and what it cost to find."""
         data = DataInfo(name=self.subject.data_name, samples=self.options.samples, seed=seed)
-        named = {"model": self.subject.info, "data": data}
+        target = self.options.target
+        named = {"model": self.subject.info, "data": data, "target": target}
         if configuration in UNIFORM:
             policy = uniform(configuration, self.subject.graph().layers)
             return policy.model_copy(update=named), {}
@@ -157,7 +162,8 @@ class Bench:
         choices = policy.resolve([layer.name for layer in layers])
         stored = sum(layer.params * (choices[layer.name].weight_bits or 32) for layer in layers)
         spent["effective_bits"] = round(stored / sum(layer.params for layer in layers), 3)
-        path = self.folder / f"{configuration}-{self.options.effort}-seed{seed}.onnx"
+        kind = f"{self.options.effort}-{self.options.target}"
+        path = self.folder / f"{configuration}-{kind}-seed{seed}.onnx"
         result = to_onnx(found.graph, path, policy=found.policy)
         spent["integer_macs"] = result.certificate.integer_macs_fraction
         return path, spent
@@ -184,6 +190,7 @@ def row_key(
         "equalize": options.equalize if made else "",
         "iterations": options.iterations if made and options.effort == "best" else 0,
         "samples": options.samples,
+        "target": options.target if made else "",
     }
 
 
@@ -207,7 +214,9 @@ def _effort(row: dict[str, Any]) -> str:
     """How a file was quantized, as far as it was not done the usual way."""
     steps = f", {row['iterations']} steps" if row["iterations"] else ""
     equalized = "" if row["equalize"] in ("", "auto") else f", equalize {row['equalize']}"
-    return f"{row['effort']}{steps}{equalized}"
+    target = row.get("target", "")
+    elsewhere = f", for {target}" if target not in ("", this_target().name) else ""
+    return f"{row['effort']}{steps}{equalized}{elsewhere}"
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -248,6 +257,7 @@ def main() -> None:
     parser.add_argument("--equalize", choices=EQUALIZE, default="auto")
     parser.add_argument("--iterations", type=int, default=Learning.iterations)
     parser.add_argument("--samples", type=int, default=512, help="images to score and calibrate on")
+    parser.add_argument("--target", choices=TARGETS, default=this_target().name)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--table", action="store_true", help="print the table; measure nothing")
     options = parser.parse_args()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,12 @@ import onnxruntime
 import torch
 from numpy.typing import NDArray
 
+from mpq.cpu import this_cpu
 from mpq.data import Normalization
 from mpq.export import runtime
 from mpq.policy import LayerPolicy, Policy
 from mpq.spec import activation_spec
+from mpq.target import this_target
 
 HALF = 5000
 """Choices are made on the first half of CIFAR's test images by official index."""
@@ -59,16 +60,8 @@ def accuracy_of(answered: NDArray[np.int64], labels: NDArray[np.int64]) -> dict[
 def setting() -> dict[str, Any]:
     """Machine and versions."""
     return {
-        "machine": f"{_cpu()}, {os.cpu_count()} cores",
+        "machine": f"{this_cpu().name}, {os.cpu_count()} cores",
         "torch": torch.__version__,
         "onnxruntime": onnxruntime.__version__,
+        "target": this_target().name,
     }
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.machine()

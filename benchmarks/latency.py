@@ -19,8 +19,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
-import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,6 +31,7 @@ from torch import nn
 
 from mpq import zoo
 from mpq.checkpoint import load_model
+from mpq.cpu import this_cpu
 from mpq.export import float_to_onnx, peers, runtime, to_onnx
 from mpq.export.bench import interleave, runner
 from mpq.graph.ir import QuantGraph
@@ -174,13 +173,6 @@ def measure(files: Sequence[Path], *, rounds: int, repeats: int) -> list[dict[st
     return rows
 
 
-def cpu_name() -> str:
-    """The CPU as Linux names it."""
-    info = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.is_file() else None
-    return found.group(1) if found else platform.processor()
-
-
 def main() -> None:
     """Build what is missing, measure, print a table, write `latency.json`."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -196,7 +188,7 @@ def main() -> None:
         parser.error(openvino_peer.missing())
     torch.set_num_threads(1)
     table: dict[str, Any] = {
-        "cpu": cpu_name(),
+        "cpu": this_cpu().name,
         "versions": {"torch": torch.__version__, "onnxruntime": runtime.version()}
         | (openvino_peer.versions() if options.openvino else {}),
         "rounds": options.rounds * options.repeats,

@@ -10,8 +10,6 @@ proportion to the elements that are converted.
 
 from __future__ import annotations
 
-import platform
-import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +18,7 @@ import numpy as np
 import onnx
 from torch import fx
 
+from mpq.cpu import this_cpu
 from mpq.graph.ir import QuantGraph
 from mpq.graph.passes import freeze, prepare
 from mpq.latency import Edge, LatencyProfile, LayerLatency
@@ -115,13 +114,8 @@ def edges(graph: QuantGraph) -> list[Edge]:
 
 def cpu_identity() -> str:
     """Model of the CPU and those of its flags that decide kernels."""
-    info = Path("/proc/cpuinfo")
-    text = info.read_text(encoding="utf-8", errors="replace") if info.is_file() else ""
-    model = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    flags = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", text, re.MULTILINE)
-    have = set(flags.group(1).split()) if flags else set()
-    name = model.group(1) if model else platform.processor() or platform.machine()
-    return ", ".join([name, *(flag for flag in FLAGS if flag in have)])
+    cpu = this_cpu()
+    return ", ".join([cpu.name, *(flag for flag in FLAGS if flag in cpu.flags)])
 
 
 def _quantized(graph: QuantGraph, floats: Sequence[str]) -> bytes:

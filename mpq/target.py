@@ -11,12 +11,10 @@ two products u8 x s8 in 16 bits, saturating: `2 * 255 * 127` does not fit, `2 * 
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import cache
-from pathlib import Path
 
+from mpq.cpu import this_cpu
 from mpq.errors import PolicyError, nearest
 from mpq.spec import QuantSpec
 
@@ -118,29 +116,11 @@ ONNXRUNTIME_AVX2 = replace(ONNXRUNTIME_CPU, name="onnxruntime-cpu-avx2", saturat
 
 TARGETS = {target.name: target for target in (ONNXRUNTIME_CPU, ONNXRUNTIME_AVX2)}
 SATURATION = "8-bit weights take 7 bits: without VNNI two products would saturate in 16 bits"
-_CPUINFO = Path("/proc/cpuinfo")
-_VNNI = {"avx512_vnni", "avx_vnni", "avx_vnni_int8"}
-_X86 = ("x86_64", "amd64", "i386", "i686", "x86")
 
 
-@cache
-def this_target(cpuinfo: Path = _CPUINFO, machine: str | None = None) -> Target:
-    """The target that this computer is.
-
-    Only x86 CPUs without VNNI saturate; where an x86 system does not tell its flags (there is no
-    `/proc/cpuinfo`), the careful answer is that it has none.
-
-    Args:
-        cpuinfo: Linux's description of the CPU.
-        machine: its architecture; None: that of this computer.
-    """
-    if (machine or platform.machine()).lower() not in _X86:
-        return ONNXRUNTIME_CPU
-    try:
-        words = set(cpuinfo.read_text(encoding="utf-8", errors="replace").split())
-    except OSError:
-        words = set()
-    return ONNXRUNTIME_CPU if words & _VNNI else ONNXRUNTIME_AVX2
+def this_target() -> Target:
+    """The target that this computer is."""
+    return ONNXRUNTIME_AVX2 if this_cpu().saturates else ONNXRUNTIME_CPU
 
 
 def get_target(name: str) -> Target:

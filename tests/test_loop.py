@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from mpq.cpu import Cpu
 from mpq.data import Normalization
 from mpq.errors import DataError, TrainError, UsageError
 from mpq.train.diagnose import first_nonfinite
@@ -142,6 +143,14 @@ def test_accumulation_changes_memory_not_the_result(tmp_path):
 def test_other_arithmetic_and_layout_learn_too(tmp_path, options):
     result = train(network(), tmp_path, BASE.override({"epochs": 12, "crop": 0, **options}))
     assert result.top1 > 90
+
+
+@pytest.mark.parametrize("flags", [{"avx2"}, {"avx512_bf16"}, set()])
+def test_bf16_on_a_cpu_without_it_is_said_aloud(tmp_path, monkeypatch, caplog, flags):
+    cpu = Cpu("A CPU", frozenset(flags), x86=True)
+    monkeypatch.setattr("mpq.train.engine.this_cpu", lambda: cpu)
+    train(network(), tmp_path, BASE.override({"epochs": 1, "precision": "bf16"}))
+    assert ("precision=float32" in caplog.text) == (flags == {"avx2"})
 
 
 def test_read_only_arrays_are_fine(tmp_path):

@@ -131,13 +131,3 @@ def test_only_eight_bit_weights_of_integer_layers_are_narrowed():
     assert [bool(c.weight and c.weight.reduced) for c in chosen.values()] == [1, 0, 0, 0]
     assert "8-bit weights take 7 bits" in chosen["a"].reason
     assert chosen["b"].reason == "tough"
-
-
-def test_the_cpu_is_read(tmp_path: Path):
-    for flags, target in (("avx2 fma", AVX2), ("avx512f avx512_vnni", ONNXRUNTIME_CPU),
-                          ("avx2 avx_vnni", ONNXRUNTIME_CPU)):  # fmt: skip
-        info = tmp_path / flags
-        info.write_text(f"processor\t: 0\nflags\t\t: fpu {flags}\n")
-        assert this_target(info, "x86_64") == target
-        assert this_target(info, "aarch64") == ONNXRUNTIME_CPU
-    assert this_target(tmp_path / "none", "AMD64") == AVX2  # unknown: the careful answer

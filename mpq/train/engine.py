@@ -10,6 +10,7 @@ model's forward: a prepared `fx.GraphModule` must stay what it is.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, fx, nn
 
+from mpq.cpu import this_cpu
 from mpq.data import Normalization
 from mpq.errors import DataError, TrainError, UsageError
 from mpq.graph.lean import lean
@@ -40,6 +42,8 @@ from mpq.train.recipe import Recipe
 from mpq.train.resume import State, fingerprint, structure
 from mpq.train.weighting import Weighting
 
+logger = logging.getLogger(__name__)
+
 RESIDENT_BYTES = 2**32
 """Images up to this size are kept on the accelerator."""
 
@@ -48,6 +52,11 @@ LOOKED_AT = 256
 
 CHECK_EVERY = 16
 """Steps between looks at the loss on an accelerator, where each look would stall the queue."""
+
+SLOW_BF16 = (
+    "this CPU has no instructions for bf16 and takes about nine times as long as in float32: "
+    "--set precision=float32"
+)
 
 OnStep = Callable[[int, int, int, float], None]
 """(epoch, step, steps per epoch, loss), all from 0; on an accelerator every 16th step."""
@@ -79,6 +88,8 @@ class Engine:
         check_features(recipe, teacher, answers)
         self.recipe, self.normalize, self.seed = recipe, normalize, seed
         self.accelerator, self.device = _accelerator(device)
+        if recipe.precision == "bf16" and self.device.type == "cpu" and this_cpu().lacks_bf16:
+            logger.warning(SLOW_BF16)
         layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
         self.layout = layout
         self.model = model.to(device=self.device, memory_format=layout)  # type: ignore[call-overload]
