@@ -154,6 +154,14 @@ def certify(
     )
 
 
+def saturating_here(model: bytes | Path) -> tuple[str, ...]:
+    """A warning if a file has weights that this computer's CPU cannot add exactly.
+
+    Raises as `certify`.
+    """
+    return certify(model).notes if this_target().saturates else ()
+
+
 def executed_nodes(model: bytes, optimized: onnx.ModelProto) -> dict[str, int]:
     """The index in the runtime's optimized graph of each named matrix node of a file."""
     graph = onnx.load_from_string(model).graph

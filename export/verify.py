@@ -25,10 +25,9 @@ from mpq.errors import ExportError
 from mpq.graph.ir import QuantGraph
 from mpq.numerics import sqnr_db
 from mpq.quant.fake_quant import FrozenQuant
-from mpq.target import this_target
 
 from . import runtime
-from .certify import certify
+from .certify import saturating_here
 from .pixels import PixelInput
 
 LAYER_IMAGES = 32
@@ -179,9 +178,7 @@ def verify(
         max_step=max((r.max_step for r in rows), default=0),
         layers=rows,
     )
-    if report.failures() and this_target().saturates:
-        return replace(report, notes=certify(model).notes)
-    return report
+    return replace(report, notes=saturating_here(model)) if report.failures() else report
 
 
 def _check_sites(

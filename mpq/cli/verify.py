@@ -10,6 +10,7 @@ import click
 from mpq import files, rundir
 from mpq.cli import options
 from mpq.errors import ExportError, UsageError
+from mpq.export.certify import saturating_here
 from mpq.pipeline.quantizing import load_quantized
 from mpq.pipeline.subject import Source
 from mpq.pipeline.verifying import exact_run, verify_run
@@ -71,7 +72,7 @@ def _exact(path: Path, source: Source, images: int, seed: int, as_json: bool) ->
         names = ", ".join(f"{node.op} {node.name}" for node in differing[:5])
         raise ExportError(
             f"{path}: {len(differing)} of {len(report.nodes)} nodes differ from the integer "
-            f"reference: {names}."
+            f"reference: {names}. {' '.join(saturating_here(path))}".rstrip()
         )
     if not report.same_output:
         raise ExportError(f"{path}: the runtime's optimized graph answers differently when dumped.")

@@ -239,9 +239,10 @@ def certificate_table(certificate: Json) -> Grid:
     heads = columns("layer", "asked", "stored", "executed", "reason")
     keys = ("name", "asked", "stored", "executed", "reason")
     body = [tuple(str(layer[k] or "") for k in keys) for layer in certificate["layers"]]
+    count = certificate["boundaries"]
     note = (
         f"{certificate['integer_macs_fraction']:.1%} of the MACs run as integers; "
-        f"{certificate['boundaries']} boundaries between integer and float"
+        f"{count} {'boundary' if count == 1 else 'boundaries'} between integer and float"
     )
     return Grid("What runs as integers", heads, tuple(body), note)
 
