@@ -37,7 +37,7 @@ from mpq.train.metrics import Record, Totals
 from mpq.train.objective import Objective
 from mpq.train.optim import Ema, build_optimizer, learning_rate
 from mpq.train.oscillation import dampening, strength
-from mpq.train.progressive import choose_steps, stage, take_widths
+from mpq.train.progressive import Lowering
 from mpq.train.recipe import Recipe
 from mpq.train.resume import State, fingerprint, structure
 from mpq.train.weighting import Weighting
@@ -67,6 +67,7 @@ class Engine:
 
     Attributes:
         state: what a checkpoint holds.
+        lowering: the widths of its quantizers, by epoch.
 
     The arguments are those of `fit`. Raises `UsageError` for a device that is not there, or for
     feature maps that no network has or that would have to be kept.
@@ -131,16 +132,12 @@ class Engine:
         self._answers: Answers | None = None
         ema = Ema(model, recipe.ema) if recipe.ema else None
         self.state = State(model, build_optimizer(model, recipe), ema, identity)
+        self.lowering = Lowering(self.state, recipe.progressive_epochs)
 
     @property
     def main(self) -> bool:
         """Whether this process writes the files."""
         return bool(self.accelerator.is_main_process)
-
-    @property
-    def evaluated(self) -> nn.Module:
-        """What is measured: the average if there is one."""
-        return self.state.ema.module if self.state.ema else self.model
 
     @contextmanager
     def environment(self) -> Iterator[None]:
@@ -163,7 +160,8 @@ class Engine:
         order = order.to(self.images.device)
         rng = epoch_rng(self.seed, view, 1 + self.rank)
         torch.manual_seed(int(rng.integers(2**62)))  # for dropout and the like
-        self._lower(epoch, order)
+        first = order[:LOOKED_AT]
+        self.lowering.begin(epoch, lambda: self._input(to_unit(self.images[first].to(self.device))))
         totals = Totals()
         if self._folders:
             self._answers = Answers([f / f"epoch-{view:04}.pth" for f in self._folders])
@@ -176,36 +174,6 @@ class Engine:
             self._answers.close()
         lr = learning_rate(self.recipe, (epoch + 1) * self.steps - 1, self.steps)
         return {"epoch": epoch, "lr": lr, **totals.record(self.accelerator), "val_top1": None}
-
-    def _lower(self, epoch: int, order: Tensor) -> None:
-        """Bring quantizers to the width of this epoch, if the recipe lowers them in stages.
-
-        All processes look at the same images, so that their steps agree.
-        """
-        over = self.recipe.progressive_epochs
-        if not over:
-            return
-        self.take_widths(epoch - 1)  # those of the checkpoint, where a run is resumed
-        changed = take_widths(self.model, stage(self.model, epoch, over))
-        if not changed:
-            return
-        images = to_unit(self.images[order[:LOOKED_AT]].to(self.device))
-        choose_steps(self.model, changed, self._input(images))
-        for quantizer in changed:
-            self.state.optimizer.state.pop(quantizer.scale, None)  # momentum of another step
-        if self.state.ema:
-            take_widths(self.state.ema.module, stage(self.model, epoch, over))
-            self.state.ema.restart(self.model)
-
-    def take_widths(self, epoch: int) -> None:
-        """Set the formats, not the steps, that quantizers have in `epoch`; before the first: none.
-
-        `train_epoch` lowers from there.
-        """
-        if epoch < 0 or not self.recipe.progressive_epochs:
-            return
-        for module in (self.model, self.evaluated):
-            take_widths(module, stage(module, epoch, self.recipe.progressive_epochs))
 
     def _look(self, step: int) -> bool:
         """Whether the loss of this step is read back from the device."""

@@ -102,7 +102,7 @@ def fit(
             started = time.perf_counter()
             record = engine.train_epoch(state.epoch, on_step)
             if validation is not None:
-                record["val_top1"] = accuracy(engine.evaluated, *validation, normalize)
+                record["val_top1"] = accuracy(state.evaluated, *validation, normalize)
             record["seconds"] = round(time.perf_counter() - started, 3)
             state.history.append(record)
             state.epoch += 1
@@ -122,7 +122,7 @@ def _begin(engine: Engine, folder: Path, *, resume: bool) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if resume and (folder / CHECKPOINT).exists():
         engine.state.load(folder)
-        engine.take_widths(engine.state.epoch - 1)
+        engine.lowering.restore(engine.state.epoch - 1)
         logger.info("resumed %s after epoch %d", folder, engine.state.epoch)
     elif engine.main:
         engine.state.save(folder)

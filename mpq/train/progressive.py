@@ -9,7 +9,7 @@ images. What a quantizer ends at is its `goal`, the policy's format; nothing wid
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
@@ -18,10 +18,55 @@ from torch import Tensor, nn
 from mpq.quant.fake_quant import FakeQuant
 from mpq.quant.layer import QuantLayer
 from mpq.quant.ranges import activation_range, weight_scales
+from mpq.train.resume import State
 
 STAGES = (8, 6, 5, 4, 3, 2)
 """Widths on the way; 7 bits would change nothing."""
 Quantizer = QuantLayer | FakeQuant
+
+
+class Lowering:
+    """The widths of a run's quantizers, epoch by epoch.
+
+    Args:
+        state: of the run; its model, average and optimizer follow the widths.
+        epochs: over how many epochs they come down; 0: they have the policy's all along.
+    """
+
+    def __init__(self, state: State, epochs: float) -> None:
+        self.state, self.epochs = state, epochs
+
+    def begin(self, epoch: int, images: Callable[[], Tensor]) -> None:
+        """Bring quantizers to the width of this epoch, with steps that suit it.
+
+        Args:
+            epoch: from 0.
+            images: gives what activation ranges are chosen on, normalized `[N, C, H, W]`; of
+                several processes each must be given the same, so that their steps agree.
+        """
+        if not self.epochs:
+            return
+        model, ema = self.state.model, self.state.ema
+        self.restore(epoch - 1)  # the widths of the checkpoint, where a run is resumed
+        changed = take_widths(model, stage(model, epoch, self.epochs))
+        if not changed:
+            return
+        choose_steps(model, changed, images())
+        for quantizer in changed:
+            self.state.optimizer.state.pop(quantizer.scale, None)  # momentum of another step
+        if ema:
+            take_widths(ema.module, stage(model, epoch, self.epochs))
+            ema.restart(model)
+
+    def restore(self, epoch: int) -> None:
+        """Set the formats, not the steps, that quantizers have in `epoch`; before the first: none.
+
+        `begin` lowers from there.
+        """
+        if epoch < 0 or not self.epochs:
+            return
+        for module in (self.state.model, self.state.evaluated):
+            take_widths(module, stage(module, epoch, self.epochs))
 
 
 def stage(model: nn.Module, epoch: int, epochs: float) -> int:

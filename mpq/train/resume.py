@@ -21,6 +21,7 @@ from mpq.errors import TrainError
 from mpq.train.evaluate import Images, Labels
 from mpq.train.metrics import METRICS, Record, write_metrics
 from mpq.train.optim import Ema
+from mpq.train.recipe import Recipe
 
 FORMAT, VERSION = "mpq/training", 1
 CHECKPOINT = "checkpoint.pth"
@@ -45,6 +46,11 @@ class State:
     identity: Mapping[str, Any]
     epoch: int = 0
     history: list[Record] = field(default_factory=list)
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """What is measured: the average if there is one."""
+        return self.ema.module if self.ema else self.model
 
     def save(self, folder: Path) -> None:
         """Replace the checkpoint, then the metrics."""
@@ -80,7 +86,10 @@ class State:
         missing = {"identity", "epoch", "model", "optimizer", "ema", "history"} - set(content)
         if missing:
             raise TrainError(f"{path} must hold {', '.join(sorted(missing))}, but does not.")
-        refuse_other_run(path, content["identity"], self.identity)
+        saved = dict(content["identity"])
+        if "recipe" in saved:  # keys that came later are off by default, as they were then
+            saved["recipe"] = Recipe().model_dump() | dict(saved["recipe"])
+        refuse_other_run(path, saved, self.identity)
         self.model.load_state_dict(content["model"])
         self.optimizer.load_state_dict(content["optimizer"])
         if self.ema:
