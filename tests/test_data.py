@@ -242,17 +242,20 @@ def test_empty_folder_and_archive(tmp_path):
         open_data(write_zip(tmp_path / "texts.zip", {"a/b.txt": b"1"}))
 
 
-@pytest.mark.parametrize("prefix", ["", "train/"])
-def test_no_class_folders(tmp_path, prefix):
-    folder = write_folder(tmp_path / "flat", {f"{prefix}{i}.png": png((i, 0, 0)) for i in range(3)})
-    with pytest.raises(DataError, match=r"flat has no class folders: its 3 images \(such as"):
-        open_data(folder)
-
-
-def test_one_class_is_none(tmp_path):
-    folder = write_folder(tmp_path / "one", images("train/", classes=("red",)))
-    with pytest.raises(DataError, match=r"at least 2 classes. Got \['red'\]"):
-        open_data(folder)
+@pytest.mark.parametrize("prefix", ["", "train/", "train/all/"])
+def test_images_without_class_folders_have_no_labels(tmp_path, prefix):
+    files = {f"{prefix}{i}.png": png((i, 0, 0)) for i in range(20)}
+    data = open_data(write_folder(tmp_path / "flat", files))
+    assert not data.labelled
+    assert [len(split) for split in (data.train, data.validation, data.test)] == [14, 2, 4]
+    seen = [data.train.read([i])[0, 0, 0, 0] for i in range(14)]
+    assert len(set(seen)) == 14
+    with pytest.raises(
+        DataError, match=r"training needs labels, but the images of data .*flat lie"
+    ):
+        data.require_labels("training")
+    with pytest.raises(DataError, match="measuring accuracy needs labels"):
+        data.require_classes(10)
 
 
 def test_a_class_that_train_lacks(tmp_path):

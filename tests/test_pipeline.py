@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 from mpq.checkpoint import load_safe
 from mpq.cli import main
-from mpq.data import Normalization
+from mpq.data import Normalization, load_arrays, open_data
 from mpq.latency import LatencyProfile, LayerLatency
 from mpq.pipeline.quantizing import load_quantized
 from mpq.pipeline.subject import Source
@@ -126,6 +127,25 @@ def test_budgets_of_time_and_activations(here, capsys):
 
 SENSITIVITY = Path("runs/model/sensitivity.json")
 FOUND = ["policy.yaml", "policy-6.yaml", "policy-7.yaml"]
+
+
+def test_images_without_labels_will_do(here, capsys, caplog):
+    images, _ = load_arrays(open_data("digits").train)
+    Path("photos").mkdir()
+    for number, image in enumerate(images[:400]):
+        Image.fromarray(image).save(f"photos/{number}.png")
+    argv = ["analyze", "model.pth", "--num-score", "64", "-o", "u", "--data", "photos"]
+    assert as_json(capsys, *argv, "--max-drop", "50", "--minimize", "size")["measured_drop"] <= 50
+    assert "data photos have no labels" in caplog.text
+    assert as_json(capsys, "ptq", "--policy", "u/policy.yaml")["validation_top1"] > 80
+    found = as_json(capsys, "qat", "--policy", "u/policy.yaml", "-o", "v", *FAST)
+    assert found["validation_top1"] > 80  # agreement with the network as it was
+    told = as_json(capsys, "export", "--onnx", "v/quantized.pth")
+    assert told["top1_agreement"] > 0.9
+    assert "accuracy is not measured" in say(capsys, "bench", "v/model.onnx", "--runs", "2")[1]
+    for command in (["train", "resnet20", "-o", "f.pth"], ["ensemble", "model.pth", "-o", "e.pth"]):
+        assert main([*command, "--data", "photos"]) == 2
+        assert "needs labels, but the images of data photos" in capsys.readouterr().err
 
 
 def test_a_budget_that_is_measured(here, capsys):

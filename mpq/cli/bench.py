@@ -130,7 +130,7 @@ def _known(paths: Sequence[Path]) -> FileInfo:
 def _load(
     name: str | None, root: Path | None, info: FileInfo, limit: int | None, seed: int
 ) -> tuple[Array | None, Array | None, DataSet | None]:
-    """Test images and labels, and the data set they are from; nothing for `none`."""
+    """Test images and labels, and the data set they are from; no images without labels."""
     if name is None:
         raise UsageError(
             "the files do not say which data they were made for. Name it with --data NAME, or "
@@ -140,6 +140,9 @@ def _load(
     if name == "none":
         return None, None, None
     dataset = open_data(name, root=root, size=info.input[1:] if info.input else None)
+    if not dataset.labelled:
+        options.say("they have no labels: accuracy is not measured")
+        return None, None, dataset
     if limit is None or limit >= len(dataset.test):
         images, labels = load_arrays(dataset.test)
         return images, labels, dataset

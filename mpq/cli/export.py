@@ -121,7 +121,8 @@ def _show(result: ExportResult) -> None:
     if checked is None:
         options.show("not verified: there are no images to verify on")
         return
+    step = "step" if checked.max_step == 1 else "steps"
     options.show(
         f"same class as the simulation on {checked.top1_agreement:.2%} of {checked.n:,} test "
-        f"images, at most {checked.max_step} steps apart"
+        f"images, at most {checked.max_step} {step} apart"
     )

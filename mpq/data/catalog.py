@@ -20,7 +20,8 @@ from mpq.errors import DataError, nearest
 logger = logging.getLogger(__name__)
 
 FORMS = (
-    "digits, cifar10, cifar100, a folder or zip archive of CLASS/IMAGE or SPLIT/CLASS/IMAGE, NAME "
+    "digits, cifar10, cifar100, a folder or zip archive of CLASS/IMAGE or SPLIT/CLASS/IMAGE (or of "
+    "images alone, which then have no labels), NAME "
     "for archives NAME-train-*.zip and NAME-test.zip, package.module:factory, or none"
 )
 USUAL_PLACES = ("data", ".", "~/.cache/torch", "~/.cache/torch/datasets", "~/data", "~/datasets")

@@ -1,8 +1,9 @@
 """The image-folder layout in folders and zip archives, several of which can make one data set.
 
 `<split>/<class>/<image>` or `<class>/<image>`, below one common folder or not; deeper folders
-belong to their class. An archive without split folders may carry the split in its name
-(`flowers-train-0.zip`). Sorted class names give the label ids.
+belong to their class. Images in no class folder, or all in one, have no labels. An archive without
+split folders may carry the split in its name (`flowers-train-0.zip`). Sorted class names give the
+label ids.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ def open_folders(
     *,
     order: Callable[[Entry], Any] | None = None,
 ) -> Splits:
-    """Data of one folder or archive, or of several archives together.
+    """Data of one folder or archive, or of several archives together; unlabelled without classes.
 
     Args:
         paths: folders or zip archives.
@@ -93,7 +94,7 @@ def open_folders(
         order: sort key of the images within a split; by class and name otherwise.
 
     Raises:
-        DataError: no images, no class folders, an image twice, classes that differ between splits.
+        DataError: no images, an image twice, classes that differ between splits.
     """
     gathered: dict[str, list[Entry]] = {}
     for path in paths:
@@ -110,35 +111,36 @@ def open_folders(
         labels = np.array([ids[entry.label] for entry in entries], np.int64)
         sources[split] = ImageSource(entries, labels, size)
     found = sources.get
-    return Splits(tuple(classes), sources["train"], found("validation"), found("test"), size)
+    named = tuple(classes) if len(classes) > 1 else ()
+    return Splits(named, sources["train"], found("validation"), found("test"), size)
 
 
 def list_entries(container: Container) -> list[Entry]:
-    """All images of a container with split and class.
+    """All images of a container with split and class; where none lies in a class folder: "".
 
     Raises:
-        DataError: no images at all, or none in a class folder.
+        DataError: no images at all.
     """
     names = container.names()
     if not names:
         raise DataError(
             f"{container.path} has no images. It must hold CLASS/IMAGE or SPLIT/CLASS/IMAGE "
-            "(train/, val/, test/)."
+            "(train/, val/, test/), or images alone where no labels are needed."
         )
     parts = _below_common([name.split("/") for name in names])
     has_splits = _has_splits({part[0] for part in parts})
     named = "" if has_splits else archive_name(container.path)[1]
-    entries = []
+    entries, outside = [], []
     for name, part in zip(names, parts, strict=True):
         split = SPLITS.get(part[0].lower()) if has_splits else named
         inner = part[1:] if has_splits else part
-        if split is not None and len(inner) >= 2:
+        if split is None:
+            continue
+        if len(inner) >= 2:
             entries.append(Entry(split, inner[0], container, name))
-    if not entries:
-        raise DataError(
-            f"{container.path} has no class folders: its {len(names)} images (such as {names[0]}) "
-            "must lie in one folder per class, CLASS/IMAGE or SPLIT/CLASS/IMAGE."
-        )
+        else:
+            outside.append(Entry(split, "", container, name))
+    entries = entries or outside
     if len(entries) < len(names):
         ignored = len(names) - len(entries)
         logger.warning("%s: %d images outside of class folders", container.path, ignored)

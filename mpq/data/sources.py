@@ -34,18 +34,19 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class DataSet:
-    """Three splits of one set of classes.
+    """Three splits of one set of classes, or of images without labels.
 
     Args:
         name: as given to `open_data`, so that a policy can name it again.
-        classes: class names; a label is an index into them.
+        classes: class names; a label is an index into them. None at all: the images have no
+            labels, and what `labels` say means nothing.
         train: images to fit on, without those of `validation`.
         validation: images to choose by; may be empty.
         test: images to report on.
         size: height and width of every image.
 
     Raises:
-        DataError: fewer than two classes, labels outside of them, a size below 1.
+        DataError: a single class, labels outside of the classes, a size below 1.
     """
 
     name: str
@@ -56,14 +57,19 @@ class DataSet:
     size: tuple[int, int]
 
     def __post_init__(self) -> None:
-        if len(self.classes) < 2:
+        if len(self.classes) == 1:
             raise DataError(
                 f"data {self.name} must have at least 2 classes. Got {list(self.classes)}."
             )
         if len(self.size) != 2 or min(self.size) < 1:
             raise DataError(f"size must be height and width of at least 1. Got {self.size}.")
-        for split in ("train", "validation", "test"):
+        for split in ("train", "validation", "test") if self.labelled else ():
             self._check_labels(split)
+
+    @property
+    def labelled(self) -> bool:
+        """Whether the images have labels."""
+        return bool(self.classes)
 
     def _check_labels(self, split: str) -> None:
         labels = getattr(self, split).labels
@@ -77,12 +83,25 @@ class DataSet:
         """Check that a network with `count` outputs can be measured on this data.
 
         Raises:
-            DataError: the counts differ.
+            DataError: the counts differ, or there are no labels.
         """
+        self.require_labels("measuring accuracy")
         if count != len(self.classes):
             raise DataError(
                 f"{of} has {count} classes, but data {self.name} has {len(self.classes)} "
                 f"({', '.join(self.classes[:3])}, ...). Give the data it was trained on."
+            )
+
+    def require_labels(self, purpose: str) -> None:
+        """Check that the images have labels.
+
+        Raises:
+            DataError: they have none.
+        """
+        if not self.labelled:
+            raise DataError(
+                f"{purpose} needs labels, but the images of data {self.name} lie in no class "
+                "folders. Put them into one folder per class: CLASS/IMAGE or SPLIT/CLASS/IMAGE."
             )
 
 

@@ -41,7 +41,7 @@ class DropMeter:
         data = subject.require_data("--max-drop")
         source = data.validation if len(data.validation) else data.train
         picked = sample_indices(source, MEASURED_IMAGES, 0)
-        self.images, self.labels = source.read(picked), source.labels[picked]
+        self.images, self.labels = subject.read(source, picked)
         self.calibration: Tensor = subject.sample(CALIBRATION_IMAGES, 0, "--max-drop")
         self.subject, self.graph, self.relative = subject, graph, relative
         self.top1 = accuracy(subject.module, self.images, self.labels, subject.normalize)

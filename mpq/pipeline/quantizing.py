@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mpq import files, rundir
 from mpq.checkpoint import load_safe, save_atomic
-from mpq.data import load_arrays, sample_indices
+from mpq.data import sample_indices
 from mpq.errors import CheckpointError, UsageError
 from mpq.graph.annotate import make_dynamic
 from mpq.graph.ir import QuantGraph
@@ -156,7 +156,7 @@ def run_qat(
         on_start()
     result = fit(
         graph.module,
-        train=load_arrays(data.train),
+        train=subject.arrays(data.train),
         validation=subject.held_out(),
         normalize=subject.normalize,
         recipe=recipe,
@@ -185,7 +185,7 @@ def validate(graph: QuantGraph, subject: Subject) -> dict[str, float]:
     """Top-1 of the simulation on a sample of the validation split, in percent."""
     validation = subject.require_data("validation").validation
     picked = sample_indices(validation, VALIDATION_IMAGES, 0)
-    images, labels = validation.read(picked), validation.labels[picked]
+    images, labels = subject.read(validation, picked)
     return {"validation_top1": accuracy(graph.module, images, labels, subject.normalize)}
 
 

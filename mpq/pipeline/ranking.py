@@ -249,7 +249,7 @@ class _Meter:
     def __init__(self, subject: Subject, images: int) -> None:
         validation = subject.require_data("ranking").validation
         picked = sample_indices(validation, images, 0)
-        self.images, self.labels = validation.read(picked), validation.labels[picked]
+        self.images, self.labels = subject.read(validation, picked)
         self.subject, self.count = subject, len(picked)
         self.reference = predict(subject.module, self.images, subject.normalize).log_softmax(1)
         self.divergence = 0.0

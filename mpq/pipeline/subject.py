@@ -42,7 +42,11 @@ class Source:
 
 @dataclass(frozen=True)
 class Subject:
-    """A network and its data; `data` is None for a data-free analysis."""
+    """A network and its data; `data` is None for a data-free analysis.
+
+    Where the images have no labels, what the network itself answers stands in for them: accuracy is
+    then agreement with the network before it was changed.
+    """
 
     module: nn.Module
     info: ModelInfo
@@ -78,7 +82,25 @@ class Subject:
             DataError: there are no data.
         """
         split = self.require_data("validation").validation
-        return load_arrays(split) if len(split) else None
+        return self.arrays(split) if len(split) else None
+
+    def arrays(self, source: Split) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+        """All images and labels of a split of the data."""
+        images, labels = load_arrays(source)
+        return images, self._labels(images, labels)
+
+    def read(
+        self, source: Split, picked: NDArray[np.int64]
+    ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+        """Some images and labels of a split of the data."""
+        images = source.read(picked)
+        return images, self._labels(images, source.labels[picked])
+
+    def _labels(self, images: NDArray[np.uint8], labels: NDArray[np.int64]) -> NDArray[np.int64]:
+        if self.data is None or self.data.labelled:
+            return labels
+        answered: NDArray[np.int64] = predict(self.module, images, self.normalize).argmax(1).numpy()
+        return answered
 
     def sample(self, count: int, seed: int, purpose: str) -> Tensor:
         """A seeded sample of the training split, normalized `[count, C, H, W]`.
@@ -91,8 +113,8 @@ class Subject:
 
     def labelled(self, source: Split, count: int, seed: int) -> tuple[Tensor, Tensor]:
         """A seeded sample of a split: normalized `[count, C, H, W]`, and labels `[count]`."""
-        picked = sample_indices(source, count, seed)
-        return self.tensor(source.read(picked)), torch.from_numpy(source.labels[picked])
+        images, labels = self.read(source, sample_indices(source, count, seed))
+        return self.tensor(images), torch.from_numpy(labels)
 
     def tensor(self, images: NDArray[np.uint8]) -> Tensor:
         """Normalized float images `[N, C, H, W]` of uint8 `[N, H, W, C]`."""
@@ -139,6 +161,7 @@ def subject_of(
     if input_size is not None:
         info = info.model_copy(update={"input": (info.input[0], input_size, input_size)})
     data = _data(name, source, info)
+    _tell_unlabelled(data, name)
     info = info.model_copy(
         update={
             "checkpoint": os.path.relpath(path),
@@ -163,8 +186,16 @@ def _data(name: str, source: Source, info: ModelInfo) -> DataSet | None:
     if name == "none":
         return None
     data = open_data(name, root=source.root, size=info.input[1:], holdout=source.holdout)
-    data.require_classes(info.classes)
+    if data.labelled:
+        data.require_classes(info.classes)
     return data
+
+
+def _tell_unlabelled(data: DataSet | None, name: str) -> None:
+    if data is not None and not data.labelled:
+        logger.warning(
+            "data %s have no labels: right is what the network answers before it is quantized", name
+        )
 
 
 def propose_normalization(subject: Subject) -> Normalization:
@@ -173,7 +204,13 @@ def propose_normalization(subject: Subject) -> Normalization:
     Raises:
         UsageError: none does better than guessing.
     """
-    train = subject.require_data("proposing a normalization").train
+    data = subject.require_data("proposing a normalization")
+    if not data.labelled:
+        raise UsageError(
+            "--normalize must be given: the checkpoint does not carry it, and without labels none "
+            f"can be proposed. Give --normalize {', '.join(NAMED)} or m,m,m/s,s,s."
+        )
+    train = data.train
     picked = sample_indices(train, PROPOSAL_IMAGES, 0)
     images, labels = train.read(picked), train.labels[picked]
     logits = {name: predict(subject.module, images, how) for name, how in NAMED.items()}
@@ -226,6 +263,8 @@ def policy_subject(
     else:
         module = zoo.build(info.arch, info.classes, in_channels=info.input[0])
     subject = Subject(module, info, _data(name, source, info), name, _NEUTRAL)
+    if weights:
+        _tell_unlabelled(subject.data, name)
     return _normalized(subject, None) if weights or info.normalize else subject
 
 

@@ -39,6 +39,7 @@ def new_subject(
     name = source.data or "digits"
     opened = partial(open_data, name, root=source.root, holdout=source.holdout)
     native = opened()
+    native.require_labels("training")
     size = native.size if (height, width) == (32, 32) else (height, width)
     data = native if size == native.size else opened(size=size)
     with torch.random.fork_rng():
