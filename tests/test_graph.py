@@ -465,8 +465,8 @@ def test_a_float_layer_keeps_its_neighbours_in_float():
 def test_a_tensor_with_readers_of_two_widths_takes_the_wider():
     parts = {"a": nn.Conv2d(3, 4, 1), "b": nn.Conv2d(3, 4, 1)}
     model = Small(lambda m, x: m.a(x) + m.b(x), **parts)
-    policy = Policy(layers=[LayerPolicy(name="b", activation=activation_spec(4))])
-    graph = prepare(model, policy, images())
+    narrow = [LayerPolicy(name="b", activation=activation_spec(4))]
+    graph = prepare(model, Policy(target="onnxruntime-cpu", layers=narrow), images())
     assert str(graph.sites["quantizers.x"].spec) == "uint8/tensor"
     assert graph.plans["b"].notes == ("reads a tensor that another layer needs at 8 bits",)
     assert graph.plans["a"].notes == ()

@@ -24,6 +24,7 @@ from mpq.layers import LayerInfo, Moment
 from mpq.policy import Constraints, DataInfo, LayerPolicy, ModelInfo, Policy
 from mpq.spec import activation_spec, weight_spec
 from mpq.target import ONNXRUNTIME_CPU as TARGET
+from mpq.target import TARGETS
 
 
 def layer(name: str, params: int, macs: int) -> LayerInfo:
@@ -378,14 +379,16 @@ def test_the_policy_resolves_to_the_allocation() -> None:
     assert policy.result.predicted_bytes == found.bytes
 
 
-def test_locked_entries_of_a_base_policy_survive() -> None:
+@pytest.mark.parametrize("cpu", TARGETS)
+def test_locked_entries_of_a_base_policy_survive(cpu: str) -> None:
     s, constraints = problem(6), Constraints(effective_bits=5)
     base = Policy(
+        target=cpu,
         layers=[
             LayerPolicy(name="l[01]", weight=weight_spec(8), locked=True, reason="by hand"),
             LayerPolicy(name="l1", activation=activation_spec(4)),
             LayerPolicy(name="l5", weight="float", activation="float", locked=True),
-        ]
+        ],
     )
     locked = locked_widths(base, by_name(s.layers))
     assert locked == {"l0": (8, 8), "l1": (8, 4), "l5": (None, None)}
