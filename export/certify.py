@@ -114,7 +114,7 @@ def certify(
         PolicyError: the policy inside the file cannot be read or is not that of its layers.
         UsageError: there is no such file.
     """
-    cpu = this_target() if target is None else get_target(target)
+    cpu = get_target(target)
     optimized = runtime.optimized_model(model)
     proto = onnx.load_from_string(model) if isinstance(model, bytes) else onnx.load(model)
     roots = constant_roots(proto.graph)

@@ -51,7 +51,10 @@ def this_cpu(cpuinfo: Path = CPUINFO, machine: str | None = None) -> Cpu:
         machine: its architecture; None: that of this computer.
     """
     machine = machine or platform.machine()
-    text = cpuinfo.read_text(encoding="utf-8", errors="replace") if cpuinfo.is_file() else ""
+    try:
+        text = cpuinfo.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        text = ""
     model = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
     flags = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", text, re.MULTILINE)
     return Cpu(

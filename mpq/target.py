@@ -123,12 +123,14 @@ def this_target() -> Target:
     return ONNXRUNTIME_AVX2 if this_cpu().saturates else ONNXRUNTIME_CPU
 
 
-def get_target(name: str) -> Target:
-    """The target of that name.
+def get_target(name: str | None) -> Target:
+    """The target of that name; None: that of this computer.
 
     Raises:
         PolicyError: an unknown name.
     """
+    if name is None:
+        return this_target()
     if name not in TARGETS:
         raise PolicyError(
             f"target must be one of {', '.join(TARGETS)}. Got {name!r}{nearest(name, TARGETS)}"

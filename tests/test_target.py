@@ -115,7 +115,7 @@ def test_other_cpus_run_either_exactly(tmp_path: Path):
     exported(ONNXRUNTIME_CPU.name, tmp_path, verified=True)
 
 
-def test_a_policy_without_a_target_is_for_this_computer(tmp_path: Path):
+def test_a_policy_without_a_target_is_for_this_computer():
     here = this_target().name
     assert Policy().target == Policy.uniform(8).target == here
     assert policies.load("w8a8").target == here

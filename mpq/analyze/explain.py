@@ -22,7 +22,7 @@ from mpq.policy import (
     Spec,
 )
 from mpq.spec import activation_spec, weight_spec
-from mpq.target import ONNXRUNTIME_CPU, this_target
+from mpq.target import ONNXRUNTIME_CPU, get_target
 
 TOP = 3
 """How many layers a reason ranks by name of place."""
@@ -97,7 +97,7 @@ def build_policy(
     return Policy(
         model=model,
         data=data or DataInfo(),
-        target=target or this_target().name,
+        target=get_target(target).name,
         default=default,
         groups=[list(group) for group in sensitivity.groups],
         layers=entries,

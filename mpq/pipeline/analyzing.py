@@ -28,7 +28,7 @@ from mpq.pipeline.refining import check_refine, refine_budgets, validation_meter
 from mpq.pipeline.scoring import scores_of
 from mpq.pipeline.subject import Subject
 from mpq.policy import Constraints, DataInfo, Policy
-from mpq.target import Target, get_target, this_target
+from mpq.target import Target, get_target
 
 logger = logging.getLogger(__name__)
 DEFAULT_EFFECTIVE_BITS = 4.8
@@ -89,7 +89,7 @@ def find_policy(
     work = _Work(
         subject,
         Scoring(tuple(bits), tuple(act_bits), metric, seed, rounding=rounding),
-        get_target(target) if target else this_target(),
+        get_target(target),
         locked,
         profile,
         minimize,
@@ -217,9 +217,11 @@ class _Work:
             if self.how.metric != "sqnr":
                 logger.warning("without data, layers are scored by the SQNR of their weights")
             return replace(self.how, metric="sqnr"), None, None
-        train = self.subject.data.train
-        images, labels = self.subject.labelled(train, samples, self.how.seed)
-        return self.how, images.to(self.device), labels if self.how.metric in LABELLED else None
+        if self.how.metric not in LABELLED:
+            images = self.subject.sample(samples, self.how.seed, "scoring")
+            return self.how, images.to(self.device), None
+        images, labels = self.subject.labelled(self.subject.data.train, samples, self.how.seed)
+        return self.how, images.to(self.device), labels
 
     def _solve(
         self, search: _Search, budget: Constraints, graph: QuantGraph, measured: list[Measured]

@@ -82,7 +82,7 @@ def run_train(
     folder = working_folder(out)
     result = fit(
         subject.module,
-        train=load_arrays(data.train),
+        train=subject.arrays(data.train),
         validation=subject.held_out(),
         normalize=subject.normalize,
         recipe=recipe,

@@ -54,7 +54,7 @@ CHECK_EVERY = 16
 """Steps between looks at the loss on an accelerator, where each look would stall the queue."""
 
 SLOW_BF16 = (
-    "this CPU has no instructions for bf16 and takes about nine times as long as in float32: "
+    "this CPU has no instructions for bf16 and takes many times as long as in float32: "
     "--set precision=float32"
 )
 
