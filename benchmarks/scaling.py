@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import random
 import resource
 import subprocess
@@ -23,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from mpq.cpu import this_cpu
 
 WIDTHS = (8, 4, 2, 6, 3, 5, 16)
 """The first so many are the choices."""
@@ -158,7 +159,7 @@ def main() -> None:
         print(json.dumps(found))
         return
     images, most = str(args.images), max(args.widths)
-    report: dict[str, Any] = {"machine": platform.processor(), "cores": os.cpu_count()}
+    report: dict[str, Any] = {"machine": this_cpu().name, "cores": os.cpu_count()}
     by_depth = [child("score", str(d), "2", images, "32", "") for d in args.depths]
     by_width = [child("score", "20", str(w), images, "32", "") for w in args.widths]
     layers = [child("search", str(n), str(most), "0", "0", "") for n in args.layers]

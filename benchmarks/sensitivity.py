@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -31,6 +30,7 @@ from mpq.analyze.score import METRICS
 from mpq.analyze.sensitivity import Sensitivity
 from mpq.analyze.validate import Simulator, random_widths, spearman
 from mpq.checkpoint import load_model
+from mpq.cpu import this_cpu
 from mpq.data import Normalization, open_data, sample_indices
 from mpq.files import write_json
 from mpq.graph.ir import QuantGraph
@@ -155,7 +155,7 @@ def main() -> None:
     simulator = Simulator(noise, *test)
     report: dict[str, Any] = {
         "checkpoint": args.checkpoint.name,
-        "machine": platform.processor() or platform.machine(),
+        "machine": this_cpu().name,
         "torch": torch.__version__,
         "samples": len(train[0]),
         "test": len(test[0]),

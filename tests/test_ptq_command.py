@@ -145,6 +145,11 @@ def test_the_form_of_16_bit_layers_goes_into_the_result(here, capsys):
     assert any(name.startswith("quantizers.") for name in state("exact"))
     assert main([*argv, "-o", "fast"]) == 0
     assert not any(name.startswith("quantizers.") for name in state("fast"))
+    trained = ["qat", "--policy", "w.yaml", "-o", "trained", "--epochs", "1"]
+    assert main([*trained, "--int16-form", "exact"]) == 0
+    assert {n for n in state("trained") if n.startswith("quantizers.")} == {
+        n for n in state("exact") if n.startswith("quantizers.")
+    }
     capsys.readouterr()
     assert main(["export", "exact/quantized.pth", "--onnx", "-o", "exact"]) == 0
     assert "W16A16 exact" in Path("exact/certificate.json").read_text()

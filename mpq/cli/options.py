@@ -30,6 +30,7 @@ from mpq.data import Normalization
 from mpq.processes import leading
 from mpq.spec import WIDTHS
 from mpq.target import TARGETS
+from mpq.wide import INT16_FORMS
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 Decorator = Callable[[Command], Command]
@@ -291,6 +292,13 @@ batch = click.option(
     default=1,
     show_default=True,
     help="Images at a time.",
+)
+# int16_form: Int16Form | None
+int16_form = click.option(
+    "--int16-form",
+    type=click.Choice(INT16_FORMS),
+    help="16-bit layers: fast leaves their inputs in float, exact rounds them to 16 bits, as the "
+    "file then does.  [default: the policy's formats]",
 )
 # trust_pickle: bool
 trust_pickle = click.option(

@@ -15,7 +15,7 @@ from mpq.pipeline.subject import Source, policy_subject
 from mpq.policy import Policy
 from mpq.ptq import EFFORTS, EQUALIZE, MEMORY_MB, METHODS, Learning
 from mpq.ptq.blockwise import PROGRESS
-from mpq.wide import INT16_FORMS
+from mpq.wide import Int16Form
 
 
 @click.command()
@@ -41,9 +41,7 @@ from mpq.wide import INT16_FORMS
 @click.option("--dynamic", is_flag=True,
               help="Linear layers that read floats (behind norms, attention, GELU) take their "
               "range at run time: for transformers.")  # fmt: skip
-@click.option("--int16-form", type=click.Choice(INT16_FORMS),
-              help="16-bit layers: fast leaves their inputs in float, exact rounds them to 16 "
-              "bits, as the file then does.  [default: the policy's formats]")  # fmt: skip
+@options.int16_form
 @options.seed
 @options.trust_pickle
 @options.as_json
@@ -61,7 +59,7 @@ def ptq(
     num_calib: int | None,
     memory_mb: int,
     dynamic: bool,
-    int16_form: str | None,
+    int16_form: Int16Form | None,
     seed: int,
     trust_pickle: bool,
     as_json: bool,
@@ -104,7 +102,7 @@ def ptq(
             resume=resume,
             memory_mb=memory_mb,
             dynamic=dynamic,
-            int16_form=int16_form,  # type: ignore[arg-type]
+            int16_form=int16_form,
             seed=seed,
             progress=tell,
         )

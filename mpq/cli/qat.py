@@ -14,6 +14,7 @@ from mpq.pipeline.quantizing import check_policy_file, keep_policy, run_qat, sav
 from mpq.pipeline.subject import Source, policy_subject
 from mpq.policy import Policy
 from mpq.processes import leading
+from mpq.wide import Int16Form
 
 
 @click.command()
@@ -28,6 +29,7 @@ from mpq.processes import leading
 @training.epochs
 @training.settings
 @options.seed
+@options.int16_form
 @training.compiling
 @training.device
 @options.trust_pickle
@@ -47,6 +49,7 @@ def qat(
     epochs: int | None,
     settings: tuple[str, ...],
     seed: int,
+    int16_form: Int16Form | None,
     compiling: bool,
     device: str,
     trust_pickle: bool,
@@ -82,6 +85,7 @@ def qat(
             folder,
             teacher=ensemble,
             resume=resume,
+            int16_form=int16_form,
             seed=seed,
             device=device,
             answers=answers,

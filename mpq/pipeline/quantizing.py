@@ -125,6 +125,7 @@ def run_qat(
     *,
     teacher: Ensemble | None = None,
     resume: bool = False,
+    int16_form: Int16Form | None = None,
     seed: int = 0,
     device: str = "cpu",
     answers: Path | None = None,
@@ -135,8 +136,8 @@ def run_qat(
 ) -> Quantized:
     """Quantize with training, starting from calibrated ranges.
 
-    `on_start` is called when all that can be refused has been looked at; the hooks of a step and
-    of an epoch are those of `mpq.train.loop.fit`.
+    `int16_form` is that of `run_ptq`. `on_start` is called when all that can be refused has been
+    looked at; the hooks of a step and of an epoch are those of `mpq.train.loop.fit`.
 
     Raises:
         PolicyError, DataError: as `run_ptq`.
@@ -145,6 +146,7 @@ def run_qat(
     """
     data = subject.require_data("qat")
     check_teacher(teacher, subject.info)
+    policy = policy if int16_form is None else take_form(policy, int16_form)
     images = subject.sample(policy.data.samples or 512, seed, "qat")
     graph = prepare(subject.graph(), policy)
     if recipe.progressive_epochs:
