@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from common import UNIFORM, accuracy_of, answers, setting, uniform
 
+from mpq.allocator import keep_freed
 from mpq.analyze import allocate, build_policy, score_layers
 from mpq.checkpoint import save_model
 from mpq.cli.training import recipe_from
@@ -148,6 +149,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    keep_freed()
     options.recipe = recipe_from(options.recipe, options.epochs, tuple(options.settings))
     options.out.mkdir(parents=True, exist_ok=True)
     file = options.out / "distill.jsonl"

@@ -30,6 +30,7 @@ from torch.ao.quantization import get_default_qat_qconfig_mapping
 from torch.ao.quantization.quantize_fx import prepare_qat_fx
 
 from mpq import attach_norms, policies, prepare, quantize_graph, to_float, zoo
+from mpq.allocator import keep_freed
 from mpq.export.runtime import peak_memory_mb
 from mpq.graph.lean import lean
 from mpq.train.compiled import compiled
@@ -170,6 +171,7 @@ def main() -> None:
     parser.add_argument("--memory", metavar="VARIANT", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    keep_freed()
     if options.memory:
         print(peak_of(options.models[0], options.memory, options))
         return

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from common import accuracy_of, setting
 
+from mpq.allocator import keep_freed
 from mpq.checkpoint import save_model
 from mpq.cli.training import recipe_from
 from mpq.data import Normalization, load_arrays
@@ -119,6 +120,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    keep_freed()
     recipe = recipe_from("plain", options.epochs, tuple(options.settings))
     teachers = load_ensemble(options.teachers)
     known = [LABELS, *WEIGHTINGS, *teachers.names]

@@ -16,6 +16,7 @@ import mpq.export
 ROOTS = {"mpq": Path(mpq.__file__).parent, "mpq.export": Path(mpq.export.__file__).parent}
 LAYERS = {
     "mpq.errors": 0,
+    "mpq.allocator": 0,
     "mpq.cpu": 0,
     "mpq.files": 1,
     "mpq.processes": 1,

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import click
 
+from mpq.allocator import keep_freed
 from mpq.errors import MpqError, UsageError, nearest
 
 
@@ -113,6 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     0: done. 2: a mistake that the user can mend, told in one message on stderr. 130: interrupted.
     Whatever else goes wrong is a defect and keeps its traceback.
     """
+    keep_freed()
     try:
         code = cli.main(args=argv, prog_name="mpq", standalone_mode=False)
         sys.stdout.flush()
