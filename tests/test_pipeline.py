@@ -129,6 +129,19 @@ SENSITIVITY = Path("runs/model/sensitivity.json")
 FOUND = ["policy.yaml", "policy-6.yaml", "policy-7.yaml"]
 
 
+@pytest.mark.parametrize("count", [1, 3])
+def test_so_few_images_that_splits_are_empty_will_do(here, capsys, caplog, count):
+    images, _ = load_arrays(open_data("digits").train)
+    Path("few").mkdir()
+    for number, image in enumerate(images[:count]):
+        Image.fromarray(image).save(f"few/{number}.png")
+    assert main(["analyze", "model.pth", "-o", "u", "--data", "few", "--effective-bits", "6"]) == 0
+    assert "no images were held out" in say(capsys, "ptq", "--policy", "u")[0]
+    assert "of 1 image, at most" in say(capsys, "export", "--onnx", "u/quantized.pth")[0]
+    assert "on 1 images" in say(capsys, "verify", "u/model.onnx", "--exact")[0]
+    assert "accuracy is not measured" in say(capsys, "bench", "u/model.onnx", "--runs", "2")[1]
+
+
 def test_images_without_labels_will_do(here, capsys, caplog):
     images, _ = load_arrays(open_data("digits").train)
     Path("photos").mkdir()

@@ -143,6 +143,9 @@ def _load(
     if not dataset.labelled:
         options.say("they have no labels: accuracy is not measured")
         return None, None, dataset
+    if not len(dataset.test):
+        options.say("they are too few for a test split: accuracy is not measured")
+        return None, None, dataset
     if limit is None or limit >= len(dataset.test):
         images, labels = load_arrays(dataset.test)
         return images, labels, dataset

@@ -122,7 +122,8 @@ def _show(result: ExportResult) -> None:
         options.show("not verified: there are no images to verify on")
         return
     step = "step" if checked.max_step == 1 else "steps"
+    image = "image" if checked.n == 1 else "images"
     options.show(
-        f"same class as the simulation on {checked.top1_agreement:.2%} of {checked.n:,} test "
-        f"images, at most {checked.max_step} {step} apart"
+        f"same class as the simulation on {checked.top1_agreement:.2%} of {checked.n:,} {image}, "
+        f"at most {checked.max_step} {step} apart"
     )

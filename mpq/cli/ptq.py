@@ -112,8 +112,10 @@ def ptq(
     if as_json:
         click.echo(json.dumps({"file": str(written), **found.metrics}))
     else:
+        top1 = found.metrics["validation_top1"]
         options.show(
-            f"top-1 {found.metrics['validation_top1']:.2f} % on a sample of the validation split, "
-            "simulated"
+            "no images were held out to measure on"
+            if top1 is None
+            else f"top-1 {top1:.2f} % on a sample of the validation split, simulated"
         )
     options.say(f"wrote {written}; next: mpq export --onnx")

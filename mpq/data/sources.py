@@ -42,7 +42,7 @@ class DataSet:
             labels, and what `labels` say means nothing.
         train: images to fit on, without those of `validation`.
         validation: images to choose by; may be empty.
-        test: images to report on.
+        test: images to report on; empty where there are very few.
         size: height and width of every image.
 
     Raises:
@@ -71,6 +71,11 @@ class DataSet:
         """Whether the images have labels."""
         return bool(self.classes)
 
+    @property
+    def compared(self) -> Source:
+        """Images that two networks are compared on: of few images none may be left for `test`."""
+        return self.test if len(self.test) else self.train
+
     def _check_labels(self, split: str) -> None:
         labels = getattr(self, split).labels
         if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(self.classes):
@@ -87,9 +92,10 @@ class DataSet:
         """
         self.require_labels("measuring accuracy")
         if count != len(self.classes):
+            more = ", ..." if len(self.classes) > 3 else ""
             raise DataError(
                 f"{of} has {count} classes, but data {self.name} has {len(self.classes)} "
-                f"({', '.join(self.classes[:3])}, ...). Give the data it was trained on."
+                f"({', '.join(self.classes[:3])}{more}). Give the data it was trained on."
             )
 
     def require_labels(self, purpose: str) -> None:

@@ -94,8 +94,8 @@ def export_float(subject: Subject, path: Path) -> Path:
 
 
 def held_out(subject: Subject, count: int, seed: int) -> Tensor | None:
-    """A seeded sample of the test images, normalized; None without data or for none."""
+    """A seeded sample of the images to compare on, normalized; None without data or for none."""
     if subject.data is None or count == 0:
         return None
-    test = subject.data.test
-    return subject.tensor(test.read(sample_indices(test, count, seed)))
+    source = subject.data.compared
+    return subject.tensor(source.read(sample_indices(source, count, seed)))

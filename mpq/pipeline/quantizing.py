@@ -183,9 +183,11 @@ def run_qat(
     return Quantized(graph, settle(policy, subject), subject, metrics)
 
 
-def validate(graph: QuantGraph, subject: Subject) -> dict[str, float]:
-    """Top-1 of the simulation on a sample of the validation split, in percent."""
+def validate(graph: QuantGraph, subject: Subject) -> dict[str, float | None]:
+    """Top-1 in percent of the simulation on validation images; None where there are none."""
     validation = subject.require_data("validation").validation
+    if not len(validation):
+        return {"validation_top1": None}
     picked = sample_indices(validation, VALIDATION_IMAGES, 0)
     images, labels = subject.read(validation, picked)
     return {"validation_top1": accuracy(graph.module, images, labels, subject.normalize)}

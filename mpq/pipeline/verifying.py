@@ -75,8 +75,8 @@ def _batch(path: Path, source: Source, count: int, seed: int) -> NDArray[Any]:
         try:
             shape = takes.shape(1)
             height, width = shape[1:3] if takes.channels_last else shape[2:4]
-            test = open_data(name, root=source.root, size=(height, width)).test
-            pixels = test.read(sample_indices(test, count, seed))
+            split = open_data(name, root=source.root, size=(height, width)).compared
+            pixels = split.read(sample_indices(split, count, seed))
         except DataError as error:
             if source.data is not None:
                 raise
