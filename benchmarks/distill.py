@@ -75,10 +75,9 @@ def make(
     path = folder / "model.onnx"
     if configuration == "float":
         if training != "none":
-            data = subject.require_data("training")
             fit(
                 subject.module,
-                train=load_arrays(data.train),
+                train=subject.learned(),
                 validation=None,
                 normalize=subject.normalize,
                 recipe=recipe,
@@ -109,7 +108,7 @@ def make(
 def measure(configuration: str, training: str, seed: int, options: Any) -> dict[str, Any]:
     """One line of the table."""
     normalize = Normalization.parse("imagenet")
-    source = Source("cifar10", holdout=options.holdout)
+    source = Source("cifar10", holdout=options.holdout, unlabelled=options.unlabelled)
     subject = open_checkpoint(options.model, source, normalize=normalize)
     teacher = load_ensemble(options.teachers)
     name = f"{configuration.replace('/', '-')}-{training}-{options.name}-seed{seed}"
@@ -145,6 +144,7 @@ def main() -> None:
     parser.add_argument("--set", dest="settings", nargs="+", default=[], metavar="KEY=VALUE")
     parser.add_argument("--holdout", type=int, metavar="N",
                         help="training images left out; 0: none")  # fmt: skip
+    parser.add_argument("--unlabelled", metavar="DATA", help="more images, for teachers alone")
     parser.add_argument("--name", default="base", help="of this recipe, in the table and on disk")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()

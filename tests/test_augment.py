@@ -8,7 +8,7 @@ import torch
 
 from mpq._torchvision import transforms_v2
 from mpq.errors import UsageError
-from mpq.train.augment import augment, epoch_rng, erase, mix, shift_flip
+from mpq.train.augment import Targets, augment, epoch_rng, erase, mix, shift_flip
 from mpq.train.evaluate import to_unit
 from mpq.train.randaugment import rand_augment
 from mpq.train.recipe import Recipe
@@ -183,6 +183,17 @@ def test_mixed_labels_say_what_is_in_the_image(mixup, cutmix):
 def test_without_mixing_labels_stay_class_ids():
     _, targets = mix(to_unit(pictures()), torch.arange(8), Recipe(), np.random.default_rng(0))
     assert torch.equal(targets.for_classes(10), torch.arange(8))
+
+
+def test_a_missing_label_has_no_part_in_a_row():
+    labels = torch.tensor([2, -1, 0, -1])
+    assert torch.equal(
+        Targets(labels).for_classes(3, partial=True),
+        torch.tensor([[0.0, 0, 1], [0, 0, 0], [1, 0, 0], [0, 0, 0]]),
+    )
+    share = torch.tensor([0.75, 0.25, 0.5, 1.0])
+    mixed = Targets(labels, labels.flip(0), share).for_classes(3, partial=True)
+    assert torch.equal(mixed, torch.tensor([[0, 0, 0.75], [0.75, 0, 0], [0.5, 0, 0], [0, 0, 0]]))
 
 
 def test_an_epoch_has_its_own_numbers():

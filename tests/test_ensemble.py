@@ -20,7 +20,14 @@ from mpq.train.ensemble import Ensemble, Member, load_ensemble, measure, save_en
 from mpq.train.losses import kd_loss, standardize
 from mpq.train.objective import choose_weighting
 from mpq.train.recipe import Recipe
-from mpq.train.weighting import WEIGHTINGS, combine, combine_logits, dynamic, gradient
+from mpq.train.weighting import (
+    WEIGHTINGS,
+    combine,
+    combine_logits,
+    complete,
+    dynamic,
+    gradient,
+)
 
 K, B, C = 3, 40, 5
 NONE = Normalization.parse("none")
@@ -173,6 +180,19 @@ def test_a_recipe_sets_the_distance_and_the_softness_of_dynamic():
 def test_large_tau_is_the_mean():
     w = dynamic(teachers(), student(), LABELS, 0.5, tau=1e6)
     torch.testing.assert_close(w, torch.full((K, B), 1 / K), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["confidence", "dynamic"])
+def test_what_a_label_does_not_say_the_mean_prediction_does(name):
+    soft = F.one_hot(LABELS, teachers().shape[2]).float()
+    soft[1:] = 0
+    whole = complete(soft, teachers())
+    torch.testing.assert_close(whole.sum(1), torch.ones(B))
+    got = WEIGHTINGS[name](teachers(), student(), whole, 0.3)
+    labelled = WEIGHTINGS[name](teachers(), student(), LABELS, 0.3)
+    unlabelled = WEIGHTINGS[name](teachers(), student(), None, 0.3)
+    torch.testing.assert_close(got[:, :1], labelled[:, :1])
+    torch.testing.assert_close(got[:, 1:], unlabelled[:, 1:])
 
 
 # Combination

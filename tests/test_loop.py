@@ -195,6 +195,36 @@ def test_a_student_can_learn_without_labels(tmp_path):
     assert train(network(), tmp_path / "s", recipe, teacher=ensemble).top1 > 90
 
 
+@pytest.mark.parametrize("loss", ["kd", "standardized", "dkd", "dist"])
+def test_images_without_labels_are_learned_from_the_teacher(tmp_path, loss):
+    guide = network(1)
+    train(guide, tmp_path / "t", BASE.override({"epochs": 12, "crop": 0}))
+    images, labels = pictures()
+    labels[16:] = -1
+    recipe = BASE.override({"epochs": 12, "crop": 0, "distill": loss, "weighting": "dynamic"})
+    told = {"train": (images, labels), "validation": pictures(80, seed=1), "recipe": recipe}
+    ensemble = Ensemble([Member("t", guide, NORMALIZE)])
+    found = fit(network(), normalize=NORMALIZE, folder=tmp_path / "s", teacher=ensemble, **told)
+    assert found.top1 > 90
+    assert found.history[-1]["train_top1"] * 16 / 100 % 1 == 0  # of those with a label
+    with pytest.raises(DataError, match="smallest -1"):
+        fit(network(), normalize=NORMALIZE, folder=tmp_path / "none", **told)
+
+
+def test_without_any_label_only_the_teacher_speaks(tmp_path):
+    images, labels = pictures()
+    recipe = BASE.override({"epochs": 1, "mixup": 0.4, "smoothing": 0.1})
+    told = {"normalize": NORMALIZE, "validation": None, "teacher": teacher()}
+    bare = (images, np.full_like(labels, -1))
+    found = fit(network(), train=bare, recipe=recipe, folder=tmp_path / "a", **told)
+    assert found.history[0]["train_top1"] is None
+    assert found.history[0]["train_label_loss"] == 0
+    weights = recipe.override({"label_weight": 0.0})
+    alike = fit(network(), train=(images, labels), recipe=weights, folder=tmp_path / "b", **told)
+    distill = "train_distill_loss"
+    assert found.history[0][distill] == pytest.approx(alike.history[0][distill], rel=1e-5)
+
+
 def test_a_callable_replaces_the_recipes_weighting(tmp_path):
     def only_second(teachers, student, labels, progress):
         return torch.tensor([0.0, 1.0]).view(2, 1).expand(2, student.shape[0])

@@ -115,6 +115,19 @@ def test_cross_entropy_hard_and_soft_agree(smoothing):
     assert cross_entropy(s, soft, smoothing=smoothing).item() == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_images_without_labels_add_nothing_to_the_mean(smoothing):
+    s = logits(0).requires_grad_()
+    soft = F.one_hot(LABELS, 5).float()
+    soft[1:] = 0
+    loss = cross_entropy(s, soft, smoothing=smoothing)
+    loss.backward()
+    alone = cross_entropy(logits(0)[:1], LABELS[:1], smoothing=smoothing)
+    assert loss.item() == pytest.approx(alone.item() / len(s), rel=1e-5)
+    assert bool((s.grad[1:] == 0).all())
+    assert bool((s.grad[0] != 0).any())
+
+
 def test_cross_entropy_computes_half_precision_in_float():
     s = (1e4 * torch.eye(5)).half().requires_grad_()
     loss = cross_entropy(s, torch.tensor([1, 2, 3, 4, 0]))

@@ -161,6 +161,27 @@ def test_images_without_labels_will_do(here, capsys, caplog):
         assert "needs labels, but the images of data photos" in capsys.readouterr().err
 
 
+def test_more_images_without_labels_are_learned_from_a_teacher(here, capsys):
+    images, labels = load_arrays(open_data("digits").train)
+    for number in range(100):
+        path = Path(f"few/{labels[number]}/{number}.png")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(images[number]).save(path)
+    Path("photos").mkdir()
+    for number, image in enumerate(images[100:900]):
+        Image.fromarray(image).resize((20, 20)).save(f"photos/{number}.png")
+    more = ["--unlabelled", "photos", "--teacher", "model.pth", "--epochs", "2"]
+    plan = ["--set", "batch=64", "--set", "temperature=1", "--set", "flip=false"]
+    argv = ["train", "resnet20", "--data", "few", *more, *plan, "--set", "lr=0.1", "-o", "s.pth"]
+    say(capsys, *argv)
+    told = as_json(capsys, "ensemble", "s.pth", "--data", "digits", "-o", "e.pth")
+    assert told["top1"] > 60
+    argv = ["qat", "--policy", "runs/model", *more, *plan, "--data", "few", "-o", "q"]
+    assert as_json(capsys, *argv)["validation_top1"] > 80
+    assert main([*argv[:3], "--unlabelled", "photos"]) == 2
+    assert "--unlabelled photos needs a --teacher" in capsys.readouterr().err
+
+
 def test_a_budget_that_is_measured(here, capsys):
     argv = ["analyze", "model.pth", "--num-score", "64", "-o", "d", "--max-drop"]
     told = as_json(capsys, *argv, "60", "--minimize", "size")

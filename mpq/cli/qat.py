@@ -25,6 +25,7 @@ from mpq.wide import Int16Form
 @options.data
 @options.data_root
 @training.holdout
+@training.unlabelled
 @training.recipe("qat")
 @training.epochs
 @training.settings
@@ -45,6 +46,7 @@ def qat(
     data: str | None,
     data_root: Path | None,
     holdout: int | None,
+    unlabelled: str | None,
     recipe: str,
     epochs: int | None,
     settings: tuple[str, ...],
@@ -73,8 +75,10 @@ def qat(
     check_start(folder, written, resume=resume, force=force)
     check_policy_file(path, folder, force=force)
     plan = training.recipe_from(recipe, epochs, settings, compiling=compiling)
-    training.check_plan(plan, device=device, teacher=teacher, answers=answers)
-    source = Source(data, data_root, holdout)
+    training.check_plan(
+        plan, device=device, teacher=teacher, answers=answers, unlabelled=unlabelled
+    )
+    source = Source(data, data_root, holdout, unlabelled)
     subject = policy_subject(policy, path, source, weights=True, trust_pickle=trust_pickle)
     ensemble = training.load_teacher(teacher, teacher_normalize)
     with training.live(plan.epochs) as (on_step, on_epoch):

@@ -20,6 +20,7 @@ from mpq.processes import leading
 @options.data
 @options.data_root
 @training.holdout
+@training.unlabelled
 @options.normalize
 @training.teacher
 @training.teacher_normalize
@@ -43,6 +44,7 @@ def train(
     data: str | None,
     data_root: Path | None,
     holdout: int | None,
+    unlabelled: str | None,
     normalize: Normalization | None,
     teacher: Path | None,
     teacher_normalize: str,
@@ -73,9 +75,12 @@ def train(
     if show_recipe:
         click.echo(plan.to_yaml(), nl=False)
         return
-    training.check_plan(plan, device=device, teacher=teacher, answers=answers)
+    training.check_plan(
+        plan, device=device, teacher=teacher, answers=answers, unlabelled=unlabelled
+    )
     check_start(working_folder(out), out, resume=resume, force=force)
-    subject = new_subject(arch, Source(data, data_root, holdout), normalize=normalize, seed=seed)
+    source = Source(data, data_root, holdout, unlabelled)
+    subject = new_subject(arch, source, normalize=normalize, seed=seed)
     options.say(
         f"{arch} on {subject.data_name}: {subject.info.classes} classes, "
         f"normalization {subject.info.normalize}, {plan.epochs} epochs"

@@ -57,6 +57,12 @@ holdout = click.option(
     type=click.IntRange(min=0),
     help="Training images kept out, to choose by; 0 trains on all.  [default: 10 %]",
 )
+# unlabelled: str | None
+unlabelled = click.option(
+    "--unlabelled",
+    metavar="NAME",
+    help="More images to distil from, named as --data is; their labels do not count.",
+)
 # epochs: int | None
 epochs = click.option(
     "--epochs", metavar="N", type=click.IntRange(min=1), help="Epochs, instead of the recipe's."
@@ -127,13 +133,25 @@ def recipe_from(
     return Recipe.load(name).override(changes)
 
 
-def check_plan(recipe: Recipe, *, device: str, teacher: Path | None, answers: Path | None) -> None:
+def check_plan(
+    recipe: Recipe,
+    *,
+    device: str,
+    teacher: Path | None,
+    answers: Path | None,
+    unlabelled: str | None,
+) -> None:
     """Refuse before any work what training would refuse.
 
     Raises:
-        UsageError: no compiler for `device` where the recipe wants one, or features to distil from
-            together with kept answers.
+        UsageError: no compiler for `device` where the recipe wants one, features to distil from
+            together with kept answers, or images without labels where no teacher answers them.
     """
+    if unlabelled is not None and teacher is None:
+        raise UsageError(
+            f"--unlabelled {unlabelled} needs a --teacher: nothing else says what these images "
+            "are. The network before it is quantized can be its own: --teacher model.pth."
+        )
     if recipe.compile:
         require_compiler(device)
     check_features(recipe, teacher, answers)
@@ -182,10 +200,12 @@ def live(epochs: int) -> Iterator[Hooks]:
 
         def on_epoch(record: Record) -> None:
             val = record.get("val_top1")
-            shown = "" if val is None else f"  validation {val:.2f} %"
+            train = record["train_top1"]
+            shown = "" if train is None else f"  training {train:.2f} %"
+            shown += "" if val is None else f"  validation {val:.2f} %"
             options.say(
-                f"epoch {record['epoch'] + 1}/{epochs}  loss {record['train_loss']:.4f}  "
-                f"training {record['train_top1']:.2f} %{shown}  {record['seconds']:.1f} s"
+                f"epoch {record['epoch'] + 1}/{epochs}  loss {record['train_loss']:.4f}"
+                f"{shown}  {record['seconds']:.1f} s"
             )
 
         yield on_step, on_epoch

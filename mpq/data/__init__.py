@@ -11,9 +11,17 @@
 from __future__ import annotations
 
 from mpq.data.cache import load_arrays
-from mpq.data.catalog import open_data
+from mpq.data.catalog import open_data, open_unlabelled
 from mpq.data.normalize import Normalization
 from mpq.data.sources import DataSet, Source
 from mpq.data.splits import sample_indices
 
-__all__ = ["DataSet", "Normalization", "Source", "load_arrays", "open_data", "sample_indices"]
+__all__ = [
+    "DataSet",
+    "Normalization",
+    "Source",
+    "load_arrays",
+    "open_data",
+    "open_unlabelled",
+    "sample_indices",
+]

@@ -13,7 +13,7 @@ from mpq.data.containers import Folder
 from mpq.data.digits import open_digits
 from mpq.data.factory import is_factory, open_factory
 from mpq.data.folders import archive_name, open_folders
-from mpq.data.sources import DataSet
+from mpq.data.sources import DataSet, Source
 from mpq.data.splits import Splits, divide
 from mpq.errors import DataError, nearest
 
@@ -57,6 +57,16 @@ def open_data(
     if isinstance(found, DataSet):
         return found
     return divide(found, name=text, holdout=holdout, seed=seed)
+
+
+def open_unlabelled(
+    name: str | Path, *, root: str | Path | None = None, size: tuple[int, int] | None = None
+) -> Source:
+    """All training images under a name of `open_data`, none held out; their labels mean nothing.
+
+    A test split that the data bring is left alone. Raises as `open_data`.
+    """
+    return _open(str(name).strip(), root, size).train
 
 
 def _open(name: str, root: str | Path | None, size: tuple[int, int] | None) -> Splits | DataSet:

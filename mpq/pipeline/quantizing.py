@@ -144,7 +144,6 @@ def run_qat(
         CheckpointError: teachers of other classes.
         TrainError: a loss that is not finite, or a checkpoint of another run.
     """
-    data = subject.require_data("qat")
     check_teacher(teacher, subject.info)
     policy = policy if int16_form is None else take_form(policy, int16_form)
     images = subject.sample(policy.data.samples or 512, seed, "qat")
@@ -158,7 +157,7 @@ def run_qat(
         on_start()
     result = fit(
         graph.module,
-        train=subject.arrays(data.train),
+        train=subject.learned(),
         validation=subject.held_out(),
         normalize=subject.normalize,
         recipe=recipe,

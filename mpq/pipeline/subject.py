@@ -15,7 +15,14 @@ from torch import Tensor, nn
 
 from mpq import zoo
 from mpq.checkpoint import Loaded, load_model, weights_hash
-from mpq.data import DataSet, Normalization, load_arrays, open_data, sample_indices
+from mpq.data import (
+    DataSet,
+    Normalization,
+    load_arrays,
+    open_data,
+    open_unlabelled,
+    sample_indices,
+)
 from mpq.data.normalize import NAMED
 from mpq.data.sources import Source as Split
 from mpq.errors import CheckpointError, DataError, PolicyError, UsageError
@@ -33,19 +40,31 @@ _NEUTRAL = NAMED["none"]
 
 @dataclass(frozen=True)
 class Source:
-    """Where a command finds its data: the options `--data`, `--data-root` and `--holdout`."""
+    """Where a command finds its images: `--data`, `--data-root`, `--holdout`, `--unlabelled`."""
 
     data: str | None = None
     root: Path | None = None
     holdout: int | None = None
+    unlabelled: str | None = None
+
+    def more(self, size: tuple[int, int]) -> Split | None:
+        """The images without labels, resized to `size`, if any are named.
+
+        Raises:
+            DataError: nothing under that name.
+        """
+        if self.unlabelled is None:
+            return None
+        return open_unlabelled(self.unlabelled, root=self.root, size=size)
 
 
 @dataclass(frozen=True)
 class Subject:
     """A network and its data; `data` is None for a data-free analysis.
 
-    Where the images have no labels, what the network itself answers stands in for them: accuracy is
-    then agreement with the network before it was changed.
+    Where the images of `data` have no labels, what the network itself answers stands in for them:
+    accuracy is then agreement with the network before it was changed. `unlabelled` are more images
+    to train on, of which only teachers speak.
     """
 
     module: nn.Module
@@ -53,6 +72,7 @@ class Subject:
     data: DataSet | None
     data_name: str
     normalize: Normalization
+    unlabelled: Split | None = None
 
     def graph(self) -> QuantGraph:
         """The float graph.
@@ -83,6 +103,18 @@ class Subject:
         """
         split = self.require_data("validation").validation
         return self.arrays(split) if len(split) else None
+
+    def learned(self) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+        """Images and labels to train on; -1 where there is no label.
+
+        Raises:
+            DataError: there are no data.
+        """
+        images, labels = self.arrays(self.require_data("training").train)
+        if self.unlabelled is None:
+            return images, labels
+        more, _ = load_arrays(self.unlabelled)
+        return np.concatenate([images, more]), np.concatenate([labels, np.full(len(more), -1)])
 
     def arrays(self, source: Split) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
         """All images and labels of a split of the data."""
@@ -168,7 +200,8 @@ def subject_of(
             "sha256": weights_hash(loaded.module.state_dict()),
         }
     )
-    return _normalized(Subject(loaded.module, info, data, name, _NEUTRAL), normalize)
+    more = source.more(info.input[1:])
+    return _normalized(Subject(loaded.module, info, data, name, _NEUTRAL, more), normalize)
 
 
 def _normalized(subject: Subject, normalize: Normalization | None) -> Subject:
@@ -262,7 +295,8 @@ def policy_subject(
         module = _load_weights(info, where, trust_pickle)
     else:
         module = zoo.build(info.arch, info.classes, in_channels=info.input[0])
-    subject = Subject(module, info, _data(name, source, info), name, _NEUTRAL)
+    data, more = _data(name, source, info), source.more(info.input[1:])
+    subject = Subject(module, info, data, name, _NEUTRAL, more)
     if weights:
         _tell_unlabelled(subject.data, name)
     return _normalized(subject, None) if weights or info.normalize else subject

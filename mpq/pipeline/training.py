@@ -52,7 +52,7 @@ def new_subject(
         input=(channels, *data.size),
         normalize=str(normalize),
     )
-    return Subject(module, info, data, name, normalize)
+    return Subject(module, info, data, name, normalize, source.more(data.size))
 
 
 def run_train(
@@ -77,12 +77,11 @@ def run_train(
         CheckpointError: teachers of other classes.
         TrainError, DataError: as `mpq.train.loop.fit`.
     """
-    data = subject.require_data("training")
     check_teacher(teacher, subject.info)
     folder = working_folder(out)
     result = fit(
         subject.module,
-        train=subject.arrays(data.train),
+        train=subject.learned(),
         validation=subject.held_out(),
         normalize=subject.normalize,
         recipe=recipe,

@@ -31,7 +31,7 @@ class Targets:
     """Labels of a batch, perhaps mixed: `share * one_hot(first) + (1 - share) * one_hot(second)`.
 
     Args:
-        first: class ids `[B]`.
+        first: class ids `[B]`; -1 where an image has no label.
         second: class ids `[B]` of the partners; None if nothing was mixed.
         share: `[B]` in 0..1; None if nothing was mixed.
     """
@@ -40,13 +40,21 @@ class Targets:
     second: Tensor | None = None
     share: Tensor | None = None
 
-    def for_classes(self, classes: int) -> Tensor:
-        """Class ids `[B]`, or probabilities `[B, classes]` if mixed."""
+    def for_classes(self, classes: int, *, partial: bool = False) -> Tensor:
+        """Class ids `[B]`, or probabilities `[B, classes]` if mixed or `partial`.
+
+        With `partial` some images may have no label: their part of a row is zero.
+        """
         if self.second is None or self.share is None:
-            return self.first
+            return _one_hot(self.first, classes).float() if partial else self.first
         share = self.share.unsqueeze(1)
-        mixed = share * F.one_hot(self.first, classes)
-        return mixed + (1 - share) * F.one_hot(self.second, classes)
+        mixed = share * _one_hot(self.first, classes)
+        return mixed + (1 - share) * _one_hot(self.second, classes)
+
+
+def _one_hot(labels: Tensor, classes: int) -> Tensor:
+    """`[B, classes]`, a row of zeros where a label is -1."""
+    return F.one_hot(labels.clamp(min=0), classes) * (labels >= 0).unsqueeze(1)
 
 
 def augment(images: Tensor, recipe: Recipe, rng: np.random.Generator) -> Tensor:

@@ -113,6 +113,7 @@ class Engine:
             seen = to_unit(self.images[:2].to(self.device))
             self.features = Features(step, teacher, images=seen, inputs=self._input(seen))
         self.classes = int(train[1].max()) + 1
+        self.partial = int(train[1].min()) < 0
         self.steps = max(1, len(self.images) // recipe.batch)
         identity = {
             "recipe": recipe.model_dump(),
@@ -221,7 +222,7 @@ class Engine:
         with self._autocast():
             student, teachers, features = self._answer(images)
         self._check_logits(student, teachers)
-        labels = targets.for_classes(student.shape[1])
+        labels = targets.for_classes(student.shape[1], partial=self.partial)
         parts = self.objective(student, teachers, labels, progress=progress, features=features)
         loss = parts.loss
         if self.recipe.dampen:

@@ -103,11 +103,12 @@ def top1(logits: Tensor, labels: Labels) -> float:
     return 100 * float((logits.argmax(1) == as_tensor(labels)).double().mean())
 
 
-def check_images(images: Images, labels: Labels | None = None) -> None:
+def check_images(images: Images, labels: Labels | None = None, *, partial: bool = False) -> None:
     """Refuse what the loop and the evaluation cannot take.
 
     Raises:
-        DataError: not uint8 `[n, H, W, 3]` with n >= 1, or labels that are not int `[n]`, >= 0.
+        DataError: not uint8 `[n, H, W, 3]` with n >= 1, or labels that are not int `[n]`, >= 0 (or,
+            with `partial`, -1).
     """
     if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8 or not len(images):
         raise DataError(
@@ -116,9 +117,10 @@ def check_images(images: Images, labels: Labels | None = None) -> None:
         )
     if labels is None:
         return
-    if labels.shape != (len(images),) or labels.dtype.kind not in "iu" or labels.min() < 0:
+    least = -1 if partial else 0
+    if labels.shape != (len(images),) or labels.dtype.kind not in "iu" or labels.min() < least:
         raise DataError(
-            f"labels must be {len(images)} class ids (integers >= 0), one for each image. "
+            f"labels must be {len(images)} class ids (integers >= {least}), one for each image. "
             f"Got {labels.dtype} {list(labels.shape)}"
             + (f", smallest {labels.min()}." if labels.size else ".")
         )

@@ -61,7 +61,8 @@ def fit(
     Args:
         model: normalized images `[B, 3, H, W]` to logits `[B, C]`; parameters whose name ends in
             `scale` are quantizer steps. It is left on `device`, in eval mode.
-        train: uint8 images `[n, H, W, 3]` and class ids `[n]`.
+        train: uint8 images `[n, H, W, 3]` and class ids `[n]`; -1: no label, and of that image only
+            the teacher speaks.
         validation: the same, looked at after each epoch, never used to choose.
         normalize: of the model's input; teachers have their own.
         recipe: all hyper-parameters.
@@ -76,14 +77,14 @@ def fit(
         on_epoch: called with the record of each epoch, after it has been saved.
 
     Raises:
-        DataError: images or labels that do not fit.
+        DataError: images or labels that do not fit, or no label where there is no teacher.
         TrainError: a loss that is not finite (names the first module at fault), or a checkpoint of
             another run.
         UsageError: a device that is not there, or no compiler where the recipe wants one.
     """
-    for images in (train, validation):
-        if images is not None:
-            check_images(*images)
+    check_images(*train, partial=teacher is not None)
+    if validation is not None:
+        check_images(*validation)
     engine = Engine(
         model,
         train,

@@ -4,7 +4,7 @@ With logits `z`, temperature `T` and `p = softmax(z / T)`, everything is compute
 `log_softmax`, never from the logarithm of a probability, so that `p` may underflow to zero: at any
 T from 0.1 to 100 and any finite logits the loss and its gradient are finite. Shapes: student and
 teacher `[B, C]` of any floating type, labels `[B]` (class indices) or `[B, C]` (probabilities, e.g.
-after mixup); the result is a float32 scalar, the mean over the batch.
+after mixup; a row of zeros: no label); the result is a float32 scalar, the mean over the batch.
 """
 
 from __future__ import annotations
@@ -20,10 +20,15 @@ VARIANCE_FLOOR = 1e-6
 def cross_entropy(student: Tensor, labels: Tensor, *, smoothing: float = 0.0) -> Tensor:
     """Cross-entropy with hard or soft labels; `smoothing` in 0..1 moves mass to all classes.
 
+    A row of zeros adds nothing to the mean: that image has no label.
     Source: label smoothing as in Szegedy et al., Rethinking the Inception Architecture, CVPR 2016.
     """
-    target = labels if labels.ndim == 1 else labels.float()
-    return F.cross_entropy(student.float(), target, label_smoothing=smoothing)
+    if labels.ndim == 1:
+        return F.cross_entropy(student.float(), labels, label_smoothing=smoothing)
+    target = labels.float()
+    if smoothing:  # by hand: torch's would give a row of zeros the uniform distribution
+        target = (1 - smoothing) * target + smoothing * target.mean(1, keepdim=True)
+    return F.cross_entropy(student.float(), target)
 
 
 def kd_loss(student: Tensor, teacher: Tensor, *, temperature: float) -> Tensor:

@@ -17,9 +17,9 @@ from mpq.train.objective import Parts
 METRICS = "metrics.jsonl"
 
 Record = dict[str, Any]
-"""One epoch: epoch, lr, train_loss, train_label_loss, train_top1, val_top1 (None without
-validation), seconds; with teachers also train_distill_loss and teacher_weights (a mean each),
-and train_feature_loss where feature maps count."""
+"""One epoch: epoch, lr, train_loss, train_label_loss, train_top1 (None without labels), val_top1
+(None without validation), seconds; with teachers also train_distill_loss and teacher_weights (a
+mean each), and train_feature_loss where feature maps count."""
 
 
 class Totals:
@@ -32,9 +32,10 @@ class Totals:
 
     def add(self, parts: Parts, student: Tensor, labels: Tensor) -> None:
         """Add one batch of logits `[B, C]`; mixed labels count as their larger half."""
-        truth = labels if labels.ndim == 1 else labels.argmax(1)
-        hits = (student.argmax(1) == truth).sum()
         zero = torch.zeros_like(parts.label)
+        truth = labels if labels.ndim == 1 else labels.argmax(1)
+        known = torch.ones_like(zero) if labels.ndim == 1 else (labels.sum(1) > 0).float()
+        hits = ((student.argmax(1) == truth) * known).mean()
         values = [
             parts.loss.detach(),
             parts.label,
@@ -44,21 +45,22 @@ class Totals:
         weights = [] if parts.weights is None else list(parts.weights.unbind())
         self.members, self.featured = len(weights), parts.feature is not None
         count = len(student)
-        row = torch.stack([torch.ones_like(zero), *values, hits / count, *weights]).double() * count
+        row = torch.stack([torch.ones_like(zero), *values, hits, known.mean(), *weights])
+        row = row.double() * count
         self.sums = row if self.sums is None else self.sums + row
 
     def record(self, accelerator: Accelerator) -> Record:
         """Means over all processes."""
         assert self.sums is not None, "an epoch has at least one step"
         count, *sums = accelerator.reduce(self.sums, reduction="sum").tolist()
-        loss, label, distill, feature, hits, *weights = (v / count for v in sums)
+        loss, label, distill, feature, hits, known, *weights = (v / count for v in sums)
         record: Record = {"train_loss": loss, "train_label_loss": label}
         if self.members:
             record["train_distill_loss"] = distill
             record["teacher_weights"] = weights
         if self.featured:
             record["train_feature_loss"] = feature
-        return {**record, "train_top1": 100 * hits}
+        return {**record, "train_top1": 100 * hits / known if known else None}
 
 
 def write_metrics(path: Path, history: Sequence[Record]) -> None:

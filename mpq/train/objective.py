@@ -11,7 +11,7 @@ from torch import Tensor
 from mpq.train import weighting as weightings
 from mpq.train.losses import cross_entropy, dist_loss, dkd_loss, kd_loss, standardize
 from mpq.train.recipe import Recipe
-from mpq.train.weighting import Weighting, combine_logits
+from mpq.train.weighting import Weighting, combine_logits, complete
 
 
 @dataclass(frozen=True)
@@ -56,14 +56,16 @@ class Objective:
     ) -> Parts:
         """The loss of logits `[B, C]` given teacher logits `[K, B, C]` and labels.
 
-        `labels` are `[B]` or `[B, C]`; `progress` runs from 0 to 1 over training; `features` are
-        distances `[K, B]` from each teacher's feature maps, weighed as the teachers are.
+        `labels` are `[B]` or `[B, C]`, a row of zeros for an image without a label: of that the
+        teachers alone speak. `progress` runs from 0 to 1 over training; `features` are distances
+        `[K, B]` from each teacher's feature maps, weighed as the teachers are.
         """
         recipe = self.recipe
         label = cross_entropy(student, labels, smoothing=recipe.smoothing)
         if teachers is None:
             return Parts(label, label.detach())
         with torch.no_grad():
+            labels = labels if labels.ndim == 1 else complete(labels, teachers)
             weights = self.weighting(teachers, student.detach(), labels, progress)
             members = standardize(teachers) if recipe.distill == "standardized" else teachers
             target = combine_logits(members, weights, recipe.temperature)

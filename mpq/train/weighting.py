@@ -154,6 +154,12 @@ def _risk(teachers: Tensor, labels: Tensor | None) -> Tensor:
     return -(labels.float() * log_p).sum(2)
 
 
+def complete(labels: Tensor, teachers: Tensor) -> Tensor:
+    """Probabilities `[B, C]`, with the members' mean prediction for what a row lacks to 1."""
+    lacking = (1 - labels.sum(1, keepdim=True)).clamp(min=0)
+    return labels + lacking * teachers.float().softmax(2).mean(0)
+
+
 WEIGHTINGS: dict[str, Weighting] = {
     "mean": mean,
     "vote": vote,
