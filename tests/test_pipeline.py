@@ -70,11 +70,23 @@ def test_all_images_may_be_trained_on(here, capsys):
     argv = ["train", "resnet20_conv", "--data", "digits", *FAST, "-o", "all.pth"]
     assert "none were held out" in say(capsys, *argv, "--holdout", "0")[0]
     argv = ["qat", "--policy", "runs/model/policy.yaml", *FAST, "-o", "all"]
-    assert as_json(capsys, *argv, "--holdout", "0")["validation_top1"] is None
+    told = as_json(capsys, *argv, "--holdout", "0")
+    assert told["validation_top1"] is told["calibrated_top1"] is None
     record = json.loads(Path("all/metrics.jsonl").read_text())
     assert record["val_top1"] is None
     held = as_json(capsys, *argv[:-1], "held", "--holdout", "50")["validation_top1"]
     assert held * 50 / 100 == pytest.approx(round(held * 50 / 100))  # of 50 images
+
+
+def test_training_says_what_it_gained_or_cost(here, capsys):
+    argv = ["qat", "--policy", "runs/model/policy.yaml", *FAST]
+    out, err = say(capsys, *argv, "--set", "lr=1", "-o", "a")
+    after = float(re.search(r"top-1 (\S+) %", out)[1])
+    before = float(re.search(r"as calibrated, before training, it was (\S+) %", err)[1])
+    assert 80 < before <= 100
+    assert after < before
+    assert "training cost accuracy" in err
+    assert "--set lr=0.1," in err
 
 
 def test_several_budgets_from_one_scoring(here, capsys, monkeypatch):

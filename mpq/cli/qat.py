@@ -104,5 +104,7 @@ def qat(
     if as_json:
         click.echo(json.dumps({"file": str(written), **found.metrics}))
     else:
-        options.show(training.outcome(found.metrics["validation_top1"], ", simulated"))
+        top1 = found.metrics["validation_top1"]
+        options.show(training.outcome(top1, ", simulated"))
+        training.gain(found.metrics["calibrated_top1"], top1, plan)
     options.say(f"wrote {written}; next: mpq export --onnx")

@@ -164,6 +164,18 @@ def outcome(top1: float | None, where: str = "") -> str:
     return f"top-1 {top1:.2f} % on the validation split{where}"
 
 
+def gain(before: float | None, after: float | None, recipe: Recipe) -> None:
+    """Say what training changed, and what to try where it did harm; top-1 in percent."""
+    if before is None or after is None:
+        return
+    options.say(f"as calibrated, before training, it was {before:.2f} %")
+    if after < before:
+        options.say(
+            "so training cost accuracy: its rate is too high for this network, or it was too "
+            f"short. Try --set lr={recipe.lr / 10:g}, or keep what mpq ptq gives"
+        )
+
+
 def _value(key: str, text: str) -> object:
     try:
         return yaml.safe_load(text)

@@ -151,6 +151,9 @@ def run_qat(
     if recipe.progressive_epochs:
         take_widths(graph.module, stage(graph.module, 0, recipe.progressive_epochs))
     quantize_graph(graph, images, progress=progress)
+    held, start = subject.held_out(), None
+    if held is not None and not recipe.progressive_epochs:  # which begins at other widths
+        start = accuracy(graph.module, *held, subject.normalize)
     if recipe.norm == "live":
         attach_norms(graph, images)
     if on_start:
@@ -158,7 +161,7 @@ def run_qat(
     result = fit(
         graph.module,
         train=subject.learned(),
-        validation=subject.held_out(),
+        validation=held,
         normalize=subject.normalize,
         recipe=recipe,
         folder=folder,
@@ -176,6 +179,7 @@ def run_qat(
         "stage": "qat",
         "epochs": recipe.epochs,
         "seed": seed,
+        "calibrated_top1": start,
         "validation_top1": result.top1,
         "teachers": [] if teacher is None else list(teacher.names),
     }
