@@ -19,6 +19,7 @@ import argparse
 import json
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,8 @@ from mpq.allocator import keep_freed
 from mpq.analyze import allocate, build_policy, score_layers
 from mpq.checkpoint import save_model
 from mpq.cli.training import recipe_from
-from mpq.data import Normalization, load_arrays
+from mpq.data import Normalization, load_arrays, sample_indices
+from mpq.data.sources import subset
 from mpq.export import float_to_onnx, to_onnx
 from mpq.pipeline.quantizing import run_ptq, run_qat
 from mpq.pipeline.subject import Source, Subject, open_checkpoint
@@ -57,6 +59,13 @@ def policy_for(configuration: str, subject: Subject) -> Policy:
     sensitivity = score_layers(subject.graph(), images, bits=bits)
     chosen = allocate(sensitivity, constraints)
     return build_policy(chosen, sensitivity, constraints=constraints, **named)
+
+
+def fewer(subject: Subject, count: int) -> Subject:
+    """The subject with no more than so many training images, each class equally often."""
+    data = subject.require_data("training")
+    some = subset(data.train, sample_indices(data.train, count, 0))
+    return replace(subject, data=replace(data, train=some))
 
 
 def make(
@@ -110,6 +119,8 @@ def measure(configuration: str, training: str, seed: int, options: Any) -> dict[
     normalize = Normalization.parse("imagenet")
     source = Source("cifar10", holdout=options.holdout, unlabelled=options.unlabelled)
     subject = open_checkpoint(options.model, source, normalize=normalize)
+    if options.labelled:
+        subject = fewer(subject, options.labelled)
     teacher = load_ensemble(options.teachers)
     name = f"{configuration.replace('/', '-')}-{training}-{options.name}-seed{seed}"
     folder = options.out / name
@@ -144,6 +155,7 @@ def main() -> None:
     parser.add_argument("--set", dest="settings", nargs="+", default=[], metavar="KEY=VALUE")
     parser.add_argument("--holdout", type=int, metavar="N",
                         help="training images left out; 0: none")  # fmt: skip
+    parser.add_argument("--labelled", type=int, metavar="N", help="so many training images only")
     parser.add_argument("--unlabelled", metavar="DATA", help="more images, for teachers alone")
     parser.add_argument("--name", default="base", help="of this recipe, in the table and on disk")
     parser.add_argument("--threads", type=int, default=2)

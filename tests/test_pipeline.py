@@ -68,7 +68,7 @@ def as_json(capsys, *argv: str) -> dict[str, object]:
 
 def test_all_images_may_be_trained_on(here, capsys):
     argv = ["train", "resnet20_conv", "--data", "digits", *FAST, "-o", "all.pth"]
-    assert "none were held out" in say(capsys, *argv, "--holdout", "0")[0]
+    assert "no images were held out" in say(capsys, *argv, "--holdout", "0")[0]
     argv = ["qat", "--policy", "runs/model/policy.yaml", *FAST, "-o", "all"]
     told = as_json(capsys, *argv, "--holdout", "0")
     assert told["validation_top1"] is told["calibrated_top1"] is None

@@ -199,6 +199,13 @@ def show(text: str) -> None:
     stdout.print(text, markup=False, soft_wrap=True)
 
 
+def outcome(top1: float | None, where: str) -> str:
+    """What is said of a network's accuracy in percent."""
+    if top1 is None:
+        return "no images were held out to measure on"
+    return f"top-1 {top1:.2f} % on {where}"
+
+
 def in_run(path: Path | None, file: str) -> Path:
     """The file that a command works on: `path`, or that file of the run `path`, or the newest.
 

@@ -113,9 +113,5 @@ def ptq(
         click.echo(json.dumps({"file": str(written), **found.metrics}))
     else:
         top1 = found.metrics["validation_top1"]
-        options.show(
-            "no images were held out to measure on"
-            if top1 is None
-            else f"top-1 {top1:.2f} % on a sample of the validation split, simulated"
-        )
+        options.show(options.outcome(top1, "a sample of the validation split, simulated"))
     options.say(f"wrote {written}; next: mpq export --onnx")

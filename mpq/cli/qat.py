@@ -105,6 +105,6 @@ def qat(
         click.echo(json.dumps({"file": str(written), **found.metrics}))
     else:
         top1 = found.metrics["validation_top1"]
-        options.show(training.outcome(top1, ", simulated"))
+        options.show(options.outcome(top1, "the validation split, simulated"))
         training.gain(found.metrics["calibrated_top1"], top1, plan)
     options.say(f"wrote {written}; next: mpq export --onnx")

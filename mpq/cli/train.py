@@ -106,5 +106,5 @@ def train(
     if as_json:
         click.echo(json.dumps({"file": str(out), "validation_top1": result.top1}))
     else:
-        options.show(training.outcome(result.top1))
+        options.show(options.outcome(result.top1, "the validation split"))
     options.say(f"wrote {out}; next: mpq analyze {out}")

@@ -157,13 +157,6 @@ def check_plan(
     check_features(recipe, teacher, answers)
 
 
-def outcome(top1: float | None, where: str = "") -> str:
-    """What a finished run says of its accuracy in percent."""
-    if top1 is None:
-        return "trained on all images: none were held out to measure on"
-    return f"top-1 {top1:.2f} % on the validation split{where}"
-
-
 def gain(before: float | None, after: float | None, recipe: Recipe) -> None:
     """Say what training changed, and what to try where it did harm; top-1 in percent."""
     if before is None or after is None:

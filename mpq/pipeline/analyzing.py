@@ -196,7 +196,7 @@ class _Work:
         """Measure random configurations on images that were not scored."""
         data = self.subject.require_data("--validate")
         assert images is not None
-        source = data.validation if len(data.validation) else data.test
+        source = data.validation if len(data.validation) else data.compared
         held, labels = self.subject.labelled(source, VALIDATION_IMAGES, self.how.seed)
         return measure_scores(
             graph,
