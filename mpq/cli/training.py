@@ -139,7 +139,7 @@ def check_plan(
     device: str,
     teacher: Path | None,
     answers: Path | None,
-    unlabelled: str | None,
+    unlabelled: str | None = None,
 ) -> None:
     """Refuse before any work what training would refuse.
 
