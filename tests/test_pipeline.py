@@ -79,14 +79,16 @@ def test_all_images_may_be_trained_on(here, capsys):
 
 
 def test_training_says_what_it_gained_or_cost(here, capsys):
-    argv = ["qat", "--policy", "runs/model/policy.yaml", *FAST]
-    out, err = say(capsys, *argv, "--set", "lr=1", "-o", "a")
-    after = float(re.search(r"top-1 (\S+) %", out)[1])
-    before = float(re.search(r"as calibrated, before training, it was (\S+) %", err)[1])
-    assert 80 < before <= 100
-    assert after < before
-    assert "training cost accuracy" in err
-    assert "--set lr=0.1," in err
+    train = ("train", "resnet20", "--data", "digits", "--init", "model.pth", "-o", "b.pth")
+    qat = ("qat", "--policy", "runs/model/policy.yaml", "-o", "a")
+    for argv, start in ((qat, "what mpq ptq gives"), (train, "model.pth")):
+        out, err = say(capsys, *argv, *FAST, "--set", "lr=1")
+        after = float(re.search(r"top-1 (\S+) %", out)[1])
+        before = float(re.search(r"before training it was (\S+) %", err)[1])
+        assert 80 < before <= 100
+        assert after < before
+        assert "training cost accuracy" in err
+        assert f"--set lr=0.1, or keep {start}" in err
 
 
 def test_several_budgets_from_one_scoring(here, capsys, monkeypatch):

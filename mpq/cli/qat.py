@@ -106,5 +106,6 @@ def qat(
     else:
         top1 = found.metrics["validation_top1"]
         options.show(options.outcome(top1, "the validation split, simulated"))
-        training.gain(found.metrics["calibrated_top1"], top1, plan)
+        before = found.metrics["calibrated_top1"]
+        training.gain(before, top1, plan, start="what mpq ptq gives")
     options.say(f"wrote {written}; next: mpq export --onnx")

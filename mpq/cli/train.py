@@ -107,4 +107,6 @@ def train(
         click.echo(json.dumps({"file": str(out), "validation_top1": result.top1}))
     else:
         options.show(options.outcome(result.top1, "the validation split"))
+        if init is not None:
+            training.gain(result.start, result.top1, plan, start=str(init))
     options.say(f"wrote {out}; next: mpq analyze {out}")

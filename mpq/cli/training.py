@@ -157,15 +157,18 @@ def check_plan(
     check_features(recipe, teacher, answers)
 
 
-def gain(before: float | None, after: float | None, recipe: Recipe) -> None:
-    """Say what training changed, and what to try where it did harm; top-1 in percent."""
+def gain(before: float | None, after: float | None, recipe: Recipe, *, start: str) -> None:
+    """Say what training changed, and what to try where it did harm; top-1 in percent.
+
+    `start` names what training began with.
+    """
     if before is None or after is None:
         return
-    options.say(f"as calibrated, before training, it was {before:.2f} %")
+    options.say(f"before training it was {before:.2f} %")
     if after < before:
         options.say(
             "so training cost accuracy: its rate is too high for this network, or it was too "
-            f"short. Try --set lr={recipe.lr / 10:g}, or keep what mpq ptq gives"
+            f"short. Try --set lr={recipe.lr / 10:g}, or keep {start}"
         )
 
 

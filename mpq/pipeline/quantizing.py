@@ -151,9 +151,6 @@ def run_qat(
     if recipe.progressive_epochs:
         take_widths(graph.module, stage(graph.module, 0, recipe.progressive_epochs))
     quantize_graph(graph, images, progress=progress)
-    held, start = subject.held_out(), None
-    if held is not None and not recipe.progressive_epochs:  # which begins at other widths
-        start = accuracy(graph.module, *held, subject.normalize)
     if recipe.norm == "live":
         attach_norms(graph, images)
     if on_start:
@@ -161,7 +158,7 @@ def run_qat(
     result = fit(
         graph.module,
         train=subject.learned(),
-        validation=held,
+        validation=subject.held_out(),
         normalize=subject.normalize,
         recipe=recipe,
         folder=folder,
@@ -179,7 +176,7 @@ def run_qat(
         "stage": "qat",
         "epochs": recipe.epochs,
         "seed": seed,
-        "calibrated_top1": start,
+        "calibrated_top1": None if recipe.progressive_epochs else result.start,  # at other widths
         "validation_top1": result.top1,
         "teachers": [] if teacher is None else list(teacher.names),
     }

@@ -33,10 +33,12 @@ class FitResult:
     Args:
         history: one record per epoch, as in `metrics.jsonl`.
         top1: validation accuracy in percent after the last epoch; None without validation.
+        start: the same before the first epoch, of the model as it was given, also when resumed.
     """
 
     history: list[Record]
     top1: float | None
+    start: float | None
 
 
 def fit(
@@ -98,6 +100,7 @@ def fit(
     )
     state = engine.state
     with engine.environment():
+        start = accuracy(model, *validation, normalize) if validation is not None else None
         _begin(engine, folder, resume=resume)
         while state.epoch < recipe.epochs:
             started = time.perf_counter()
@@ -115,7 +118,7 @@ def fit(
     if state.ema:
         model.load_state_dict(state.ema.module.state_dict())
     model.eval()
-    return FitResult(state.history, state.history[-1]["val_top1"])
+    return FitResult(state.history, state.history[-1]["val_top1"], start)
 
 
 def _begin(engine: Engine, folder: Path, *, resume: bool) -> None:
