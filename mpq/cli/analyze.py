@@ -22,6 +22,7 @@ from mpq.pipeline.analyzing import find_policy
 from mpq.pipeline.subject import Source, open_checkpoint
 from mpq.policy import Constraints, Policy
 from mpq.processes import leading
+from mpq.report.grid import counted
 from mpq.report.tables import configurations_table, sensitivity_table
 
 MINIMIZE = dict(zip(("bits", "size", "bops", "activation", "latency"), LIMITS, strict=True))
@@ -180,7 +181,7 @@ def _show(found: Analysis, folder: Path, as_json: bool) -> None:
         truth = found.validation
         options.show(
             f"scores against {len(truth.truths)} measured policies: Spearman's rho {truth.rho:.3f} "
-            f"({truth.images} validation images)"
+            f"({counted(truth.images, 'validation image')})"
         )
     if found.scores_from:
         options.say(f"scores from {found.scores_from}; --rescore scores anew")
@@ -190,7 +191,8 @@ def _show(found: Analysis, folder: Path, as_json: bool) -> None:
 
 def _refinement(refined: Refined) -> str:
     """What measuring configurations came to."""
-    told = f"{len(refined.trials)} policies measured on {len(refined.chosen.losses)} images"
+    policies = counted(len(refined.trials), "policy", "policies")
+    told = f"{policies} measured on {counted(len(refined.chosen.losses), 'image')}"
     if refined.again is None:
         return f"{told}; none was better than the search's own"
     off, error = refined.again

@@ -12,6 +12,7 @@ from mpq.cli import options
 from mpq.data import Normalization
 from mpq.pipeline.subject import Source
 from mpq.pipeline.training import build_ensemble, write_ensemble
+from mpq.report.grid import counted
 from mpq.report.tables import ensemble_table
 
 
@@ -61,5 +62,5 @@ def ensemble(
         click.echo(json.dumps({"file": str(out), "top1": found.top1, "members": members}))
     else:
         options.stdout.print(ensemble_table(rows))
-    options.say(f"measured on {len(dataset.validation):,} validation images of {name}")
+    options.say(f"measured on {counted(len(dataset.validation), 'validation image')} of {name}")
     options.say(f"wrote {out}; next: mpq qat --teacher {out}")

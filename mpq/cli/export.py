@@ -14,6 +14,7 @@ from mpq.export.form import INT4_FORMATS
 from mpq.pipeline.exporting import export_float, export_run, float_reference
 from mpq.pipeline.quantizing import load_quantized
 from mpq.pipeline.subject import Source
+from mpq.report.grid import counted
 
 
 @click.command()
@@ -110,20 +111,18 @@ def _summary(result: ExportResult) -> dict[str, object]:
 
 def _show(result: ExportResult) -> None:
     certificate, checked = result.certificate, result.verification
-    boundaries = certificate.boundaries
+    boundaries = counted(certificate.boundaries, "precision boundary", "precision boundaries")
     options.show(
         f"{result.bytes:,} bytes; {certificate.integer_macs_fraction:.1%} of the MACs run as "
-        f"integers, {boundaries} precision {'boundary' if boundaries == 1 else 'boundaries'}; "
-        f"needs {certificate.needs}"
+        f"integers, {boundaries}; needs {certificate.needs}"
     )
     for note in certificate.notes:
         options.show(note)
     if checked is None:
         options.show("not verified: there are no images to verify on")
         return
-    step = "step" if checked.max_step == 1 else "steps"
-    image = "image" if checked.n == 1 else "images"
+    images, steps = counted(checked.n, "image"), counted(checked.max_step, "step")
     options.show(
-        f"same class as the simulation on {checked.top1_agreement:.2%} of {checked.n:,} {image}, "
-        f"at most {checked.max_step} {step} apart"
+        f"same class as the simulation on {checked.top1_agreement:.2%} of {images}, "
+        f"at most {steps} apart"
     )

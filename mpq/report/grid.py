@@ -99,6 +99,11 @@ def columns(*heads: str) -> tuple[Column, ...]:
     )
 
 
+def counted(count: int, one: str, many: str = "") -> str:
+    """A number and what it counts: `1 image`, `1,000 images`; `many` where no `s` makes it."""
+    return f"{count:,} {one if count == 1 else many or one + 's'}"
+
+
 def short(value: float | None) -> str:
     """A count in three or four characters and a unit: `18.4k`, `1.18M`, `512`."""
     if value is None:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from mpq.report.grid import Grid, columns, fixed, short, tiny
+from mpq.report.grid import Grid, columns, counted, fixed, short, tiny
 
 Json = Mapping[str, Any]
 PARTS = {"weight": "W", "activation": "A"}
@@ -239,10 +239,9 @@ def certificate_table(certificate: Json) -> Grid:
     heads = columns("layer", "asked", "stored", "executed", "reason")
     keys = ("name", "asked", "stored", "executed", "reason")
     body = [tuple(str(layer[k] or "") for k in keys) for layer in certificate["layers"]]
-    count = certificate["boundaries"]
     note = (
         f"{certificate['integer_macs_fraction']:.1%} of the MACs run as integers; "
-        f"{count} {'boundary' if count == 1 else 'boundaries'} between integer and float"
+        f"{counted(certificate['boundaries'], 'boundary', 'boundaries')} between integer and float"
     )
     return Grid("What runs as integers", heads, tuple(body), note)
 
