@@ -13,6 +13,7 @@ from mpq.pipeline.guard import check_start
 from mpq.pipeline.subject import Source
 from mpq.pipeline.training import initial_weights, new_subject, run_train, working_folder
 from mpq.processes import leading
+from mpq.report.grid import counted
 
 
 @click.command()
@@ -83,7 +84,7 @@ def train(
     subject = new_subject(arch, source, normalize=normalize, seed=seed)
     options.say(
         f"{arch} on {subject.data_name}: {subject.info.classes} classes, "
-        f"normalization {subject.info.normalize}, {plan.epochs} epochs"
+        f"normalization {subject.info.normalize}, {counted(plan.epochs, 'epoch')}"
     )
     if init is not None:
         initial_weights(subject, init)
