@@ -25,7 +25,8 @@ EDGE = 1e-6
 outside, as ReLU has it: a quantizer that begins there passes what the ReLU before it would."""
 
 PIECE = 2**17
-"""Elements at a time on a CPU: half a megabyte, so that three such buffers fit its cache."""
+"""Elements at a time and thread on a CPU: half a megabyte, so that three such buffers fit its
+cache. A piece of that size shared by threads is too small for them to gain by it."""
 
 HALVES = (torch.bfloat16, torch.float16)
 """Their 8 or 11 significant bits do not hold an 8-bit grid: computed in float32."""
@@ -98,10 +99,11 @@ def _in_pieces(x: Tensor, scale: Tensor, zero: Tensor, axis: int) -> bool:
 
 
 def _pieces(x: Tensor, scale: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Rows of `x` of about `PIECE` elements, and their steps."""
+    """Rows of `x` of about `PIECE` elements for each thread, and their steps."""
     one = scale.numel() == 1
     s = per_axis(scale, x.ndim)
-    count = max(1, PIECE * len(x) // max(1, x.numel()))
+    size = PIECE * torch.get_num_threads()
+    count = max(1, size * len(x) // max(1, x.numel()))
     for start in range(0, len(x), count):
         rows = slice(start, start + count)
         yield rows, s if one else s[rows]
