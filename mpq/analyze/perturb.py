@@ -12,11 +12,10 @@ every policy and are left out.
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -168,21 +167,8 @@ def _private_copy(qg: QuantGraph) -> QuantGraph:
     graph = qg.copy()
     graph.module.eval().requires_grad_(False)
     for module in graph.module.modules():
-        if getattr(module, "inplace", False):
+        if getattr(module, "inplace", False):  # inside modules that are kept as they are
             module.inplace = False  # type: ignore[assignment]
-    functions: dict[Any, Any] = {
-        operator.iadd: operator.add,
-        operator.imul: operator.mul,
-        torch.relu_: torch.relu,
-    }
-    for node in graph.module.graph.nodes:
-        if node.op == "call_function":
-            node.target = functions.get(node.target, node.target)
-        elif node.op == "call_method" and str(node.target).endswith("_"):
-            node.target = str(node.target).removesuffix("_")
-        if node.kwargs.get("inplace"):
-            node.kwargs = {**node.kwargs, "inplace": False}
-    graph.module.recompile()
     return graph
 
 

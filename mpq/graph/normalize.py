@@ -1,9 +1,10 @@
 """Make graphs uniform before anything else looks at them.
 
-Dropout and identity go; functional convolutions and matrix products of parameters become modules;
-a module that is called several times gets one copy per call (sharing its parameters), so that a
-node and a module path are the same thing; global means become `AdaptiveAvgPool2d(1)`, the form for
-which a runtime has an integer kernel; gated activations become gate and product.
+Nothing works in place; dropout and identity go; functional convolutions and matrix products of
+parameters become modules; a module that is called several times gets one copy per call (sharing its
+parameters), so that a node and a module path are the same thing; global means become
+`AdaptiveAvgPool2d(1)`, the form for which a runtime has an integer kernel; gated activations become
+gate and product.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from torch import fx, nn
 
 from mpq.graph.gates import open_gates
+from mpq.graph.inplace import out_of_place
 from mpq.graph.ir import QuantGraph
 from mpq.graph.kinds import kind_of
 from mpq.graph.shapes import ranks
@@ -24,6 +26,7 @@ from mpq.graph.shapes import ranks
 def normalize(qg: QuantGraph) -> int:
     """Run all rewrites; return how many there were."""
     rewrites = (
+        out_of_place,
         _positional_inputs,
         _drop_identities,
         _functional_layers,

@@ -8,6 +8,7 @@ wrong with the name of the pass.
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable
 from functools import partial
@@ -29,6 +30,9 @@ from mpq.policy import Policy
 logger = logging.getLogger(__name__)
 Pass = Callable[[QuantGraph], int]
 TO_FLOAT: tuple[Pass, ...] = (normalize, fold_bn, describe)
+
+TOLERANCE = 1e-3
+"""How far a float graph may be from its model, to the largest output: folded norms round."""
 
 
 def run(qg: QuantGraph, passes: tuple[Pass, ...], *, needs: Stage, gives: Stage) -> QuantGraph:
@@ -65,10 +69,42 @@ def to_float(model: nn.Module, example: Tensor) -> QuantGraph:
         example: an input batch `[N, C, H, W]`.
 
     Raises:
-        GraphError: the model cannot be traced or run, or has no layers.
+        GraphError: the model cannot be traced or run, or has no layers; or the graph does not
+            answer as the model does.
     """
-    qg = trace(model, example.detach().clone())
-    return run(qg, TO_FLOAT, needs="traced", gives="float")
+    qg = run(trace(model, example.detach().clone()), TO_FLOAT, needs="traced", gives="float")
+    _check_answers(qg, model)
+    return qg
+
+
+@torch.no_grad()
+def _check_answers(qg: QuantGraph, model: nn.Module) -> None:
+    """Refuse a graph that lost a part of what the model computes.
+
+    Tracing follows values by name: it misses what is changed through another name of the same
+    memory. Passes replace modules, and their hooks with them.
+    """
+    model = copy.deepcopy(model).eval()
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(qg.example[:1].shape, generator=generator).to(qg.example)
+    found, expected = qg.module(noise.clone()), model(noise.clone())
+    if not isinstance(expected, Tensor) or not bool(expected.isfinite().all()):
+        return
+    size = float(expected.abs().amax())
+    apart = float((found - expected).abs().amax())
+    if apart <= TOLERANCE * size:
+        return
+    name = type(model).__name__
+    if not torch.equal(model(noise.clone()), expected):
+        logger.warning("%s answers differently each time, also in eval mode", name)
+        return
+    raise GraphError(
+        f"the graph traced from {name} must answer as the model does, but on noise it is "
+        f"{apart / size:.1%} of the largest output apart. Tracing does not see a tensor that is "
+        "changed in place through a second name (a view, a slice, `y = x; y += 1`), and folding "
+        "loses the hooks of a batch norm. Give the result of such a step a name of its own, and "
+        "write what a hook does into the forward."
+    )
 
 
 def prepare(

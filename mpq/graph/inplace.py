@@ -1,0 +1,84 @@
+"""Operations that overwrite their input become ones that make a new tensor.
+
+What a graph means should not hang on what shares memory: every later pass moves values (behind a
+quantizer, into an exported file, out of a backward pass) as if a node's value never changed.
+"""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from mpq.graph.ir import QuantGraph
+
+_OPERATORS: dict[Callable[..., Any], Callable[..., Any]] = {
+    operator.iadd: operator.add,
+    operator.isub: operator.sub,
+    operator.imul: operator.mul,
+    operator.itruediv: operator.truediv,
+}
+
+
+def out_of_place(qg: QuantGraph) -> int:
+    """Rewrite them all; return how many there were.
+
+    Nodes that read an overwritten input later read the new tensor, as they saw its values.
+    """
+    modules = dict(qg.module.named_modules())
+    nodes, count = list(qg.module.graph.nodes), 0
+    for i, node in enumerate(nodes):
+        if _rewrite(node, modules):
+            later = set(nodes[i + 1 :])
+            node.all_input_nodes[0].replace_all_uses_with(node, later.__contains__)
+            count += 1
+    return count
+
+
+def _rewrite(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """Give a node that overwrites its first input the form that does not; False for others."""
+    if not node.all_input_nodes:
+        return False
+    if node.op == "call_module":
+        module = modules[str(node.target)]
+        found = getattr(module, "inplace", False) is True
+        if found:
+            module.inplace = False  # type: ignore[assignment]
+        return found
+    if node.op == "call_method":
+        twin = str(node.target).removesuffix("_")
+        found = twin != node.target and hasattr(Tensor, twin)
+        if found:
+            node.target = twin
+        return found
+    if node.op == "call_function":
+        return _rewrite_function(node)
+    return False
+
+
+def _rewrite_function(node: fx.Node) -> bool:
+    assert callable(node.target)
+    name = getattr(node.target, "__name__", "")
+    twin = _OPERATORS.get(node.target)
+    if name.endswith("_") and not name.endswith("__"):
+        plain = name.removesuffix("_")
+        twin = getattr(torch, plain, None) or getattr(F, plain, None)
+    if twin is not None:
+        node.target = twin
+        return True
+    if node.kwargs.get("inplace"):
+        node.kwargs = {**node.kwargs, "inplace": False}
+        return True
+    try:
+        place = list(inspect.signature(node.target).parameters).index("inplace")
+    except (TypeError, ValueError):  # no such parameter, or a function of C, which tells none
+        return False
+    found = len(node.args) > place and node.args[place] is True
+    if found:
+        node.update_arg(place, False)
+    return found
