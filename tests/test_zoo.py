@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import logging
 import sys
-import time
 
 import pytest
 import torch
@@ -245,13 +244,12 @@ def test_every_torchvision_network_has_the_tensor_of_its_family():
     assert lacking == []
 
 
-def test_detection_is_fast_and_does_not_depend_on_the_order_of_names():
+def test_detection_builds_few_networks_and_does_not_depend_on_the_order_of_names():
     state = _empty("mobilenet_v3_large", 5).state_dict()
     shuffled = dict(sorted(state.items()))
     template.cache_clear()
-    start = time.perf_counter()
     assert zoo.detect(shuffled) == ("mobilenet_v3_large", 5)
-    assert time.perf_counter() - start < 5
+    assert template.cache_info().misses < len(zoo.names()) / 3
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "net."])
