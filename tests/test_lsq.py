@@ -106,3 +106,41 @@ def test_fake_quant_trains_its_step_and_counts_one_image():
     scale = quantizer.scale.detach().clone().requires_grad_()
     reference(x, scale, quantizer.zero_point, spec, 0, 3 * 5 * 5).square().sum().backward()
     assert float(quantizer.scale.grad) == pytest.approx(float(scale.grad), rel=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+def test_halves_come_out_as_halves_of_the_same_grid(dtype: torch.dtype, granularity: str):
+    spec, x, scale, zero = example(8, False, granularity, 0)
+    x = x.detach().to(dtype).requires_grad_()
+    scale = scale.detach().float().requires_grad_()
+    found = learned_fake_quantize(x, scale, zero, spec, axis=0, count=30)
+    wide = x.detach().float().requires_grad_()
+    expected = learned_fake_quantize(wide, scale, zero, spec, axis=0, count=30)
+    assert torch.equal(found, expected.to(dtype))
+
+    upstream = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    dx, ds = torch.autograd.grad((found * upstream).sum(), (x, scale))
+    dx_wide, ds_wide = torch.autograd.grad((expected * upstream.float()).sum(), (wide, scale))
+    assert torch.equal(dx.float(), dx_wide)
+    torch.testing.assert_close(ds, ds_wide, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+def test_pieces_and_the_whole_have_the_same_gradients(granularity: str, monkeypatch):
+    spec, x, scale, zero = example(4, False, granularity, 0)
+    x = x.detach().float().requires_grad_()
+    scale = scale.detach().float().requires_grad_()
+    upstream = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+
+    def gradients() -> tuple[Tensor, Tensor, Tensor]:
+        out = learned_fake_quantize(x, scale, zero, spec, axis=0, count=30)
+        return (out, *torch.autograd.grad((out * upstream).sum(), (x, scale)))
+
+    monkeypatch.setattr("mpq.quant.lsq.PIECE", 7)
+    pieces = gradients()
+    monkeypatch.setattr("mpq.quant.lsq._in_pieces", lambda *_: False)
+    whole = gradients()
+    assert torch.equal(pieces[0], whole[0])
+    assert torch.equal(pieces[1], whole[1])
+    torch.testing.assert_close(pieces[2], whole[2], rtol=1e-5, atol=1e-6)

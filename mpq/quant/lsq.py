@@ -4,9 +4,12 @@ Forward is the one formula of `mpq.numerics`. Backward passes the gradient strai
 the range; with `v = x / s` and `q = clip(rint(v), qmin - z, qmax - z)` the step receives
 `dy/ds = q - [v inside] v`, scaled by `g = 1 / sqrt(n qmax)`.
 
-Only `x` is kept for the backward pass, which the layer before keeps anyway; `q` is computed again.
-There are two ways to the same numbers: on a CPU piece by piece, so that the passes of a piece find
-it in the cache; and as a whole, for accelerators and for a compiler, which fuses the passes itself.
+Nothing is kept for the backward pass but `x`, which the layer before keeps anyway, and where one
+step serves a whole float tensor what comes out, `y = s q`, which the layer behind keeps anyway: of
+them `ds = (y - [v inside] x) / s` needs no division and no rounding. Elsewhere `q` is computed
+again. There are two ways to the same numbers: on a CPU piece by piece, so that the passes of a
+piece find it in the cache; and as a whole, for accelerators and for a compiler, which fuses the
+passes itself.
 """
 
 from __future__ import annotations
@@ -24,12 +27,13 @@ EDGE = 1e-6
 """Values this much, relatively, beyond an end of the range count as lying on it. An end at zero is
 outside, as ReLU has it: a quantizer that begins there passes what the ReLU before it would."""
 
-PIECE = 2**17
-"""Elements at a time and thread on a CPU: half a megabyte, so that three such buffers fit its
-cache. A piece of that size shared by threads is too small for them to gain by it."""
+PIECE = 2**18
+"""Elements at a time and thread on a CPU: a megabyte, so that a few such buffers fit its cache. A
+piece of that size shared by threads is too small for them to gain by it."""
 
 HALVES = (torch.bfloat16, torch.float16)
-"""Their 8 or 11 significant bits do not hold an 8-bit grid: computed in float32."""
+"""Their 8 or 11 significant bits do not hold an 8-bit grid: computed in float32. They come out as
+they came in: a layer that computes in halves would round its input to them itself."""
 
 
 class _LearnedStep(torch.autograd.Function):
@@ -37,24 +41,31 @@ class _LearnedStep(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, scale: Tensor, zero: Tensor, spec: QuantSpec, axis: int, g: float
     ) -> Tensor:
-        ctx.save_for_backward(x, scale, zero)
         ctx.spec, ctx.axis, ctx.g = spec, axis, g
         if not _in_pieces(x, scale, zero, axis):
-            return fake_quantize(_wide(x), scale, zero, spec, axis)
+            ctx.save_for_backward(x, scale, zero)
+            return fake_quantize(_wide(x), scale, zero, spec, axis).to(x.dtype)
         low, high = _ends(spec, zero)
-        out = torch.empty_like(x, dtype=torch.float32 if x.dtype in HALVES else x.dtype)
+        out = torch.empty_like(x)
         for rows, s in _pieces(x, scale):
-            part = torch.div(_wide(x[rows]), s, out=out[rows])
-            part.round_().clamp_(low, high).mul_(s)
+            if x.dtype in HALVES:
+                out[rows] = _on_grid(x[rows], s, low, high)
+            else:
+                torch.div(x[rows], s, out=out[rows]).round_().clamp_(low, high).mul_(s)
+        kept = (out,) if scale.numel() == 1 and x.dtype not in HALVES else ()
+        ctx.save_for_backward(x, scale, zero, *kept)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, scale, zero = ctx.saved_tensors
-        pieces = _in_pieces(x, scale, zero, ctx.axis)
-        backward = _backward_in_pieces if pieces else _backward_whole
-        dx, d_scale = backward(grads[0], x, scale, zero, ctx.spec, ctx.axis)
-        return dx, d_scale.to(scale.dtype) * ctx.g, None, None, None, None
+        x, scale, zero, *kept = ctx.saved_tensors
+        if not _in_pieces(x, scale, zero, ctx.axis):
+            dx, ds = _backward_whole(grads[0], x, scale, zero, ctx.spec, ctx.axis)
+        elif scale.numel() == 1:
+            dx, ds = _backward_one(grads[0], x, kept, scale, zero, ctx.spec)
+        else:
+            dx, ds = _backward_rows(grads[0], x, scale, zero, ctx.spec)
+        return dx, ds.to(scale.dtype) * ctx.g, None, None, None, None
 
 
 def _backward_whole(
@@ -70,23 +81,49 @@ def _backward_whole(
     return dx, ds.sum() if scale.numel() == 1 else ds.transpose(0, axis).flatten(1).sum(1)
 
 
-def _backward_in_pieces(
-    grad: Tensor, x: Tensor, scale: Tensor, zero: Tensor, spec: QuantSpec, axis: int
+def _backward_one(
+    grad: Tensor, x: Tensor, kept: list[Tensor], scale: Tensor, zero: Tensor, spec: QuantSpec
 ) -> tuple[Tensor, Tensor]:
+    """With one step, whose ends lie at two values of `x`; `kept` may hold what came out."""
     low, high = _ends(spec, zero)
-    ends = (low - EDGE * abs(low), high + EDGE * abs(high))
-    total = _dot if scale.numel() == 1 else _dot_rows
+    step = float(scale)
     dx = torch.empty_like(grad)
     sums = []
     for rows, s in _pieces(x, scale):
-        wide, upstream, passed = _wide(x[rows]), grad[rows], dx[rows]
-        v = wide / s
-        # A kernel of float arithmetic: masks and `where` cost twenty times as much.
-        torch.ops.aten.hardtanh_backward.grad_input(upstream, v, *ends, grad_input=passed)
-        straight = total(passed, v)
-        sums.append(total(upstream, v.round_().clamp_(low, high)) - straight)
-    d_scale = torch.stack(sums).sum() if scale.numel() == 1 else torch.cat(sums)
-    return dx, d_scale
+        upstream, here, passed = grad[rows], x[rows], dx[rows]
+        _pass_inside(upstream, here, step * low, step * high, passed)
+        out = kept[0][rows] if kept else _on_grid(here, s, low, high)
+        sums.append(_dot(_wide(upstream), out) - _dot(_wide(passed), _wide(here)))
+    return dx, torch.stack(sums).sum() / scale
+
+
+def _backward_rows(
+    grad: Tensor, x: Tensor, scale: Tensor, zero: Tensor, spec: QuantSpec
+) -> tuple[Tensor, Tensor]:
+    """With a step for each row."""
+    low, high = _ends(spec, zero)
+    dx = torch.empty_like(grad)
+    sums = []
+    for rows, s in _pieces(x, scale):
+        upstream, passed = grad[rows], dx[rows]
+        v = x[rows] / s
+        _pass_inside(upstream, v, low, high, passed)
+        straight = _dot_rows(passed, v)
+        sums.append(_dot_rows(upstream, v.round_().clamp_(low, high)) - straight)
+    return dx, torch.cat(sums)
+
+
+def _pass_inside(grad: Tensor, x: Tensor, low: float, high: float, out: Tensor) -> None:
+    """`grad` where `x` lies inside, else 0, into `out`.
+
+    By a kernel of float arithmetic: masks and `where` cost twenty times as much.
+    """
+    ends = (low - EDGE * abs(low), high + EDGE * abs(high))
+    torch.ops.aten.hardtanh_backward.grad_input(grad, x, *ends, grad_input=out)
+
+
+def _on_grid(x: Tensor, s: Tensor, low: float, high: float) -> Tensor:
+    return (_wide(x) / s).round_().clamp_(low, high).mul_(s)
 
 
 def _in_pieces(x: Tensor, scale: Tensor, zero: Tensor, axis: int) -> bool:
@@ -95,7 +132,7 @@ def _in_pieces(x: Tensor, scale: Tensor, zero: Tensor, axis: int) -> bool:
         return False
     if scale.numel() == 1:
         return True
-    return axis == 0 and bool((zero == zero[0]).all())
+    return axis == 0 and x.dtype not in HALVES and bool((zero == zero[0]).all())
 
 
 def _pieces(x: Tensor, scale: Tensor) -> Iterator[tuple[slice, Tensor]]:
@@ -138,7 +175,7 @@ def learned_fake_quantize(
     """Fake-quantize `x`, differentiable in `x` and `scale`.
 
     Args:
-        x: any tensor; halves give float32.
+        x: any tensor; halves are computed in float32 and come out as halves.
         scale: positive steps, shape `[]` or `[C]`.
         zero_point: integers shaped like `scale`.
         spec: the format.
