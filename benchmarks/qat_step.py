@@ -7,6 +7,7 @@ compiled float (with `--compile`, which adds a compiled row for float and for mp
 what `mpq qat` runs. Memory is the peak of one eager step over what lay there before, measured in a
 process of its own; `--no-memory` leaves it out. Brevitas has a row where it is installed; its
 scales are calibrated first, as the steps that collect statistics cost more than all later ones.
+`--variants` takes a choice of the rows: fewer networks share the memory of the process then.
 
     python benchmarks/qat_step.py [--models resnet18_cifar] [--batch 128] [--rounds 10] [--compile]
 """
@@ -117,7 +118,7 @@ def measure(name: str, options: argparse.Namespace) -> list[dict[str, object]]:
     """A row per variant."""
     images, labels = batch_of(options.batch)
     steps = {}
-    for variant in VARIANTS + BREVITAS + (COMPILED if options.compile else ()):
+    for variant in options.variants or VARIANTS + BREVITAS + COMPILED * options.compile:
         step = stepper(network(name, variant), images, labels, bf16=options.bf16)
         try:
             step()
@@ -150,7 +151,7 @@ def row(
         "p10": round(float(np.quantile(ratio, 0.1)), 2),
         "p90": round(float(np.quantile(ratio, 0.9)), 2),
     }
-    if options.compile:
+    if "float compiled" in times:
         against = np.array(times[variant]) / np.array(times["float compiled"])
         found["of_compiled"] = round(float(np.median(against)), 2)
     if options.memory_rows and not variant.endswith("compiled"):
@@ -168,8 +169,11 @@ def main() -> None:
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--no-memory", dest="memory_rows", action="store_false")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS + BREVITAS + COMPILED)
     parser.add_argument("--memory", metavar="VARIANT", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.variants and "float" not in options.variants:
+        parser.error("--variants must have float, to which all is compared")
     torch.set_num_threads(options.threads)
     keep_freed()
     if options.memory:
