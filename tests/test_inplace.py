@@ -17,6 +17,20 @@ from mpq.export import to_onnx
 from mpq.policy import Policy
 
 
+@fx.wrap
+def relu_(y: Tensor) -> Tensor:
+    """Not torch's, in spite of its name."""
+    return F.relu(y) + 1
+
+
+def by_a_namesake(m: nn.Module, y: Tensor) -> Tensor:
+    return relu_(y)
+
+
+def by_elu(m: nn.Module, y: Tensor) -> Tensor:
+    return F.elu_(y)
+
+
 def by_return(m: nn.Module, y: Tensor) -> Tensor:
     return F.relu_(y)
 
@@ -48,6 +62,8 @@ def by_method(m: nn.Module, y: Tensor) -> Tensor:
 
 
 FORMS = [
+    by_a_namesake,
+    by_elu,
     by_return,
     by_keyword,
     by_position,
@@ -119,6 +135,13 @@ def test_it_trains_and_its_file_answers_as_it_does(form, tmp_path):
         promised, computed = freeze(graph).module(images()), model(images())
     torch.testing.assert_close(torch.from_numpy(found), promised, atol=1e-4, rtol=1e-4)
     assert float((promised - computed).abs().max()) < 0.05 * float(computed.abs().max())
+
+
+def test_a_network_of_halves_is_compared_as_such():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), Head(8)).eval().bfloat16()
+    model[1].running_var.uniform_(0.1, 10)
+    to_float(model, images(2).bfloat16())
 
 
 def test_a_change_through_a_second_name_is_refused():

@@ -52,7 +52,7 @@ def _rewrite(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
         return found
     if node.op == "call_method":
         twin = str(node.target).removesuffix("_")
-        found = twin != node.target and hasattr(Tensor, twin)
+        found = twin != node.target and callable(getattr(Tensor, twin, None))
         if found:
             node.target = twin
         return found
@@ -63,11 +63,10 @@ def _rewrite(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
 
 def _rewrite_function(node: fx.Node) -> bool:
     assert callable(node.target)
-    name = getattr(node.target, "__name__", "")
-    twin = _OPERATORS.get(node.target)
-    if name.endswith("_") and not name.endswith("__"):
-        plain = name.removesuffix("_")
-        twin = getattr(torch, plain, None) or getattr(F, plain, None)
+    name, twin = getattr(node.target, "__name__", ""), _OPERATORS.get(node.target)
+    for home in (torch, F):
+        if name.endswith("_") and getattr(home, name, None) is node.target:
+            twin = getattr(home, name.removesuffix("_"), None)
     if twin is not None:
         node.target = twin
         return True
