@@ -92,10 +92,8 @@ def _check_answers(qg: QuantGraph, model: nn.Module) -> None:
     if not isinstance(expected, Tensor) or not expected.is_floating_point():
         return
     size, apart = (float(t.abs().amax()) for t in (expected, found - expected))
-    if (
-        not math.isfinite(size)
-        or apart <= max(TOLERANCE, 8 * torch.finfo(expected.dtype).eps) * size
-    ):
+    tolerance = max(TOLERANCE, 8 * torch.finfo(expected.dtype).eps)
+    if not math.isfinite(size) or apart <= tolerance * size:
         return
     name = type(model).__name__
     if not torch.equal(model(noise.clone()), expected):
@@ -103,10 +101,10 @@ def _check_answers(qg: QuantGraph, model: nn.Module) -> None:
         return
     raise GraphError(
         f"the graph traced from {name} must answer as the model does, but on noise it is "
-        f"{apart / (size or 1):.1%} of the largest output apart. Tracing does not see a tensor that is "
-        "changed in place through a second name (a view, a slice, `y = x; y += 1`), and folding "
-        "loses the hooks of a batch norm. Give the result of such a step a name of its own, and "
-        "write what a hook does into the forward."
+        f"{apart / (size or 1):.1%} of the largest output apart. Tracing does not see a tensor "
+        "that is changed in place through a second name (a view, a slice, `y = x; y += 1`), and "
+        "folding loses the hooks of a batch norm. Give the result of such a step a name of its "
+        "own, and write what a hook does into the forward."
     )
 
 
