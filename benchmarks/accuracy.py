@@ -107,7 +107,7 @@ class Bench:
         named = {"model": self.subject.info, "data": data, "target": target}
         if configuration in UNIFORM:
             policy = uniform(configuration, self.subject.graph().layers)
-            return policy.model_copy(update=named), {}
+            return policy.replace(**named), {}
         plain, _, acts = configuration.partition("a")
         budget, _, more = plain.partition("+")
         bits = (8, 4, *map(int, more))

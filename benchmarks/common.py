@@ -37,7 +37,7 @@ def uniform(configuration: str, layers: Iterable[str]) -> Policy:
     image = LayerPolicy(
         name=next(iter(layers)), activation=activation_spec(8), reason="images have 8 bits"
     )
-    return policy.model_copy(update={"layers": [image]})
+    return policy.replace(layers=[image])
 
 
 def answers(path: Path, images: NDArray[np.uint8], normalize: Normalization) -> NDArray[np.int64]:

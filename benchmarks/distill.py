@@ -52,7 +52,7 @@ def policy_for(configuration: str, subject: Subject) -> Policy:
     data = DataInfo(name=subject.data_name, samples=512, seed=0)
     named = {"model": subject.info, "data": data}
     if configuration in UNIFORM:
-        return uniform(configuration, subject.graph().layers).model_copy(update=named)
+        return uniform(configuration, subject.graph().layers).replace(**named)
     bits, budget = MIXED[configuration]
     constraints = Constraints(effective_bits=budget)
     images = subject.sample(512, 0, "scoring")

@@ -88,7 +88,7 @@ def mixed(graph: QuantGraph) -> Policy:
             break
         bits -= 4 * layer.params
         entries.append(LayerPolicy(name=layer.name, weight=weight_spec(4)))
-    return Policy.uniform(8).model_copy(update={"layers": entries})
+    return Policy.uniform(8).with_layers(*entries)
 
 
 def build(name: str, folder: Path) -> dict[str, Any]:

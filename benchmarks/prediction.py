@@ -36,7 +36,7 @@ def policy(names: list[str], share: float, seed: int) -> Policy:
         bits = 16 if wide else rng.choice((8, 4))
         spec = activation_spec(16 if wide else 8)
         entries.append(LayerPolicy(name=name, weight=weight_spec(bits), activation=spec))
-    return Policy().model_copy(update={"layers": entries})
+    return Policy().with_layers(*entries)
 
 
 def main() -> None:

@@ -63,7 +63,7 @@ def compare(folder: Path) -> dict[str, Any]:
 def uniform(source: Path, name: str, folder: Path) -> None:
     """Write a ready-made uniform policy for the network of another policy."""
     named = Policy.load(source)
-    policy = policies.load(name).model_copy(update={"model": named.model, "data": named.data})
+    policy = policies.load(name).replace(model=named.model, data=named.data)
     write_text(folder / "policy.yaml", policy.to_yaml())
 
 

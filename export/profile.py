@@ -121,7 +121,7 @@ def cpu_identity() -> str:
 def _quantized(graph: QuantGraph, floats: Sequence[str]) -> bytes:
     """The network at 8 bits, some layers in float; ranges do not change the time."""
     entries = [LayerPolicy(name=name, weight="float", activation="float") for name in floats]
-    policy = Policy.uniform(8).model_copy(update={"layers": entries})
+    policy = Policy.uniform(8).with_layers(*entries)
     return serialize(lower(freeze(prepare(graph, policy))), None)
 
 

@@ -96,8 +96,7 @@ def loaded_from(
     else:
         arch = arch or (saved.arch if saved else _detect(state, path))
         module, info = _assemble(path, state, arch, classes, saved)
-    update = {"checkpoint": str(path), "sha256": weights_hash(module.state_dict())}
-    info = info.model_copy(update=update)
+    info = info.replace(checkpoint=str(path), sha256=weights_hash(module.state_dict()))
     if saved is None:
         return Loaded(module.eval(), info)
     return Loaded(module.eval(), info, str(content.get("data", "")), content.get("metrics", {}))
@@ -119,7 +118,7 @@ def save_model(
     if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
         module = module.module
     state = {name: tensor.detach().cpu() for name, tensor in module.state_dict().items()}
-    info = info.model_copy(update={"sha256": weights_hash(state)})
+    info = info.replace(sha256=weights_hash(state))
     content = {
         "format": FORMAT,
         "version": VERSION,

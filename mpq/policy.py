@@ -12,7 +12,7 @@ import fnmatch
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
@@ -35,11 +35,24 @@ Spec = Annotated[QuantSpec | Float, BeforeValidator(_read_spec), PlainSerializer
 """A number format (`int4/channel`) or `float`."""
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
+class _Value(BaseModel):
+    """What stands in a policy: never changed, and never there without having been validated."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+
+    def replace(self, **changes: object) -> Self:
+        """The same with other values, validated as those of a file are.
+
+        Raises:
+            PolicyError: an unknown key, or a value out of its range or of the wrong form.
+        """
+        try:
+            return self.model_validate(dict(self) | changes)
+        except ValidationError as error:
+            raise PolicyError(_explain(error, type(self).__name__)) from None
 
 
-class ModelInfo(_Strict):
+class ModelInfo(_Value):
     """Which network the policy was made for.
 
     `arch` is a zoo or torchvision name or `package.module:factory`; `checkpoint` a path, relative
@@ -55,7 +68,7 @@ class ModelInfo(_Strict):
     normalize: str = "none"
 
 
-class DataInfo(_Strict):
+class DataInfo(_Value):
     """Which data were looked at: `name` as for `--data`, calibration `samples`, `seed`."""
 
     name: str = "none"
@@ -63,14 +76,14 @@ class DataInfo(_Strict):
     seed: int = 0
 
 
-class DefaultSpec(_Strict):
+class DefaultSpec(_Value):
     """Formats of a layer that no entry names."""
 
     weight: Spec = weight_spec(8)
     activation: Spec = activation_spec(8)
 
 
-class LayerPolicy(_Strict):
+class LayerPolicy(_Value):
     """One entry of `layers`: a path or glob, and what it sets (None leaves it as it is)."""
 
     name: str
@@ -80,7 +93,7 @@ class LayerPolicy(_Strict):
     reason: str = ""
 
 
-class Constraints(_Strict):
+class Constraints(_Value):
     """Budgets that the search was given, in any combination.
 
     Args:
@@ -103,13 +116,21 @@ class Constraints(_Strict):
     max_drop: float | None = Field(default=None, ge=0)
     drop_type: DropType | None = None
 
+    def without(self, *limits: str) -> Constraints:
+        """The others, in force by themselves: none of `limits`, and no accuracy to hold."""
+        return self.replace(max_drop=None, drop_type=None, **dict.fromkeys(limits))
+
+    def with_limit(self, limit: str, value: float) -> Constraints:
+        """The same with one budget set, by its name."""
+        return self.replace(**{limit: value})
+
     def budgets(self) -> dict[str, float]:
         """What can be computed from the widths alone: all but `max_drop`, where given."""
         given = self.model_dump(exclude={"max_drop", "drop_type"}, exclude_none=True)
         return {name: float(value) for name, value in given.items()}
 
 
-class SearchResult(_Strict):
+class SearchResult(_Value):
     """What the search found. `bitops` is MACs x weight bits x activation bits, per image.
 
     `predicted_drop` is the sum of the scores (nats for the metrics that look at answers);
@@ -166,7 +187,7 @@ class LayerChoice:
         return f"W{self.weight_bits or 32}A{self.activation_bits or 32}{form}"
 
 
-class Policy(_Strict):
+class Policy(_Value):
     """A whole policy file (DESIGN: the user's contract with every stage).
 
     A file that names no target is for the computer that reads it; what mpq writes names one.
@@ -177,8 +198,8 @@ class Policy(_Strict):
     data: DataInfo = DataInfo()
     target: str = Field(default_factory=lambda: this_target().name)
     default: DefaultSpec = DefaultSpec()
-    groups: list[list[str]] = []
-    layers: list[LayerPolicy] = []
+    groups: tuple[tuple[str, ...], ...] = ()
+    layers: tuple[LayerPolicy, ...] = ()
     constraints: Constraints = Constraints()
     result: SearchResult | None = None
     evidence: dict[str, Any] = {}
@@ -189,6 +210,10 @@ class Policy(_Strict):
         act = activation_bits or (16 if weight_bits == 16 else 8)
         default = DefaultSpec(weight=weight_spec(weight_bits), activation=activation_spec(act))
         return cls(default=default)
+
+    def with_layers(self, *entries: LayerPolicy) -> Policy:
+        """The policy with further entries, which win over those that it has."""
+        return self.replace(layers=(*self.layers, *entries))
 
     def resolve(self, names: Sequence[str]) -> dict[str, LayerChoice]:
         """The decision for each layer of a network, in the order of `names`.

@@ -26,10 +26,9 @@ def take_form(policy: Policy, form: Int16Form) -> Policy:
 
     def entry(layer: LayerPolicy) -> LayerPolicy:
         taken = None if layer.activation is None else formed(layer.activation)
-        return layer.model_copy(update={"activation": taken})
+        return layer.replace(activation=taken)
 
     default = DefaultSpec(
         weight=policy.default.weight, activation=formed(policy.default.activation)
     )
-    layers = [entry(layer) for layer in policy.layers]
-    return policy.model_copy(update={"default": default, "layers": layers})
+    return policy.replace(default=default, layers=[entry(layer) for layer in policy.layers])

@@ -67,7 +67,7 @@ def test_save_and_load_are_inverses(network, file):
     assert torch.equal(_logits(loaded.module), _logits(network))
     assert not loaded.module.training
     expected = {"checkpoint": str(file), "sha256": weights_hash(network.state_dict())}
-    assert loaded.info == INFO.model_copy(update=expected)
+    assert loaded.info == INFO.replace(**expected)
     assert (loaded.data, loaded.metrics) == ("digits", {"top1": 91.5})
     assert os.listdir(file.parent) == ["model.pth"]
 

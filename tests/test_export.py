@@ -366,9 +366,12 @@ def test_layers_may_share_their_weights_in_the_file():
 
 def test_the_policy_travels_in_the_file(tmp_path):
     frozen, policy = quantized(model("plain"), "mixed")
-    policy.model = ModelInfo(arch="a", classes=5, normalize="cifar10", input=(3, 12, 12))
-    policy.evidence = {"long": list(range(1000))}
-    policy.layers[0].reason = "because"
+    first, *others = policy.layers
+    policy = policy.replace(
+        model=ModelInfo(arch="a", classes=5, normalize="cifar10", input=(3, 12, 12)),
+        evidence={"long": list(range(1000))},
+        layers=[first.replace(reason="because"), *others],
+    )
     path = to_onnx(frozen, tmp_path / "m.onnx", policy=policy).path
     props = runtime.metadata(runtime.session(path))
     assert len(props[KEY]) < 1500

@@ -64,8 +64,8 @@ def quantized(
         ]
     )
     if rounded:
-        default = policy.default.model_copy(update={"activation": ROUNDED_16})
-        policy = policy.model_copy(update={"default": default})
+        default = policy.default.replace(activation=ROUNDED_16)
+        policy = policy.replace(default=default)
     prepared = prepare(graph, policy)
     calibrate(prepared, nets.images(16), method="minmax")
     quantize_layers(prepared, nets.images(16), learn_rounding=False, correct_bias=False)

@@ -79,7 +79,7 @@ def test_the_form_is_a_format_of_the_policy():
     assert [c.exact for c in choices.values()] == [False, True]
     assert take_form(exact, "fast") == policy
     assert policy.resolve(["a", "b"])["b"].asked == "W16A16"
-    floats = policy.model_copy(update={"layers": [LayerPolicy(name="*", activation="float")]})
+    floats = policy.replace(layers=[LayerPolicy(name="*", activation="float")])
     assert take_form(floats, "exact").resolve(["a"])["a"].activation is None
 
 

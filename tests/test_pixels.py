@@ -35,7 +35,7 @@ NORMALIZED = torch.from_numpy(CIFAR.apply(PIXELS))
 
 def policy(bits: int = 8) -> Policy:
     info = ModelInfo(arch="a", classes=5, normalize="cifar10", input=(3, 12, 12))
-    return Policy.uniform(bits).model_copy(update={"model": info})
+    return Policy.uniform(bits).replace(model=info)
 
 
 @cache

@@ -1,10 +1,14 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 import yaml
+from pydantic import BaseModel, ValidationError
 
+import mpq
+import mpq.export
 from mpq.errors import PolicyError
 from mpq.policy import (
     Constraints,
@@ -59,12 +63,53 @@ def test_yaml_leaves_out_what_is_empty():
     assert set(data) == {"version", "data", "target", "default", "layers"}
 
 
-def test_a_policy_does_not_share_its_defaults():
-    one = Policy()
-    one.layers.append(LayerPolicy(name="a"))
-    one.data.samples = 1
-    assert Policy().layers == []
-    assert Policy().data.samples == 512
+@pytest.mark.parametrize(
+    "value",
+    [
+        Policy(),
+        Constraints(),
+        LayerPolicy(name="a"),
+        DefaultSpec(),
+        DataInfo(),
+        ModelInfo(arch="a", classes=2),
+        SearchResult(effective_bits=8, weight_bytes=1, predicted_bytes=1, bitops=1),
+    ],
+)
+def test_what_a_policy_holds_is_never_changed(value: BaseModel):
+    name = next(iter(type(value).model_fields))
+    with pytest.raises(ValidationError, match="frozen"):
+        setattr(value, name, getattr(value, name))
+
+
+def test_what_is_replaced_is_validated():
+    with pytest.raises(PolicyError, match=r"effective_bits: .*greater than 0.* Got -3"):
+        Constraints().replace(effective_bits=-3)
+    with pytest.raises(PolicyError, match="effective_bit is not a known key; did you mean"):
+        Constraints().replace(effective_bit=3)
+    with pytest.raises(PolicyError, match=r"layers\.0\.weight: a number format must look like"):
+        Policy().replace(layers=[{"name": "a", "weight": "8 bits"}])
+    with pytest.raises(PolicyError, match=r"max_drop: .*greater than or equal to 0"):
+        Constraints(effective_bits=4).with_limit("max_drop", -1)
+    assert DataInfo(seed=3).replace(samples=7) == DataInfo(seed=3, samples=7)
+
+
+def test_further_layers_win():
+    policy = Policy(layers=[LayerPolicy(name="a", weight="int4/channel")])
+    policy = policy.with_layers(LayerPolicy(name="a", weight="int2/channel"))
+    assert policy.resolve(["a"])["a"].weight_bits == 2
+
+
+def test_constraints_without_one_keep_the_others():
+    given = Constraints(effective_bits=4, max_bops=1, max_drop=2, drop_type="relative")
+    assert given.without("max_bops") == Constraints(effective_bits=4)
+
+
+def test_nothing_is_copied_unvalidated():
+    """`model_copy(update=...)` of pydantic validates nothing; `replace` does."""
+    roots = (Path(mpq.__file__).parent, Path(mpq.export.__file__).parent)
+    for path in (p for root in roots for p in root.rglob("*.py")):
+        text = path.read_text(encoding="utf-8")
+        assert not re.search(r"\.model_(copy|construct)\(", text), f"{path}: use replace(...)"
 
 
 def test_load(tmp_path):

@@ -29,9 +29,9 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         module = zoo.build("resnet20", 10)
     info = ModelInfo(arch="resnet20", classes=10, input=(3, 16, 16), normalize="none")
     save_model(Path("model.pth"), module, info=info, data="digits")
-    named = {"model": info.model_copy(update={"checkpoint": "model.pth"})}
-    data = Policy().data.model_copy(update={"name": "digits"})
-    policy = Policy.uniform(4, 4).model_copy(update={**named, "data": data})
+    named = {"model": info.replace(checkpoint="model.pth")}
+    data = Policy().data.replace(name="digits")
+    policy = Policy.uniform(4, 4).replace(**named, data=data)
     Path("p.yaml").write_text(policy.to_yaml())
     return tmp_path
 
@@ -119,9 +119,9 @@ def test_dynamic_reaches_the_policy_the_file_and_its_certificate(here, capsys):
     info = ModelInfo(arch="test_ptq_command:Ten", classes=10, input=(3, 12, 12), normalize="none")
     torch.manual_seed(0)
     save_model(Path("vit.pth"), Ten(), info=info, data="digits")
-    named = {"model": info.model_copy(update={"checkpoint": "vit.pth"})}
-    data = Policy().data.model_copy(update={"name": "digits"})
-    Path("v.yaml").write_text(Policy().model_copy(update={**named, "data": data}).to_yaml())
+    named = {"model": info.replace(checkpoint="vit.pth")}
+    data = Policy().data.replace(name="digits")
+    Path("v.yaml").write_text(Policy().replace(**named, data=data).to_yaml())
     argv = ["ptq", "--policy", "v.yaml", "--dynamic", "--num-calib", "16", "-o", "vit", "--json"]
     assert main(argv) == 0
     assert json.loads(capsys.readouterr().out)["dynamic"] == 5
@@ -136,7 +136,7 @@ def test_dynamic_reaches_the_policy_the_file_and_its_certificate(here, capsys):
 
 def test_the_form_of_16_bit_layers_goes_into_the_result(here, capsys):
     policy = Policy.from_yaml(Path("p.yaml").read_text())
-    wide = policy.model_copy(update={"default": Policy.uniform(16).default})
+    wide = policy.replace(default=Policy.uniform(16).default)
     Path("w.yaml").write_text(wide.to_yaml())
     argv = ["ptq", "--policy", "w.yaml", "--effort", "fast", "--num-calib", "24"]
     assert main([*argv, "-o", "exact", "--int16-form", "exact"]) == 0

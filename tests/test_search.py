@@ -371,7 +371,7 @@ def test_the_policy_resolves_to_the_allocation() -> None:
     assert {n: (c.weight_bits, c.activation_bits) for n, c in choices.items()} == found.widths
     listed = {entry.name for entry in policy.layers}
     assert listed == {n for n, pair in found.widths.items() if pair != (8, 8)}
-    assert policy.groups == [["l1", "l2"]]
+    assert policy.groups == (("l1", "l2"),)
     assert all(entry.reason for entry in policy.layers)
     assert set(policy.evidence) == set(found.widths)
     assert policy.evidence["l0"]["score"].keys() == {"16", "8", "4"}
@@ -392,7 +392,7 @@ def test_locked_entries_of_a_base_policy_survive(cpu: str) -> None:
     )
     locked = locked_widths(base, by_name(s.layers))
     assert locked == {"l0": (8, 8), "l1": (8, 4), "l5": (None, None)}
-    loose = constraints.model_copy(update={"effective_bits": 20})
+    loose = constraints.replace(effective_bits=20)
     found = allocate(s, loose, target=TARGET, pairs=candidates((4,)), locked=locked)
     policy = policy_of(s, found, loose, base)
     assert locked_widths(policy, by_name(s.layers)) == locked

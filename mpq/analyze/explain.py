@@ -99,8 +99,8 @@ def build_policy(
         data=data or DataInfo(),
         target=get_target(target).name,
         default=default,
-        groups=[list(group) for group in sensitivity.groups],
-        layers=entries,
+        groups=sensitivity.groups,
+        layers=tuple(entries),
         constraints=constraints or Constraints(),
         result=_result(allocation, measured_drop),
         evidence={
@@ -112,7 +112,7 @@ def build_policy(
 
 def _as_written(policy: Policy, names: Sequence[str]) -> Iterable[LayerChoice]:
     """The decisions of a policy before weights are narrowed for a CPU, which its reader does."""
-    return policy.model_copy(update={"target": ONNXRUNTIME_CPU.name}).resolve(names).values()
+    return policy.replace(target=ONNXRUNTIME_CPU.name).resolve(names).values()
 
 
 def reasons_for(allocation: Allocation, sensitivity: Sensitivity) -> dict[str, str]:
@@ -178,7 +178,7 @@ def allocation_policy(widths: Mapping[str, Widths]) -> Policy:
         )
         for name, (w, a) in widths.items()
     ]
-    return Policy(layers=entries)
+    return Policy().with_layers(*entries)
 
 
 def _result(allocation: Allocation, measured_drop: float | None) -> SearchResult:

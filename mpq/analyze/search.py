@@ -141,11 +141,11 @@ def pareto_front(
         UsageError: an unknown `sweep`.
     """
     _check_limit(sweep)
-    free = constraints.model_copy(update={sweep: None, "max_drop": None, "drop_type": None})
+    free = constraints.without(sweep)
     widest = _problem(sensitivity, free, target, pairs, locked, profile)
     found = list(also)
     for budget in np.linspace(*widest.range_of(sweep), points):
-        swept = free.model_copy(update={sweep: float(budget)})
+        swept = free.with_limit(sweep, float(budget))
         found.append(_solve(_problem(sensitivity, swept, target, pairs, locked, profile)))
     value = widest.limits[sweep].measure
     return _front(found, {id(a): value(a.widths) for a in found}, also)
@@ -177,7 +177,7 @@ def limit_range(
         UsageError: an unknown limit.
     """
     _check_limit(limit)
-    free = constraints.model_copy(update={limit: None, "max_drop": None, "drop_type": None})
+    free = constraints.without(limit)
     return _problem(sensitivity, free, target, pairs, locked, profile).range_of(limit)
 
 

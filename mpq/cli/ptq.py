@@ -83,9 +83,7 @@ def ptq(
     check_start(folder, written, resume=resume, force=force, state=PROGRESS)
     check_policy_file(path, folder, force=force)
     if num_calib:
-        policy = policy.model_copy(
-            update={"data": policy.data.model_copy(update={"samples": num_calib})}
-        )
+        policy = policy.replace(data=policy.data.replace(samples=num_calib))
     source = Source(data, data_root)
     subject = policy_subject(policy, path, source, weights=True, trust_pickle=trust_pickle)
     if effort == "best":

@@ -84,8 +84,7 @@ def make_dynamic(qg: QuantGraph, policy: Policy) -> Policy:
             site = work.sites[work.source(node.args[0])]
             if site.role == "demand" and choices[str(node.target)].activation_bits == DYNAMIC.bits:
                 names.append(str(node.target))
-    entries = [LayerPolicy(name=name, activation=DYNAMIC) for name in names]
-    return policy.model_copy(update={"layers": [*policy.layers, *entries]})
+    return policy.with_layers(*(LayerPolicy(name=name, activation=DYNAMIC) for name in names))
 
 
 def _check_dynamic(qg: QuantGraph, choices: dict[str, LayerChoice]) -> None:

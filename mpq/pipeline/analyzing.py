@@ -285,7 +285,7 @@ class _Search:
     ) -> list[Measured]:
         """The cheapest configuration that holds an accuracy, and all that was measured for it."""
         assert budget.max_drop is not None
-        rest = budget.model_copy(update={"max_drop": None, "drop_type": None})
+        rest = budget.without()
         span = limit_range(
             self.scores,
             rest,
@@ -297,7 +297,7 @@ class _Search:
         )
         cap = budget.budgets().get(self.minimize)
         return least_cost(
-            lambda value: self.allocate(rest.model_copy(update={self.minimize: value})),
+            lambda value: self.allocate(rest.with_limit(self.minimize, value)),
             span if cap is None else (min(span[0], cap), min(span[1], cap)),
             measure,
             max_drop=budget.max_drop,

@@ -138,8 +138,8 @@ def _policies(subject: Subject, folder: Path, seed: int, tell: Tell) -> dict[str
     wide = find_policy(subject, Constraints(effective_bits=12.0), bits=(16, 8), seed=seed)
     named = {"model": subject.info, "data": mixed.policy.data}
     return {
-        "16": Policy.uniform(16).model_copy(update=named),
-        "8": Policy.uniform(8).model_copy(update=named),
+        "16": Policy.uniform(16).replace(**named),
+        "8": Policy.uniform(8).replace(**named),
         "16/8": wide.policy,
         "8/4": mixed.policy,
     }

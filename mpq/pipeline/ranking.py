@@ -235,9 +235,7 @@ def _policies(subject: Subject, how: Ranking) -> dict[str, Policy]:
     """The policies to compare, uniform and found."""
     data = DataInfo(name=subject.data_name, samples=how.samples, seed=how.seed)
     named = {"model": subject.info, "data": data}
-    uniform = {
-        form: Policy.uniform(*widths).model_copy(update=named) for form, widths in FORMS.items()
-    }
+    uniform = {form: Policy.uniform(*widths).replace(**named) for form, widths in FORMS.items()}
     budget = Constraints(effective_bits=how.effective_bits)
     mixed = find_policy(subject, budget, samples=how.samples, seed=how.seed).policy
     return {**uniform, MIXED: mixed}

@@ -191,14 +191,11 @@ def subject_of(
         )
     info = loaded.info
     if input_size is not None:
-        info = info.model_copy(update={"input": (info.input[0], input_size, input_size)})
+        info = info.replace(input=(info.input[0], input_size, input_size))
     data = _data(name, source, info)
     _tell_unlabelled(data, name)
-    info = info.model_copy(
-        update={
-            "checkpoint": os.path.relpath(path),
-            "sha256": weights_hash(loaded.module.state_dict()),
-        }
+    info = info.replace(
+        checkpoint=os.path.relpath(path), sha256=weights_hash(loaded.module.state_dict())
     )
     more = source.more(info.input[1:])
     return _normalized(Subject(loaded.module, info, data, name, _NEUTRAL, more), normalize)
@@ -211,7 +208,7 @@ def _normalized(subject: Subject, normalize: Normalization | None) -> Subject:
     if normalize is None and subject.data is None:
         return subject  # it stays unknown until data are there to propose it
     normalize = normalize or propose_normalization(subject)
-    info = subject.info.model_copy(update={"normalize": str(normalize)})
+    info = subject.info.replace(normalize=str(normalize))
     return replace(subject, normalize=normalize, info=info)
 
 
@@ -304,8 +301,8 @@ def policy_subject(
 
 def settle(policy: Policy, subject: Subject) -> Policy:
     """A policy that names the data and the normalization that were in fact used."""
-    data = policy.data.model_copy(update={"name": subject.data_name})
-    return policy.model_copy(update={"model": subject.info, "data": data})
+    data = policy.data.replace(name=subject.data_name)
+    return policy.replace(model=subject.info, data=data)
 
 
 def find_checkpoint(info: ModelInfo, policy_path: Path) -> Path:
