@@ -19,7 +19,6 @@ PLANES: dict[int, tuple[int, ...]] = {
     4: (4,),
     5: (4, 1),
     6: (4, 2),
-    7: (4, 2, 1),
 }
 Bytes = NDArray[np.uint8]
 

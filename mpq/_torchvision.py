@@ -6,7 +6,7 @@ not exist`, because it describes two detection operators that only the library w
 the two schemas are declared before the import, if the library has not declared them. They get no
 kernels: classifiers and image transforms call neither.
 
-Every use of torchvision in this package goes through these functions. The import takes a second
+Every use of torchvision in this package goes through `models`. The import takes a second
 or more, so it waits until the first call.
 """
 
@@ -28,18 +28,8 @@ _SCHEMAS = {
 
 def models() -> ModuleType:
     """The module `torchvision.models`."""
-    return _submodule("models")
-
-
-def transforms_v2() -> ModuleType:
-    """The module `torchvision.transforms.v2`."""
-    return _submodule("transforms.v2")
-
-
-@functools.cache
-def _submodule(name: str) -> ModuleType:
     _declare_missing()
-    return importlib.import_module(f"torchvision.{name}")
+    return importlib.import_module("torchvision.models")
 
 
 @functools.cache

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import importlib
 import math
+from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
 
-from mpq._torchvision import transforms_v2
+from mpq._torchvision import models
 from mpq.errors import UsageError
 from mpq.train.augment import Targets, augment, epoch_rng, erase, mix, shift_flip
 from mpq.train.evaluate import to_unit
@@ -23,9 +25,14 @@ def pictures(count: int = 8, height: int = 20, width: int = 28) -> torch.Tensor:
     return torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
 
 
+def torchvision_transforms() -> ModuleType:
+    models()  # prepares the import of torchvision beside a CPU-only torch
+    return importlib.import_module("torchvision.transforms.v2")
+
+
 def reference(name: str, image: torch.Tensor, strength: float, sign: float) -> torch.Tensor:
     """The same operation by torchvision, for one image."""
-    f = transforms_v2().functional
+    f = torchvision_transforms().functional
     level = 0.99 * strength * sign
     shear = math.degrees(math.atan(level))
     height, width = image.shape[1:]
@@ -84,7 +91,7 @@ def test_rand_augment_is_torchvisions(name, magnitude, monkeypatch):
 
     index, images = list(OPERATIONS).index(name), to_unit(pictures())
     ours = rand_augment(images, Always(), operations=1, magnitude=magnitude)
-    theirs = transforms_v2().RandAugment(1, magnitude)
+    theirs = torchvision_transforms().RandAugment(1, magnitude)
     space = theirs._AUGMENTATION_SPACE
     wanted = [n for n in space if n.lower() == name.replace("_", "")]
     assert len(wanted) == 1

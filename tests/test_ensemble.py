@@ -22,7 +22,6 @@ from mpq.train.objective import choose_weighting
 from mpq.train.recipe import Recipe
 from mpq.train.weighting import (
     WEIGHTINGS,
-    combine,
     combine_logits,
     complete,
     dynamic,
@@ -199,11 +198,9 @@ def test_what_a_label_does_not_say_the_mean_prediction_does(name):
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
-def test_combine_mixes_probabilities(temperature):
+def test_combined_logits_mix_probabilities(temperature):
     w = WEIGHTINGS["entropy"](teachers(), student(), None, 0.0)
     expected = (w.unsqueeze(2) * (teachers() / temperature).softmax(2)).sum(0)
-    p = combine(teachers(), w, temperature)
-    torch.testing.assert_close(p, expected)
     z = combine_logits(teachers(), w, temperature)
     torch.testing.assert_close((z / temperature).softmax(1), expected)
 

@@ -313,14 +313,16 @@ def test_another_run_is_not_resumed(tmp_path, recipe, options, message):
     assert (tmp_path / "checkpoint.pth").read_bytes() == before
 
 
-def test_a_run_from_before_a_key_was_there_is_resumed(tmp_path):
+def test_a_run_from_before_a_key_came_or_went_is_resumed(tmp_path):
     train(network(), tmp_path, BASE.override({"checkpoint_every": 1}))
     content = torch.load(tmp_path / "checkpoint.pth", weights_only=True)
-    del content["identity"]["recipe"]["feature_weight"]
+    recipe = content["identity"]["recipe"]
+    del recipe["dampen"]
+    recipe["feature_weight"] = 0.0
     torch.save(content, tmp_path / "checkpoint.pth")
     train(network(), tmp_path, resume=True)
-    with pytest.raises(TrainError, match=r"recipe\.feature_weight was 0\.0, is 1\.0"):
-        train(network(), tmp_path, BASE.override({"feature_weight": 1.0}), resume=True)
+    with pytest.raises(TrainError, match=r"recipe\.dampen was 0\.0, is 1\.0"):
+        train(network(), tmp_path, BASE.override({"dampen": 1.0}), resume=True)
 
 
 def test_a_foreign_checkpoint_is_not_resumed(tmp_path):

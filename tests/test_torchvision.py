@@ -15,11 +15,9 @@ def _python(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 
-def test_models_and_transforms_work():
-    models, transforms = _torchvision.models(), _torchvision.transforms_v2()
+def test_models_work():
+    models = _torchvision.models()
     assert "mobilenet_v3_small" in models.list_models(module=models)
-    image = torch.zeros(3, 8, 8, dtype=torch.uint8)
-    assert transforms.Resize(4)(image).shape == (3, 4, 4)
 
 
 def test_schemas_exist_afterwards_and_are_declared_once():

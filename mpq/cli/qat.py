@@ -75,9 +75,7 @@ def qat(
     check_start(folder, written, resume=resume, force=force)
     check_policy_file(path, folder, force=force)
     plan = training.recipe_from(recipe, epochs, settings, compiling=compiling)
-    training.check_plan(
-        plan, device=device, teacher=teacher, answers=answers, unlabelled=unlabelled
-    )
+    training.check_plan(plan, device=device, teacher=teacher, unlabelled=unlabelled)
     source = Source(data, data_root, holdout, unlabelled)
     subject = policy_subject(policy, path, source, weights=True, trust_pickle=trust_pickle)
     ensemble = training.load_teacher(teacher, teacher_normalize)

@@ -76,9 +76,7 @@ def train(
     if show_recipe:
         click.echo(plan.to_yaml(), nl=False)
         return
-    training.check_plan(
-        plan, device=device, teacher=teacher, answers=answers, unlabelled=unlabelled
-    )
+    training.check_plan(plan, device=device, teacher=teacher, unlabelled=unlabelled)
     check_start(working_folder(out), out, resume=resume, force=force)
     source = Source(data, data_root, holdout, unlabelled)
     subject = new_subject(arch, source, normalize=normalize, seed=seed)

@@ -17,7 +17,6 @@ from mpq.errors import UsageError
 from mpq.processes import leading
 from mpq.train.compiled import require_compiler
 from mpq.train.ensemble import Ensemble, load_ensemble
-from mpq.train.features import check_features
 from mpq.train.metrics import Record
 from mpq.train.recipe import Recipe
 
@@ -138,14 +137,13 @@ def check_plan(
     *,
     device: str,
     teacher: Path | None,
-    answers: Path | None,
-    unlabelled: str | None = None,
+    unlabelled: str | None,
 ) -> None:
     """Refuse before any work what training would refuse.
 
     Raises:
-        UsageError: no compiler for `device` where the recipe wants one, features to distil from
-            together with kept answers, or images without labels where no teacher answers them.
+        UsageError: no compiler for `device` where the recipe wants one, or images without labels
+            where no teacher answers them.
     """
     if unlabelled is not None and teacher is None:
         raise UsageError(
@@ -154,7 +152,6 @@ def check_plan(
         )
     if recipe.compile:
         require_compiler(device)
-    check_features(recipe, teacher, answers)
 
 
 def gain(before: float | None, after: float | None, recipe: Recipe, *, start: str) -> None:

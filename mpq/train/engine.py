@@ -32,7 +32,6 @@ from mpq.train.compiled import compiled
 from mpq.train.diagnose import first_nonfinite
 from mpq.train.ensemble import Ensemble
 from mpq.train.evaluate import Images, Labels, as_tensor, normalize_unit, to_unit
-from mpq.train.features import Features, check_features
 from mpq.train.metrics import Record, Totals
 from mpq.train.objective import Objective
 from mpq.train.optim import Ema, build_optimizer, learning_rate
@@ -69,8 +68,7 @@ class Engine:
         state: what a checkpoint holds.
         lowering: the widths of its quantizers, by epoch.
 
-    The arguments are those of `fit`. Raises `UsageError` for a device that is not there, or for
-    feature maps that no network has or that would have to be kept.
+    The arguments are those of `fit`. Raises `UsageError` for a device that is not there.
     """
 
     def __init__(
@@ -86,7 +84,6 @@ class Engine:
         device: str,
         answers: Path | None = None,
     ) -> None:
-        check_features(recipe, teacher, answers)
         self.recipe, self.normalize, self.seed = recipe, normalize, seed
         self.accelerator, self.device = _accelerator(device)
         if recipe.precision == "bf16" and self.device.type == "cpu" and this_cpu().lacks_bf16:
@@ -108,10 +105,6 @@ class Engine:
             self.accelerator.prepare_model(step, device_placement=False) if ranks > 1 else step
         )
         self.forward = compiled(self.network, device) if recipe.compile else self.network
-        self.features: Features | None = None
-        if teacher is not None and recipe.feature_weight:
-            seen = to_unit(self.images[:2].to(self.device))
-            self.features = Features(step, teacher, images=seen, inputs=self._input(seen))
         self.classes = int(train[1].max()) + 1
         self.partial = int(train[1].min()) < 0
         self.steps = max(1, len(self.images) // recipe.batch)
@@ -220,27 +213,17 @@ class Engine:
     ) -> Tensor:
         """Forward and backward of one part; returns its contribution to the step's loss."""
         with self._autocast():
-            student, teachers, features = self._answer(images)
+            student: Tensor = self.forward(self._input(images))
+            teachers = self._teach(images)
         self._check_logits(student, teachers)
         labels = targets.for_classes(student.shape[1], partial=self.partial)
-        parts = self.objective(student, teachers, labels, progress=progress, features=features)
+        parts = self.objective(student, teachers, labels, progress=progress)
         loss = parts.loss
         if self.recipe.dampen:
             loss = loss + self.recipe.dampen * strength(progress) * dampening(self.model)
         self.accelerator.backward(loss * share)
         totals.add(parts, student.detach(), labels)
         return parts.loss.detach() * share
-
-    def _answer(self, images: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """What student and teachers say, and how far apart their feature maps are."""
-
-        def learn() -> Tensor:
-            logits: Tensor = self.forward(self._input(images))
-            return logits
-
-        if self.features is None:
-            return learn(), self._teach(images), None
-        return self.features(learn, images)
 
     def _check_logits(self, student: Tensor, teachers: Tensor | None) -> None:
         if student.ndim != 2 or student.shape[1] < self.classes:

@@ -44,20 +44,13 @@ def kd_loss(student: Tensor, teacher: Tensor, *, temperature: float) -> Tensor:
 def standardize(logits: Tensor) -> Tensor:
     """Logits `[..., C]` with mean 0 and deviation 1 per sample: their shape without their scale.
 
+    Between standardized logits the student need not match the teacher's scale. One is at most
+    `sqrt(C - 1)`: with 10 classes T = 2 smooths too much, use 0.5 to 1.
     Source: Sun et al., Logit Standardization in Knowledge Distillation, CVPR 2024.
     """
     z = logits.float()
     centred = z - z.mean(-1, keepdim=True)
     return centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + VARIANCE_FLOOR)
-
-
-def standardized_kd_loss(student: Tensor, teacher: Tensor, *, temperature: float) -> Tensor:
-    """`kd_loss` of standardized logits: the student need not match the teacher's logit scale.
-
-    A standardized logit is at most `sqrt(C - 1)`: with 10 classes T = 2 smooths too much, use 0.5
-    to 1. Source: Sun et al., Logit Standardization in Knowledge Distillation, CVPR 2024.
-    """
-    return kd_loss(standardize(student), standardize(teacher), temperature=temperature)
 
 
 def dkd_loss(

@@ -19,7 +19,7 @@ METRICS = "metrics.jsonl"
 Record = dict[str, Any]
 """One epoch: epoch, lr, train_loss, train_label_loss, train_top1 (None without labels), val_top1
 (None without validation), seconds; with teachers also train_distill_loss and teacher_weights (a
-mean each), and train_feature_loss where feature maps count."""
+mean each)."""
 
 
 class Totals:
@@ -28,7 +28,6 @@ class Totals:
     def __init__(self) -> None:
         self.sums: Tensor | None = None
         self.members = 0
-        self.featured = False
 
     def add(self, parts: Parts, student: Tensor, labels: Tensor) -> None:
         """Add one batch of logits `[B, C]`; mixed labels count as their larger half."""
@@ -40,10 +39,9 @@ class Totals:
             parts.loss.detach(),
             parts.label,
             zero if parts.distill is None else parts.distill,
-            zero if parts.feature is None else parts.feature,
         ]
         weights = [] if parts.weights is None else list(parts.weights.unbind())
-        self.members, self.featured = len(weights), parts.feature is not None
+        self.members = len(weights)
         count = len(student)
         row = torch.stack([torch.ones_like(zero), *values, hits, known.mean(), *weights])
         row = row.double() * count
@@ -53,13 +51,11 @@ class Totals:
         """Means over all processes."""
         assert self.sums is not None, "an epoch has at least one step"
         count, *sums = accelerator.reduce(self.sums, reduction="sum").tolist()
-        loss, label, distill, feature, hits, known, *weights = (v / count for v in sums)
+        loss, label, distill, hits, known, *weights = (v / count for v in sums)
         record: Record = {"train_loss": loss, "train_label_loss": label}
         if self.members:
             record["train_distill_loss"] = distill
             record["teacher_weights"] = weights
-        if self.featured:
-            record["train_feature_loss"] = feature
         return {**record, "train_top1": 100 * hits / known if known else None}
 
 

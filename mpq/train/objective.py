@@ -23,14 +23,12 @@ class Parts:
         label: the cross-entropy, not yet weighted, without gradient.
         distill: the distillation loss, not yet weighted, without gradient; None without teacher.
         weights: mean weight of each teacher over the batch `[K]`; None without teacher.
-        feature: the distance of feature maps, likewise; None without.
     """
 
     loss: Tensor
     label: Tensor
     distill: Tensor | None = None
     weights: Tensor | None = None
-    feature: Tensor | None = None
 
 
 class Objective:
@@ -52,13 +50,11 @@ class Objective:
         labels: Tensor,
         *,
         progress: float,
-        features: Tensor | None = None,
     ) -> Parts:
         """The loss of logits `[B, C]` given teacher logits `[K, B, C]` and labels.
 
         `labels` are `[B]` or `[B, C]`, a row of zeros for an image without a label: of that the
-        teachers alone speak. `progress` runs from 0 to 1 over training; `features` are distances
-        `[K, B]` from each teacher's feature maps, weighed as the teachers are.
+        teachers alone speak. `progress` runs from 0 to 1 over training.
         """
         recipe = self.recipe
         label = cross_entropy(student, labels, smoothing=recipe.smoothing)
@@ -73,12 +69,7 @@ class Objective:
         warmup = recipe.distill_warmup_epochs
         ramp = min(1.0, progress * recipe.epochs / warmup) if warmup else 1.0
         loss = recipe.label_weight * label + recipe.distill_weight * ramp * distill
-        feature = None
-        if features is not None:
-            feature = (weights * features).sum(0).mean()
-            loss = loss + recipe.feature_weight * ramp * feature
-            feature = feature.detach()
-        return Parts(loss, label.detach(), distill.detach(), weights.mean(1), feature)
+        return Parts(loss, label.detach(), distill.detach(), weights.mean(1))
 
     def _distill(self, student: Tensor, target: Tensor, labels: Tensor) -> Tensor:
         recipe, t = self.recipe, self.recipe.temperature

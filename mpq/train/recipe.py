@@ -117,12 +117,7 @@ class Recipe(BaseModel):
     )
     distill_weight: float = Field(default=0.9, ge=0, description="factor on the distillation loss")
     distill_warmup_epochs: float = Field(
-        default=0.0, ge=0, description="linear rise of distill_weight and feature_weight"
-    )
-    feature_weight: float = Field(
-        default=0.0,
-        ge=0,
-        description="factor on the attention transfer from the teachers' feature maps; 0: none",
+        default=0.0, ge=0, description="linear rise of distill_weight"
     )
     dkd_beta: float = Field(default=2.0, ge=0, description="weight of NCKD within dkd")
     weighting: WeightingName = Field(
@@ -152,8 +147,6 @@ class Recipe(BaseModel):
             )
         if self.trivial and self.rand_operations:
             raise ValueError("trivial and rand_operations cannot both be on: choose one")
-        if self.feature_weight and self.compile:
-            raise ValueError("feature_weight and compile cannot both be on: choose one")
         if self.label_weight == self.distill_weight == 0:
             raise ValueError("one of label_weight and distill_weight must be above 0")
         return self

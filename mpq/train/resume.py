@@ -87,8 +87,9 @@ class State:
         if missing:
             raise TrainError(f"{path} must hold {', '.join(sorted(missing))}, but does not.")
         saved = dict(content["identity"])
-        if "recipe" in saved:  # keys that came later are off by default, as they were then
-            saved["recipe"] = Recipe().model_dump() | dict(saved["recipe"])
+        if "recipe" in saved:  # keys that came later, or are gone, are off by default
+            known = {k: v for k, v in saved["recipe"].items() if v or k in Recipe.model_fields}
+            saved["recipe"] = Recipe().model_dump() | known
         refuse_other_run(path, saved, self.identity)
         self.model.load_state_dict(content["model"])
         self.optimizer.load_state_dict(content["optimizer"])

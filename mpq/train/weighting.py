@@ -178,8 +178,3 @@ def combine_logits(teachers: Tensor, weights: Tensor, temperature: float) -> Ten
     """
     log_p = F.log_softmax(teachers.float() / temperature, dim=2)
     return temperature * torch.logsumexp(weights.log().unsqueeze(2) + log_p, dim=0)
-
-
-def combine(teachers: Tensor, weights: Tensor, temperature: float) -> Tensor:
-    """The ensemble's target probabilities `[B, C]` from logits `[K, B, C]`, weights `[K, B]`."""
-    return (combine_logits(teachers, weights, temperature) / temperature).exp()
