@@ -4,12 +4,11 @@
         --normalize imagenet --budgets 4.2 4.5 5.2 6.0 --bits 8 4 2 --act-bits 8
 
 For each budget of effective weight bits: what the search finds, `size` (the largest layers are
-narrowed first, which needs no scores) and random policies, each filled up to the budget; with
-`--refine N` also what measured refinement makes of the first (`mpq analyze --refine N`), which
-looks at the first test images by official index. All are quantized without training (`mpq ptq` at
-the effort named), with several sets of calibration images, and measured on test images from 5,000
-on: top-1, and the divergence from the float network, which tells policies apart that differ by less
-than the noise of top-1; beside it the paired difference to the search with its standard error.
+narrowed first, which needs no scores) and random policies, each filled up to the budget. All are
+quantized without training (`mpq ptq` at the effort named), with several sets of calibration images,
+and measured on test images from 5,000 on: top-1, and the divergence from the float network, which
+tells policies apart that differ by less than the noise of top-1; beside it the paired difference to
+the search with its standard error.
 """
 
 from __future__ import annotations
@@ -26,20 +25,20 @@ import numpy as np
 import torch
 from common import HALF
 from numpy.typing import NDArray
+from torch import Tensor, nn
 
-from mpq.analyze import Allocation, allocate, candidates, score_layers
+from mpq.analyze import allocate, candidates, score_layers
 from mpq.analyze.cost import Widths, effective_bits
-from mpq.analyze.refine import refine
 from mpq.analyze.sensitivity import Sensitivity
 from mpq.data import Normalization
 from mpq.files import write_json
 from mpq.graph.ir import QuantGraph
 from mpq.layers import LayerInfo
+from mpq.numerics import kl_divergence
 from mpq.pipeline.dropping import quantized
-from mpq.pipeline.refining import DivergenceMeter, divergences, log_probabilities
 from mpq.pipeline.subject import Source, Subject, open_checkpoint
 from mpq.policy import Constraints
-from mpq.train.evaluate import top1
+from mpq.train.evaluate import predict, top1
 
 Config = dict[str, Widths]
 Row = dict[str, Any]
@@ -71,29 +70,12 @@ def filled(
     return widths
 
 
-def rivals(
-    scores: Sensitivity, budget: float, judge: Judge, args: argparse.Namespace
-) -> dict[str, Config]:
+def rivals(scores: Sensitivity, budget: float, args: argparse.Namespace) -> dict[str, Config]:
     """The policies of one budget, by name; the search's own first."""
     pairs, act = candidates(args.bits, (args.act_bits,)), args.act_bits
-
-    def solve(told: Sensitivity) -> Allocation:
-        return allocate(told, Constraints(effective_bits=budget), pairs=pairs)
-
     largest = [i.name for i in sorted(scores.layers, key=lambda i: -i.params)]
-    named = {"search": solve(scores).widths}
-    if args.refine:
-        found = refine(
-            scores, solve, judge.meter.losses, judge.meter.again, count=args.refine, seed=args.seed
-        )
-        told = " ".join(f"{1e3 * t.mean:.2f}" for t in found.trials)
-        off, error = found.again or (0.0, 0.0)
-        print(
-            f"{budget:4.1f} refined on {args.choose} images: {told}; again"
-            f" {1e3 * off:+.2f} +- {1e3 * error:.2f}, {'' if found.taken else 'not '}taken",
-            flush=True,
-        )
-        named["refined"] = found.chosen.allocation.widths
+    found = allocate(scores, Constraints(effective_bits=budget), pairs=pairs)
+    named = {"search": found.widths}
     named["size"] = filled(scores, args.bits, act, budget, largest)
     rng = random.Random(args.seed)
     for k in range(args.random):
@@ -105,32 +87,21 @@ def rivals(
 class Judge:
     """Quantizes configurations and measures them on test images.
 
-    Configurations are chosen (`meter`) on the first images by official index and reported on those
-    from `HALF` on, where there are so many.
+    Images are those from `HALF` on by official index, where there are so many.
     """
 
     def __init__(self, subject: Subject, graph: QuantGraph, args: argparse.Namespace) -> None:
         test = subject.require_data("the comparison").test
-        begin = HALF if len(test) > HALF else 2 * args.choose if args.refine else 0
+        begin = HALF if len(test) > HALF else 0
         told = np.arange(begin, min(begin + args.test, len(test)))
         self.images, self.labels = test.read(told), test.labels[told]
-        calibrations = [
+        self.calibrations = [
             subject.sample(args.calibration, args.seed + k, "calibration")
-            for k in range(max(args.calibrations, 2))
+            for k in range(args.calibrations)
         ]
-        self.calibrations = calibrations[: args.calibrations]
         self.graph, self.normalize, self.effort = graph, subject.normalize, args.effort
-        self.reference = log_probabilities(graph.module, self.images, self.normalize)
+        self.reference = self.answers(graph.module)
         self.top1 = top1(self.reference, self.labels)
-        if args.refine:
-            count = min(args.choose, len(test) // 2)
-            self.meter = DivergenceMeter(
-                graph,
-                self.normalize,
-                images=[test.read(np.arange(k * count, (k + 1) * count)) for k in range(2)],
-                calibrations=calibrations,
-                effort=self.effort,
-            )
 
     def measure(self, widths: Config) -> tuple[list[float], NDArray[np.float64]]:
         """Per calibration: top-1 in percent, and the divergence of each image `[k, N]` in nats."""
@@ -138,9 +109,13 @@ class Judge:
             quantized(self.graph, widths, images, effort=self.effort)
             for images in self.calibrations
         ]
-        found = [log_probabilities(m, self.images, self.normalize) for m in modules]
-        rows = np.stack([divergences(self.reference, one) for one in found])
+        found = [self.answers(module) for module in modules]
+        rows = np.stack([kl_divergence(self.reference, one).numpy() for one in found])
         return [top1(one, self.labels) for one in found], rows
+
+    def answers(self, module: nn.Module) -> Tensor:
+        """Log-probabilities of the test images, float64 `[N, C]`."""
+        return predict(module, self.images, self.normalize).double().log_softmax(1)
 
 
 def compare(
@@ -178,8 +153,6 @@ def main() -> None:
     parser.add_argument("--metric", default="fisher")
     parser.add_argument("--rounding", choices=("nearest", "feedback"), default="nearest")
     parser.add_argument("--random", type=int, default=5)
-    parser.add_argument("--refine", type=int, default=0, help="configurations to measure")
-    parser.add_argument("--choose", type=int, default=1000, help="images to refine on")
     parser.add_argument("--samples", type=int, default=512)
     parser.add_argument("--calibration", type=int, default=256)
     parser.add_argument("--calibrations", type=int, default=1, help="sets of such images")
@@ -213,7 +186,7 @@ def main() -> None:
     print(f"float: {judge.top1:.2f} of {len(judge.labels)} images")
     rows: list[Row] = []
     for budget in args.budgets:
-        for row in compare(rivals(scores, budget, judge, args), judge, scores.layers, budget):
+        for row in compare(rivals(scores, budget, args), judge, scores.layers, budget):
             rows.append(row)
             print(
                 f"{budget:4.1f} {row['policy']:10s} {row['bits']:.3f} bits"

@@ -24,7 +24,6 @@ from torch import Tensor
 
 from mpq.analyze import candidates, score_layers
 from mpq.analyze.cost import Widths, effective_bits
-from mpq.analyze.interactions import blocks, quadratic
 from mpq.analyze.perturb import perturb
 from mpq.analyze.score import METRICS
 from mpq.analyze.sensitivity import Sensitivity
@@ -87,8 +86,6 @@ def predictors(
         found[metric] = scores.predict
         if metric == "fisher":
             default = scores
-            found[f"{metric}, blocks"] = quadratic(scores, blocks(scores))
-            found[f"{metric}, all pairs"] = quadratic(scores, None)
     assert default is not None, "name the metric fisher among --metric"
     return found, seconds, default
 

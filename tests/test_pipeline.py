@@ -214,28 +214,6 @@ def test_a_budget_that_is_measured(here, capsys):
     assert "max_drop must be at least" in capsys.readouterr().err
 
 
-def test_a_budget_is_refined_by_measuring(here, capsys):
-    argv = ["analyze", "model.pth", "--num-score", "64", "-o", "f", "--refine", "2"]
-    out, _ = say(capsys, *argv, "--effective-bits", "5,6", "--device", "cpu")
-    told = re.findall(r"(policy\S*): (\d) policies measured on (\d+) images; ", out)
-    data = json.loads(Path("f/sensitivity.json").read_text())
-    assert [(n, int(c), int(i)) for n, c, i in told] == [
-        (c["file"], len(r["trials"]), r["images"])
-        for c, r in zip(data["choices"], data["refined"], strict=True)
-    ]
-    for budget, choice, refined in zip((5, 6), data["choices"], data["refined"], strict=True):
-        assert len(refined["trials"]) == 2
-        assert all(t["effective_bits"] <= budget and t["kl"] > 0 for t in refined["trials"])
-        chosen = [t for t in refined["trials"] if t["widths"] == choice["widths"]]
-        assert (chosen[0] != refined["trials"][0]) == refined["taken"]
-        policy = Policy.load(f"f/{choice['file']}")
-        assert policy.result.effective_bits == pytest.approx(chosen[0]["effective_bits"], abs=1e-4)
-    assert main([*argv, "--force", "--max-drop", "5"]) == 2
-    assert "--refine must go with budgets of bits" in capsys.readouterr().err
-    assert main([*argv, "--force", "--data", "none"]) == 2
-    assert "--refine" in capsys.readouterr().err
-
-
 def test_scores_are_held_against_measurements(here, capsys):
     argv = ["analyze", "model.pth", "--num-score", "64", "-o", "runs/model", "--force"]
     out, _ = say(capsys, *argv, "--validate", "12")

@@ -427,15 +427,6 @@ def test_labels_are_asked_for(graph: QuantGraph, images: Tensor) -> None:
         score_layers(graph, images, LABELS[:3], metric="fit")
 
 
-def test_pairwise_terms_are_positive_semidefinite(graph: QuantGraph, images: Tensor) -> None:
-    found = score_layers(graph, images)
-    assert found.pairwise is not None
-    assert found.pairwise.shape == (len(found.rows), len(found.rows))
-    values = np.linalg.eigvalsh(found.pairwise)
-    assert values.min() > -1e-9 * values.max()
-    assert values.max() > 0
-
-
 def test_layers_inside_an_untraceable_module_are_scored(images: Tensor) -> None:
     class Whole(nn.Module):
         def __init__(self) -> None:

@@ -2,19 +2,15 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import pytest
 import torch
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 from mpq.analyze import score_layers
-from mpq.analyze.interactions import blocks, quadratic
 from mpq.analyze.perturb import perturb
-from mpq.analyze.sensitivity import Sensitivity
 from mpq.analyze.validate import Simulator, random_widths, spearman, validate
 from mpq.checkpoint import weights_hash
-from mpq.errors import UsageError
 from mpq.graph.ir import QuantGraph
 from mpq.graph.passes import to_float
 
@@ -118,26 +114,3 @@ def test_rank_correlation_of_little() -> None:
     assert math.isnan(spearman([1, 2], [1, 2]))
     assert math.isnan(spearman([1, 1, 1], [1, 2, 3]))
     assert spearman([1, 2, 3], [10, 20, 30]) == 1.0
-
-
-def test_interactions_of_single_layers_are_the_scores(graph: QuantGraph, images: Tensor) -> None:
-    scores = score_layers(graph, images)
-    widths: dict[str, tuple[int | None, int | None]] = dict.fromkeys(graph.layers, (4, None))
-    alone = quadratic(scores, [[name] for name in graph.layers])
-    assert alone(widths) == pytest.approx(scores.predict(widths), rel=1e-9)
-    assert blocks(scores) == [["stem"], ["block.a", "block.b"], ["head"]]
-    assert scores.pairwise is not None
-    rows = [(r.layer, r.part, r.bits) for r in scores.rows]
-    i, j = rows.index(("block.a", "weight", 4)), rows.index(("block.b", "weight", 4))
-    inside = quadratic(scores, blocks(scores))
-    expected = scores.predict(widths) + 2 * scores.pairwise[i, j]
-    assert inside(widths) == pytest.approx(float(expected), rel=1e-9)
-    picked = [rows.index((n, "weight", 4)) for n in graph.layers]
-    everything = float(scores.pairwise[np.ix_(picked, picked)].sum())
-    assert quadratic(scores, None)(widths) == pytest.approx(everything, rel=1e-9)
-
-
-def test_kept_scores_have_no_interactions(graph: QuantGraph, images: Tensor) -> None:
-    kept = Sensitivity.from_json(score_layers(graph, images).to_json())
-    with pytest.raises(UsageError, match="interactions need scores that were made now"):
-        quadratic(kept, None)

@@ -4,7 +4,6 @@
 - `score`: `score_layers`, the way in; `perturb`, `watch`: the candidates, and a look at tensors
 - `fisher`, `single`, `traces`: the metrics that look at images, in `batches`
 - `search`: widths for a budget; `limits`, `problem`, `solver`: as a 0/1 program; `drop`: accuracy
-- `refine`: scores corrected by measured configurations
 - `explain`: from its answer to a policy file; `compare`: what two policies differ in
 """
 

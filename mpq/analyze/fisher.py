@@ -12,8 +12,8 @@ So a single backward pass gives, for image i and every layer l and width b at on
 
 The diagonal form is what ModelOpt calls its gradient score, and in spirit FIT (B. Zandonati et al.,
 2022); the block form keeps the correlations within a layer, which ranks configurations better on
-every network tried (benchmarks/sensitivity.py). `U'U / 2N` holds the interactions between layers
-too (compare CLADO: Z. Deng et al., 2023), positive semidefinite by construction.
+every network tried (benchmarks/sensitivity.py). Interactions between layers (CLADO: Z. Deng et al.,
+2023), which `U'U / 2N` holds as well, did not rank them better (docs/analysis.md).
 
 `v = sqrt(p) e - p (sqrt(p)' e)` with random signs `e` has covariance `F` exactly, without the
 variance of a sampled label. Training images are predicted with too much confidence, so `p` is the

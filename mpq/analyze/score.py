@@ -17,9 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from mpq.analyze.batches import Progress
@@ -140,7 +138,7 @@ def score_layers(
         rounding=rounding,
         batch=size,
     )
-    scores, pairwise = _score(
+    scores = _score(
         candidates, columns, images, labels, replace(how, batch=size), partial, progress
     )
     rows = zip(columns, scores, strict=True)
@@ -152,7 +150,6 @@ def score_layers(
         samples=0 if images is None else len(images),
         seed=seed,
         key=how.key(qg, images, labels),
-        pairwise=pairwise,
         moments=moments(qg),
     )
 
@@ -165,11 +162,11 @@ def _score(
     how: Scoring,
     partial: Path | None,
     progress: Progress | None,
-) -> tuple[list[float], NDArray[np.float64] | None]:
-    """Scores in the order of `columns`, and their interactions where the metric has them."""
+) -> list[float]:
+    """Scores in the order of `columns`."""
     assert how.batch is not None
     if how.metric == "sqnr" or images is None:
-        return [_noise_share(candidates, column) for column in columns], None
+        return [_noise_share(candidates, column) for column in columns]
     if how.metric in ("fisher", "gradient"):
         terms = fisher_terms(
             candidates,
@@ -204,7 +201,7 @@ def _score(
             partial=partial,
             progress=progress,
         )
-    return [s / _sharing(candidates, c) for s, c in zip(scores, columns, strict=True)], None
+    return [s / _sharing(candidates, c) for s, c in zip(scores, columns, strict=True)]
 
 
 def _check(
@@ -247,13 +244,11 @@ def _sharing(candidates: Perturbations, column: Column) -> int:
 
 def _from_fisher(
     candidates: Perturbations, columns: Sequence[Column], terms: FisherTerms, metric: str
-) -> tuple[list[float], NDArray[np.float64]]:
-    """Scores, and the matrix of interactions."""
+) -> list[float]:
     sharing = torch.tensor([_sharing(candidates, c) for c in columns], dtype=torch.float64)
     block, diagonal = terms.scores()
     scores = diagonal if metric == "gradient" else block
-    shared = terms.block / sharing
-    return (scores / sharing).tolist(), (shared.T @ shared / (2 * len(shared))).numpy()
+    return (scores / sharing).tolist()
 
 
 def _noise_share(candidates: Perturbations, column: Column) -> float:

@@ -10,12 +10,9 @@ import dataclasses
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
-
-import numpy as np
-from numpy.typing import NDArray
 
 from mpq.errors import PolicyError
 from mpq.layers import LayerInfo, Moment
@@ -66,9 +63,6 @@ class Sensitivity:
         samples: number of images looked at.
         seed: of the random draws.
         key: hash of weights, images and settings; equal keys mean equal rows.
-        pairwise: `[rows, rows]`, positive semidefinite; `x' P x` over the chosen rows predicts the
-            loss with the interactions between layers. Only the metrics with a backward pass give
-            it, and the file does not carry it.
         moments: activations that are alive at one time, for the budget of activation memory.
     """
 
@@ -79,7 +73,6 @@ class Sensitivity:
     samples: int
     seed: int
     key: str
-    pairwise: NDArray[np.float64] | None = field(default=None, compare=False, repr=False)
     moments: tuple[Moment, ...] = ()
 
     def __post_init__(self) -> None:

@@ -8,7 +8,7 @@ that were not scored. The truth is the divergence of the answers,
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -134,7 +134,6 @@ def validate(
     count: int = 50,
     seed: int = 0,
     rounding: Rounding = "nearest",
-    predict: Callable[[Mapping[str, Widths]], float] | None = None,
     progress: Progress | None = None,
 ) -> Validation:
     """Measure random configurations and compare with what the scores say of them.
@@ -149,10 +148,8 @@ def validate(
         count: number of configurations.
         seed: of the draw.
         rounding: how weights are rounded, as they were for the scores.
-        predict: another prediction than the sum of the scores.
         progress: told (done, count).
     """
-    told = predict or sensitivity.predict
     bits = [sorted({b for b in column if b is not None}) for column in zip(*pairs, strict=True)]
     simulator = Simulator(
         perturb(qg, scored, weight_bits=bits[0], activation_bits=bits[1], rounding=rounding),
@@ -165,7 +162,7 @@ def validate(
         for done, widths in enumerate(drawn, 1):
             kl, loss, top1 = simulator.measure(widths)
             effective = cost.effective_bits(sensitivity.layers, widths)
-            truths.append(Truth(widths, effective, told(widths), kl, loss, top1))
+            truths.append(Truth(widths, effective, sensitivity.predict(widths), kl, loss, top1))
             if progress:
                 progress(done, len(drawn))
     finally:

@@ -11,7 +11,6 @@ import click
 from mpq import rundir
 from mpq.analyze.limits import LIMITS
 from mpq.analyze.perturb import Rounding
-from mpq.analyze.refine import Refined
 from mpq.analyze.score import METRICS
 from mpq.cli import options, training
 from mpq.cli.budgets import budgets as with_budgets
@@ -52,8 +51,6 @@ MINIMIZE = dict(zip(("bits", "size", "bops", "activation", "latency"), LIMITS, s
               help="Image side, if not the usual one.")  # fmt: skip
 @click.option("--locked", type=click.Path(path_type=Path), metavar="POLICY",
               help="Keep the locked layers of this policy.")  # fmt: skip
-@click.option("--refine", metavar="COUNT", type=click.IntRange(min=0), default=0,
-              help="Quantize and measure so many policies of each budget.")  # fmt: skip
 @click.option("--validate", metavar="COUNT", type=click.IntRange(min=0), default=0,
               help="Measure so many random policies and compare with their scores.")  # fmt: skip
 @click.option("--rescore", is_flag=True, help="Score anew, whatever scores there are already.")
@@ -80,7 +77,6 @@ def analyze(
     num_score: int,
     input_size: int | None,
     locked: Path | None,
-    refine: int,
     validate: int,
     rescore: bool,
     target: str | None,
@@ -133,7 +129,6 @@ def analyze(
             minimize=MINIMIZE[minimize],
             known=() if rescore else (folder / "sensitivity.json",),
             rescore=rescore,
-            refine=refine,
             validate=validate,
             device=device,
             progress=tell,
@@ -175,8 +170,6 @@ def _show(found: Analysis, folder: Path, as_json: bool) -> None:
             f"{result.weight_bytes:,} bytes of weights, file of about "
             f"{result.predicted_bytes:,}{drop}"
         )
-    for choice, refined in zip(found.choices, found.refined, strict=False):
-        options.show(f"{choice.file}: {_refinement(refined)}")
     if found.validation:
         truth = found.validation
         options.show(
@@ -187,14 +180,3 @@ def _show(found: Analysis, folder: Path, as_json: bool) -> None:
         options.say(f"scores from {found.scores_from}; --rescore scores anew")
     written = ", ".join(str(path) for path, _ in results)
     options.say(f"wrote {written}; next: mpq ptq, or mpq qat --teacher ens.pth")
-
-
-def _refinement(refined: Refined) -> str:
-    """What measuring configurations came to."""
-    policies = counted(len(refined.trials), "policy", "policies")
-    told = f"{policies} measured on {counted(len(refined.chosen.losses), 'image')}"
-    if refined.again is None:
-        return f"{told}; none was better than the search's own"
-    off, error = refined.again
-    kept = "taken" if refined.taken else "not taken, which is within the noise"
-    return f"{told}; the best differs by {off:+.2g} +- {error:.1g} nats on others: {kept}"

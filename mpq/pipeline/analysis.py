@@ -8,7 +8,6 @@ from typing import Any
 
 from mpq import files, rundir
 from mpq.analyze.drop import Measured
-from mpq.analyze.refine import Refined
 from mpq.analyze.search import Allocation
 from mpq.analyze.sensitivity import Sensitivity
 from mpq.analyze.validate import Validation
@@ -37,7 +36,6 @@ class Analysis:
         scores_from: the file that the scores came from; None where they were made now.
         measured: what a search for an accuracy measured on the way.
         validation: the scores against measurements, where that was asked for.
-        refined: what was measured for each choice, where that was asked for.
     """
 
     choices: tuple[Choice, ...]
@@ -47,7 +45,6 @@ class Analysis:
     scores_from: Path | None = None
     measured: tuple[Measured, ...] = ()
     validation: Validation | None = None
-    refined: tuple[Refined, ...] = ()
 
     @property
     def policy(self) -> Policy:
@@ -91,16 +88,5 @@ def analysis_json(found: Analysis) -> dict[str, Any]:
         {"file": c.file, "widths": {n: list(p) for n, p in c.allocation.widths.items()}}
         for c in found.choices
     ]
-    data["refined"] = [_refined_json(r) for r in found.refined]
     data["measured"] = [{**m.allocation.to_json(), "drop": m.drop} for m in found.measured]
     return data
-
-
-def _refined_json(refined: Refined) -> dict[str, Any]:
-    """What was measured for a choice: divergences in nats, the search's own answer first."""
-    return {
-        "images": len(refined.chosen.losses),
-        "taken": refined.taken,
-        "again": None if refined.again is None else list(refined.again),
-        "trials": [{**t.allocation.to_json(), "kl": t.mean} for t in refined.trials],
-    }

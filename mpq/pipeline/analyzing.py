@@ -13,7 +13,6 @@ from mpq.analyze.cost import Widths
 from mpq.analyze.drop import Measured, least_cost
 from mpq.analyze.explain import build_policy, locked_widths
 from mpq.analyze.perturb import Rounding
-from mpq.analyze.refine import Refined
 from mpq.analyze.score import LABELLED, Metric, Scoring
 from mpq.analyze.search import Allocation, allocate, candidates, limit_range, pareto_front
 from mpq.analyze.sensitivity import Sensitivity
@@ -24,7 +23,6 @@ from mpq.graph.ir import QuantGraph
 from mpq.latency import LatencyProfile
 from mpq.pipeline.analysis import Analysis, Choice
 from mpq.pipeline.dropping import DropMeter
-from mpq.pipeline.refining import check_refine, refine_budgets, validation_meter
 from mpq.pipeline.scoring import scores_of
 from mpq.pipeline.subject import Subject
 from mpq.policy import Constraints, DataInfo, Policy
@@ -52,7 +50,6 @@ def find_policy(
     minimize: str = "effective_bits",
     known: Sequence[Path] = (),
     rescore: bool = False,
-    refine: int = 0,
     validate: int = 0,
     device: str = "cpu",
     progress: Progress | None = None,
@@ -74,7 +71,6 @@ def find_policy(
         minimize: the limit that `max_drop` makes as small as it can, and that the front is over.
         known: sensitivity files to take the scores from where they fit, before the cache.
         rescore: score anew whatever there is.
-        refine: configurations to quantize and measure for each budget (`mpq.analyze.refine`).
         validate: random configurations to measure the scores against, on validation images.
         device: where layers are scored and scores validated; `ptq` runs on the CPU.
         progress: told (phase, done, all).
@@ -82,8 +78,7 @@ def find_policy(
     Raises:
         InfeasibleError: no widths meet the budgets.
         PolicyError: widths that the target does not have, locks that do not fit the network.
-        DataError: `max_drop` or `refine` without data.
-        UsageError: `refine` together with `max_drop`.
+        DataError: `max_drop` without data.
     """
     budgets = [constraints] if isinstance(constraints, Constraints) else list(constraints)
     work = _Work(
@@ -97,7 +92,7 @@ def find_policy(
         device,
         progress or (lambda phase, done, total: None),
     )
-    return work.run([_default(c) for c in budgets], samples, known, refine, validate)
+    return work.run([_default(c) for c in budgets], samples, known, validate)
 
 
 def _default(constraints: Constraints) -> Constraints:
@@ -125,12 +120,10 @@ class _Work:
         budgets: Sequence[Constraints],
         samples: int,
         known: Sequence[Path],
-        refine: int,
         validate: int,
     ) -> Analysis:
         """Score, search each budget, and the front."""
         names = _names(budgets)
-        check_refine(refine, budgets, self.subject)
         pairs = _pairs(self.how.bits, self.how.act_bits, self.target)
         graph = self.subject.graph()
         kept = locked_widths(self.locked, graph.layers) if self.locked else {}
@@ -146,16 +139,12 @@ class _Work:
         )
         search = _Search(scores, self.target, pairs, kept, self.profile, self.minimize)
         measured: list[Measured] = []
-        refined = self._refine(search, budgets, graph, refine)
-        found = [r.chosen.allocation for r in refined] or [
-            self._solve(search, c, graph, measured) for c in budgets
-        ]
-        told = [r.scores for r in refined] or [scores] * len(found)
+        found = [self._solve(search, c, graph, measured) for c in budgets]
         data = DataInfo(name=self.subject.data_name, samples=scores.samples, seed=how.seed)
         drops = {id(m.allocation): m.drop for m in measured}
         choices = [
-            Choice(name, self._policy(c, a, by, data, drops.get(id(a))), a)
-            for name, c, a, by in zip(names, budgets, found, told, strict=True)
+            Choice(name, self._policy(c, a, scores, data, drops.get(id(a))), a)
+            for name, c, a in zip(names, budgets, found, strict=True)
         ]
         front = search.front(budgets[0], found)
         truth = self._validate(graph, scores, pairs, images, validate) if validate else None
@@ -167,22 +156,6 @@ class _Work:
             scores_from=place,
             measured=tuple(measured),
             validation=truth,
-            refined=tuple(refined),
-        )
-
-    def _refine(
-        self, search: _Search, budgets: Sequence[Constraints], graph: QuantGraph, count: int
-    ) -> list[Refined]:
-        if not count:
-            return []
-        return refine_budgets(
-            validation_meter(self.subject, graph, seed=self.how.seed),
-            search.scores,
-            lambda scores, budget: replace(search, scores=scores).allocate(budget),
-            budgets,
-            count=count,
-            seed=self.how.seed,
-            progress=lambda done, total: self.progress("refining", done, total),
         )
 
     def _validate(
