@@ -1,4 +1,4 @@
-"""The only quantization formulas: everything above calls these, nothing repeats them.
+"""The only quantization formulas, and how far apart two answers are: nothing above repeats them.
 
 With scale `s > 0` and zero point `z`, a real `x` is stored as `q = clip(rint(x / s) + z, qmin,
 qmax)` and read back as `s * (q - z)`. Rounding is half to even, as ONNX QuantizeLinear and
@@ -72,3 +72,12 @@ def sqnr_db(reference: Tensor, approximation: Tensor) -> float:
     if noise == 0:
         return float("inf")
     return 10 * float(torch.log10(torch.tensor(max(signal, 1e-300) / noise, dtype=torch.float64)))
+
+
+def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """`KL(p || q) = sum p (log p - log q)` over the last dimension, in nats.
+
+    Of log-probabilities `[..., C]`, as `log_softmax` gives them: both are finite, so that it is
+    where p underflows to zero.
+    """
+    return (log_p.exp() * (log_p - log_q)).sum(-1)

@@ -29,6 +29,8 @@ LAYERS = {
     "mpq.layers": 2,
     "mpq.compare": 2,
     "mpq.policies": 2,
+    "mpq.hooks": 3,
+    "mpq.nonfinite": 3,
     "mpq.numerics": 3,
     "mpq.data": 3,
     "mpq.zoo": 3,

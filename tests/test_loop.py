@@ -12,7 +12,7 @@ from torch import nn
 from mpq.cpu import Cpu
 from mpq.data import Normalization
 from mpq.errors import DataError, TrainError, UsageError
-from mpq.train.diagnose import first_nonfinite
+from mpq.nonfinite import first_nonfinite
 from mpq.train.ensemble import Ensemble, Member
 from mpq.train.evaluate import accuracy, predict
 from mpq.train.loop import fit
@@ -385,9 +385,10 @@ def test_divergence_keeps_the_last_good_epoch(tmp_path):
     assert all(v.isfinite().all() for v in saved["model"].values())
 
 
-def test_first_nonfinite_is_empty_for_a_sound_model():
+def test_first_nonfinite_is_none_for_a_sound_model():
     model = network()
-    assert first_nonfinite(model, lambda: model(torch.rand(2, 3, 8, 8))) == ""
+    modules = dict(model.named_modules())
+    assert first_nonfinite(modules, lambda: model(torch.rand(2, 3, 8, 8))) is None
     assert not any(m._forward_hooks for m in model.modules())
 
 

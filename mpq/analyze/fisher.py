@@ -34,6 +34,7 @@ from mpq.analyze.batches import Batch, Progress, Rows, over_batches
 from mpq.analyze.perturb import Column, Perturbations
 from mpq.analyze.watch import Watch, require_finite
 from mpq.errors import GraphError
+from mpq.hooks import hooked
 from mpq.quant.operation import LayerOp
 
 TEMPERATURE = 2.0
@@ -94,10 +95,7 @@ def fisher_terms(
         part.tick()
         return recorder.terms.numpy()
 
-    try:
-        rows = over_batches(measure, images, None, batch=batch, partial=partial, progress=progress)
-    finally:
-        recorder.close()
+    rows = over_batches(measure, images, None, batch=batch, partial=partial, progress=progress)
     both = torch.from_numpy(rows)
     return FisherTerms(both[:, : len(columns)], both[:, len(columns) :])
 
@@ -116,7 +114,7 @@ def _direction(logits: Tensor, temperature: float, generator: torch.Generator) -
 
 
 class _Recorder:
-    """Runs the network with hooks that fill `terms`, `[n, 2 columns]`, in the backward pass."""
+    """Runs the network; its backward pass then fills `terms`, `[n, 2 columns]`."""
 
     def __init__(self, candidates: Perturbations, columns: Sequence[Column]) -> None:
         self.candidates, self.count = candidates, len(columns)
@@ -129,23 +127,17 @@ class _Recorder:
             elif (tensor := candidates.tensor_of(layer)) and (tensor, bits) in candidates.grids:
                 self.tensors.setdefault(tensor, {}).setdefault(bits, []).append(index)
         self.watch = Watch(candidates.graph, list(self.tensors), self._see_tensor)
-        self.handles = [
-            candidates.graph.module.get_submodule(n).register_forward_hook(self._see_layer(n))
-            for n in self.weights
-        ]
+        module = candidates.graph.module
+        self.layers = {name: module.get_submodule(name) for name in self.weights}
 
     def run(self, images: Tensor) -> Tensor:
         """Logits, with a graph that reaches back to the images."""
         self.terms = torch.zeros(len(images), 2 * self.count, dtype=torch.float64)
         # The images ask for a gradient so that the first layer's output has one.
-        logits: Tensor = self.watch.run(images.detach().clone().requires_grad_(True))
+        images = images.detach().clone().requires_grad_(True)
+        with hooked(m.register_forward_hook(self._see_layer(n)) for n, m in self.layers.items()):
+            logits: Tensor = self.watch.run(images)
         return logits
-
-    def close(self) -> None:
-        """Remove all hooks."""
-        self.watch.close()
-        for handle in self.handles:
-            handle.remove()
 
     def _see_layer(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:

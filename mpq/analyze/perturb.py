@@ -25,6 +25,7 @@ from mpq.analyze.watch import Watch, require_finite
 from mpq.errors import GraphError
 from mpq.graph.annotate import annotate
 from mpq.graph.ir import QuantGraph
+from mpq.hooks import hooked
 from mpq.numerics import choose_qparams, fake_quantize, sqnr_db
 from mpq.policy import Policy
 from mpq.quant.operation import LayerOp
@@ -194,7 +195,7 @@ def _weight_noise(graph: QuantGraph, name: str, bits: int, moment: Tensor | None
 def _second_moments(graph: QuantGraph, images: Tensor, batch: int) -> dict[str, Tensor]:
     """`X X'` `[G, K, K]` of the inputs of every layer that is a matrix product of moderate size."""
     found: dict[str, Moments] = {}
-    handles = []
+    places: list[tuple[str, nn.Module]] = []
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         info = graph.layers[name]
@@ -213,13 +214,10 @@ def _second_moments(graph: QuantGraph, images: Tensor, batch: int) -> dict[str, 
         weight = module_weight(graph.module, name)
         rows = weight.shape[1:].numel()
         if LayerOp.of(module).kind != "conv_transpose" and weight.ndim <= 4 and rows <= MAX_ROWS:
-            handles.append(module.register_forward_hook(hook(name)))
-    try:
+            places.append((name, module))
+    with hooked(module.register_forward_hook(hook(name)) for name, module in places):
         for part in torch.split(images, batch):
             graph.module(part)
-    finally:
-        for handle in handles:
-            handle.remove()
     return {n: m.quantized for n, m in found.items() if bool(m.quantized.isfinite().all())}
 
 
@@ -254,7 +252,6 @@ def _observe(
     with torch.no_grad():
         for part in torch.split(images, batch):
             watch.run(part)
-    watch.close()
     joined = {name: torch.cat(values) for name, values in found.items() if values}
     for name, values in joined.items():
         require_finite(values, graph, images, otherwise=readers[name][0])

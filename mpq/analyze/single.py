@@ -17,6 +17,7 @@ from torch import Tensor, fx
 from mpq.analyze.batches import Batch, Progress, Rows, over_batches
 from mpq.analyze.perturb import Column, Perturbations
 from mpq.analyze.watch import Watch, require_finite
+from mpq.numerics import kl_divergence
 
 
 @torch.no_grad()
@@ -55,7 +56,7 @@ def single_scores(
             logits = runner.again(column)
             if logits is not None:
                 changed = logits.double().log_softmax(-1)
-                rows[:, index] = _cost(reference, changed, part.labels).flatten(1).sum(1).cpu()
+                rows[:, index] = _cost(reference, changed, part.labels).cpu()
             part.tick()
         return rows.numpy()
 
@@ -72,12 +73,12 @@ def single_scores(
 
 
 def _cost(reference: Tensor, changed: Tensor, labels: Tensor | None) -> Tensor:
-    """Of each image, from log-probabilities."""
+    """Of each image, from log-probabilities `[n, ..., C]`."""
     if labels is None:
-        return reference.exp() * (reference - changed)
+        return kl_divergence(reference, changed).reshape(len(reference), -1).sum(1)
     labels = labels.to(reference.device)
     before, after = (F.nll_loss(p, labels, reduction="none") for p in (reference, changed))
-    return (after - before)[:, None]
+    return (after - before).reshape(len(reference), -1).sum(1)
 
 
 class _Runner:
@@ -110,9 +111,7 @@ class _Runner:
             return None
         grid = self.candidates.grids[tensor, bits]
         watch = Watch(self.graph, [tensor], lambda _, x: x + grid.noise(x))
-        logits = self._rest(tensor if tensor in self.order else self._node_of(tensor), watch)
-        watch.close()
-        return logits
+        return self._rest(tensor if tensor in self.order else self._node_of(tensor), watch)
 
     def _node_of(self, layer: str) -> str:
         """Name of the node that calls a layer, or calls the module that it is inside of."""

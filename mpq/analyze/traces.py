@@ -68,12 +68,7 @@ def trace_scores(
         part.tick()
         return np.repeat(found[None], len(part.images), axis=0)
 
-    try:
-        rows = over_batches(
-            measure, images, labels, batch=batch, partial=partial, progress=progress
-        )
-    finally:
-        probe.close()
+    rows = over_batches(measure, images, labels, batch=batch, partial=partial, progress=progress)
     return [max(float(value), 0.0) for value in rows.mean(0)]
 
 
@@ -126,12 +121,6 @@ class _Probe:
     def _see(self, name: str, x: Tensor) -> Tensor:
         self.seen[name] = x
         return x
-
-    def close(self) -> None:
-        """Leave the network as it was."""
-        self.watch.close()
-        for weight in self.weights.values():
-            weight.requires_grad_(False)
 
     def score(
         self, column: Column, squares: dict[str, Tensor], values: _Run, *, hessian: bool

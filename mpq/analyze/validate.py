@@ -24,6 +24,7 @@ from mpq.analyze.perturb import Perturbations, Rounding, perturb
 from mpq.analyze.sensitivity import Sensitivity
 from mpq.analyze.watch import Watch
 from mpq.graph.ir import QuantGraph
+from mpq.numerics import kl_divergence
 
 FEW = 3
 """Fewer points than this have no rank correlation."""
@@ -157,16 +158,13 @@ def validate(
         labels,
     )
     truths = []
-    try:
-        drawn = random_widths(sensitivity, pairs, count=count, seed=seed)
-        for done, widths in enumerate(drawn, 1):
-            kl, loss, top1 = simulator.measure(widths)
-            effective = cost.effective_bits(sensitivity.layers, widths)
-            truths.append(Truth(widths, effective, sensitivity.predict(widths), kl, loss, top1))
-            if progress:
-                progress(done, len(drawn))
-    finally:
-        simulator.close()
+    drawn = random_widths(sensitivity, pairs, count=count, seed=seed)
+    for done, widths in enumerate(drawn, 1):
+        kl, loss, top1 = simulator.measure(widths)
+        effective = cost.effective_bits(sensitivity.layers, widths)
+        truths.append(Truth(widths, effective, sensitivity.predict(widths), kl, loss, top1))
+        if progress:
+            progress(done, len(drawn))
     return Validation(sensitivity.metric, len(images), seed, tuple(truths))
 
 
@@ -183,10 +181,6 @@ class Simulator:
         self.watch = Watch(candidates.graph, list(candidates.readers), self._quantize)
         self.reference = self._log_probabilities()
 
-    def close(self) -> None:
-        """Remove all hooks."""
-        self.watch.close()
-
     def measure(self, widths: Mapping[str, Widths]) -> tuple[float, float | None, float | None]:
         """Divergence, increase of the loss, and top-1 of a configuration."""
         readers = self.candidates.readers.items()
@@ -201,7 +195,7 @@ class Simulator:
             for name, weight in self.floats.items():
                 self.candidates.weight(name).copy_(weight)
             self.bits = {}
-        kl = float((self.reference.exp() * (self.reference - found)).sum(1).mean())
+        kl = float(kl_divergence(self.reference, found).mean())
         if self.labels is None:
             return kl, None, None
         loss = F.nll_loss(found, self.labels) - F.nll_loss(self.reference, self.labels)

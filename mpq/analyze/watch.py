@@ -10,6 +10,8 @@ from torch import Tensor, fx, nn
 
 from mpq.errors import DataError
 from mpq.graph.ir import QuantGraph
+from mpq.hooks import hooked
+from mpq.nonfinite import first_nonfinite
 
 
 class Watch(fx.Interpreter):
@@ -23,49 +25,25 @@ class Watch(fx.Interpreter):
     ) -> None:
         super().__init__(graph.module)
         self.wanted, self.see = set(tensors), see
-        self.handles = [
-            graph.module.get_submodule(name).register_forward_pre_hook(self._input_hook(name))
+        nodes = {node.name for node in graph.module.graph.nodes}
+        self.inner = [
+            (name, graph.module.get_submodule(name))
             for name in tensors
-            if name in graph.layers and name not in {n.name for n in graph.module.graph.nodes}
+            if name in graph.layers and name not in nodes
         ]
 
-    def _input_hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], Tensor]:
-        return lambda _, args: self.see(name, args[0])
+    def run(self, *args: Any, **options: Any) -> Any:
+        """Run the graph, as `fx.Interpreter` does."""
+        with hooked(m.register_forward_pre_hook(self._input_hook(n)) for n, m in self.inner):
+            return super().run(*args, **options)
 
     def run_node(self, n: fx.Node) -> Any:
         """Run one node; what `see` returns takes the tensor's place."""
         out = super().run_node(n)
         return self.see(n.name, out) if n.name in self.wanted else out
 
-    def close(self) -> None:
-        """Unhook from the layers."""
-        for handle in self.handles:
-            handle.remove()
-
-
-_NOT_FINITE = (
-    "the output or input of layer {} must be finite on every image but is NaN or infinite. "
-    "Check the normalization of the images and the checkpoint."
-)
-
-
-@torch.no_grad()
-def not_finite(graph: QuantGraph, images: Tensor) -> str | None:
-    """The first layer whose output is NaN or infinite on these images, if any."""
-    bad: list[str] = []
-
-    def hook(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
-        def look(_: nn.Module, __: Any, out: Tensor) -> None:
-            if not bool(torch.isfinite(out).all()):
-                bad.append(name)
-
-        return look
-
-    handles = [graph.module.get_submodule(n).register_forward_hook(hook(n)) for n in graph.layers]
-    graph.module(images)
-    for handle in handles:
-        handle.remove()
-    return bad[0] if bad else None
+    def _input_hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], Tensor]:
+        return lambda _, args: self.see(name, args[0])
 
 
 def require_finite(
@@ -82,6 +60,12 @@ def require_finite(
     Raises:
         DataError: `values` are not finite.
     """
-    if not bool(torch.isfinite(values).all()):
-        first = not_finite(graph, images) or otherwise or list(graph.layers)[-1]
-        raise DataError(_NOT_FINITE.format(first))
+    if bool(torch.isfinite(values).all()):
+        return
+    layers = {name: graph.module.get_submodule(name) for name in graph.layers}
+    found = first_nonfinite(layers, lambda: graph.module(images))
+    name = found.name if found else otherwise or list(layers)[-1]
+    raise DataError(
+        f"the output or input of layer {name} must be finite on every image but is NaN or "
+        "infinite. Check the normalization of the images and the checkpoint."
+    )

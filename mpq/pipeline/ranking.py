@@ -20,6 +20,7 @@ from mpq.analyze import cost
 from mpq.data import Normalization, sample_indices
 from mpq.errors import UsageError
 from mpq.graph.ir import QuantGraph
+from mpq.numerics import kl_divergence
 from mpq.pipeline.analyzing import find_policy
 from mpq.pipeline.quantizing import run_ptq
 from mpq.pipeline.subject import Source, Subject, open_checkpoint
@@ -255,8 +256,8 @@ class _Meter:
     def top1(self, graph: QuantGraph) -> float:
         """Percent right; `divergence` becomes that of this graph, in nats per image."""
         logits = predict(graph.module, self.images, self.subject.normalize)
-        off = self.reference - logits.log_softmax(1)
-        self.divergence = max(0.0, float((self.reference.exp() * off).sum(1).mean()))
+        apart = kl_divergence(self.reference, logits.log_softmax(1))
+        self.divergence = max(0.0, float(apart.mean()))
         return top1(logits, self.labels)
 
 

@@ -25,11 +25,11 @@ from mpq.data import Normalization
 from mpq.errors import DataError, TrainError, UsageError
 from mpq.graph.lean import lean
 from mpq.graph.norms import freeze_norms
+from mpq.nonfinite import first_nonfinite
 from mpq.processes import leave_at_exit
 from mpq.train.answers import Answers, answer_folders
 from mpq.train.augment import Targets, augment, epoch_rng, mix
 from mpq.train.compiled import compiled
-from mpq.train.diagnose import first_nonfinite
 from mpq.train.ensemble import Ensemble
 from mpq.train.evaluate import Images, Labels, as_tensor, normalize_unit, to_unit
 from mpq.train.metrics import Record, Totals
@@ -259,11 +259,12 @@ class Engine:
     def _explain(self, epoch: int, step: int, images: Tensor) -> str:
         """Who made the loss of this batch infinite or NaN."""
         with self._autocast():
-            culprit = first_nonfinite(self.model, lambda: self.model(self._input(images)))
-            teacher = self.teacher
-            if not culprit and teacher is not None:
-                culprit = first_nonfinite(teacher, lambda: teacher(images))
-                culprit = culprit and f"teacher {culprit}"
+            modules = dict(self.model.named_modules())
+            found = first_nonfinite(modules, lambda: self.model(self._input(images)))
+            teacher, culprit = self.teacher, str(found or "")
+            if found is None and teacher is not None:
+                found = first_nonfinite(dict(teacher.named_modules()), lambda: teacher(images))
+                culprit = f"teacher {found}" if found else ""
         return (
             f"the loss became non-finite in epoch {epoch}, step {step}. First non-finite output: "
             f"{culprit or 'none: the loss itself overflowed on finite logits'}. "

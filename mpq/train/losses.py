@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mpq.numerics import kl_divergence
+
 VARIANCE_FLOOR = 1e-6
 """Added to a variance before its root: constant logits get a finite gradient."""
 
@@ -38,7 +40,7 @@ def kd_loss(student: Tensor, teacher: Tensor, *, temperature: float) -> Tensor:
     """
     log_s = F.log_softmax(student.float() / temperature, dim=1)
     log_t = F.log_softmax(teacher.float() / temperature, dim=1)
-    return temperature**2 * _kl(log_t, log_s).mean()
+    return temperature**2 * kl_divergence(log_t, log_s).mean()
 
 
 def standardize(logits: Tensor) -> Tensor:
@@ -65,7 +67,7 @@ def dkd_loss(
     y = (labels if labels.ndim == 1 else labels.argmax(1)).unsqueeze(1)
     pair_s, rest_s = _decouple(student.float() / temperature, y)
     pair_t, rest_t = _decouple(teacher.float() / temperature, y)
-    loss = _kl(pair_t, pair_s) + beta * _kl(rest_t, rest_s)
+    loss = kl_divergence(pair_t, pair_s) + beta * kl_divergence(rest_t, rest_s)
     return temperature**2 * loss.mean()
 
 
@@ -82,11 +84,6 @@ def dist_loss(
     inter = (1 - _pearson(p_s, p_t)).mean()
     intra = (1 - _pearson(p_s.T, p_t.T)).mean()
     return temperature**2 * (inter + gamma * intra)
-
-
-def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """`sum p (log p - log q)` per row: zero where p underflows, since both logs are finite."""
-    return (log_p.exp() * (log_p - log_q)).sum(1)
 
 
 def _decouple(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mpq.numerics import kl_divergence
 from mpq.train.losses import standardize
 
 Weighting = Callable[[Tensor, Tensor, Tensor | None, float], Tensor]
@@ -133,8 +134,7 @@ def dynamic(
             0.14.
     """
     log_p, log_s = (_seen(z, 1.0, standardized=True) for z in (teachers, student))
-    distance = (log_p.exp() * (log_p - log_s)).sum(2)
-    cost = _risk(teachers, labels) + beta * (1 - progress) * distance
+    cost = _risk(teachers, labels) + beta * (1 - progress) * kl_divergence(log_p, log_s)
     return (-cost / tau).softmax(0)
 
 
