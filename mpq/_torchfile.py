@@ -20,7 +20,7 @@ import torch
 
 from mpq.errors import CheckpointError, nearest
 from mpq.files import atomic_file
-from mpq.zoo.builder import working_directory
+from mpq.userimport import working_directory
 
 # Beside tensors, what training scripts save and what cannot run code when it is unpickled.
 _NUMPY_SCALAR = np.float64(0).__reduce__()[0]

@@ -21,8 +21,7 @@ from torch import Tensor, nn
 from mpq._torchfile import load_safe, save_atomic
 from mpq.errors import CheckpointError
 from mpq.policy import ModelInfo
-from mpq.zoo.builder import build, input_size
-from mpq.zoo.detection import classes_in, match, mismatch, place, strip
+from mpq.zoo.detection import Recognized, recognize, recognize_module, strip
 
 __all__ = [
     "Loaded",
@@ -88,18 +87,23 @@ def loaded_from(
 ) -> Loaded:
     """`load_model` of a file that has been read: what `load_safe` gave for `path`."""
     saved = _saved_info(content, path)
-    state = _checked(_find_state(content, path), path)
-    module = _find_module(content)
-    if module is not None:
-        module, info = module.float(), _info_of_module(module, state, arch)
-        _check_classes(path, info.classes, classes)
-    else:
-        arch = arch or (saved.arch if saved else _detect(state, path))
-        module, info = _assemble(path, state, arch, classes, saved)
-    info = info.replace(checkpoint=str(path), sha256=weights_hash(module.state_dict()))
+    found = _recognized(content, path, arch, classes, saved)
+    if classes not in (None, found.classes):
+        raise CheckpointError(
+            f"the network in {path} must have {classes} classes. Its last layer has "
+            f"{found.classes} outputs instead. Give the data set that it was trained on."
+        )
+    info = ModelInfo(
+        arch=found.arch,
+        classes=found.classes,
+        input=found.input,
+        normalize=saved.normalize if saved else "",
+        checkpoint=str(path),
+        sha256=weights_hash(found.network.state_dict()),
+    )
     if saved is None:
-        return Loaded(module.eval(), info)
-    return Loaded(module.eval(), info, str(content.get("data", "")), content.get("metrics", {}))
+        return Loaded(found.network, info)
+    return Loaded(found.network, info, str(content.get("data", "")), content.get("metrics", {}))
 
 
 def save_model(
@@ -169,6 +173,22 @@ def _saved_info(content: Any, path: Path) -> ModelInfo | None:
         raise CheckpointError(f"the header of the checkpoint {path} is damaged: {error}") from None
 
 
+def _recognized(
+    content: Any, path: Path, arch: str | None, classes: int | None, saved: ModelInfo | None
+) -> Recognized:
+    """The network of a file: a module as it is, a state dict in the network that it belongs to."""
+    state = _checked(_find_state(content, path), path)
+    module = _find_module(content)
+    try:
+        if module is not None:
+            return recognize_module(module, arch)
+        if saved is None:
+            return recognize(state, arch, classes=classes)
+        return recognize(state, arch or saved.arch, classes=classes, size=saved.input)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+
+
 def _find_module(content: Any) -> nn.Module | None:
     """The module in a trusted file: the content itself or an entry of it."""
     if isinstance(content, nn.DataParallel):
@@ -225,55 +245,3 @@ def _checked(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
             )
         checked[name] = tensor
     return checked
-
-
-def _detect(state: Mapping[str, Tensor], path: Path) -> str:
-    try:
-        return match(state).arch
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from None
-
-
-def _assemble(
-    path: Path,
-    state: Mapping[str, Tensor],
-    arch: str,
-    classes: int | None,
-    saved: ModelInfo | None,
-) -> tuple[nn.Module, ModelInfo]:
-    """Build the network and put the weights in."""
-    found = classes_in(state, arch)
-    if ":" not in arch and found:
-        _check_classes(path, found, classes)
-    size = saved.input if saved else input_size(arch)
-    network = build(arch, found or classes or 10, in_channels=size[0])
-    own = place(state, network)
-    if own is None:
-        raise CheckpointError(
-            f"the weights in {path} must be those of {arch}, but differ: "
-            f"{mismatch(state, network)}. Leave --model away to have the network found, or give "
-            f"the function that builds it with --model package.module:factory."
-        )
-    network.load_state_dict({**network.state_dict(), **own})
-    outputs = classes_in(network.state_dict(), arch) or 1
-    _check_classes(path, outputs, classes)
-    normalize = saved.normalize if saved else ""
-    return network, ModelInfo(arch=arch, classes=outputs, input=size, normalize=normalize)
-
-
-def _info_of_module(module: nn.Module, state: Mapping[str, Tensor], arch: str | None) -> ModelInfo:
-    """What a pickled module is: known by its weights only if its class is a known one."""
-    kind = type(module)
-    if arch is None and kind.__module__.startswith(("mpq.zoo.", "torchvision.models.")):
-        arch = match(state).arch
-    size = input_size(arch) if arch else (3, 32, 32)
-    arch = arch or f"{kind.__module__}:{kind.__qualname__}"
-    return ModelInfo(arch=arch, classes=classes_in(state, arch) or 1, input=size, normalize="")
-
-
-def _check_classes(path: Path, found: int, wanted: int | None) -> None:
-    if wanted is not None and wanted != found:
-        raise CheckpointError(
-            f"the network in {path} must have {wanted} classes. Its last layer has {found} "
-            f"outputs instead. Give the data set that it was trained on."
-        )

@@ -8,6 +8,7 @@ import resource
 import signal
 import sys
 import zipfile
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ import pytest
 import torch
 from torch import nn
 
-from mpq import zoo
+from mpq import checkpoint, zoo
 from mpq.checkpoint import (
     load_model,
     load_safe,
@@ -25,7 +26,9 @@ from mpq.checkpoint import (
     weights_hash,
 )
 from mpq.errors import CheckpointError, UsageError
+from mpq.pipeline.subject import Source, open_checkpoint
 from mpq.policy import ModelInfo
+from mpq.zoo import detection
 
 ROOT = Path(__file__).parent.parent
 INFO = ModelInfo(arch="resnet20", classes=10, input=(3, 16, 16), normalize="cifar10")
@@ -166,6 +169,25 @@ def test_factory(file, tmp_path, monkeypatch):
     save_model(file, loaded.module, info=loaded.info, data="digits")
     images = torch.zeros(1, 3, 32, 32)
     assert torch.equal(load_model(file).module(images), network(images))
+
+
+def test_weights_are_hashed_and_stripped_of_prefixes_once(network, file, monkeypatch):
+    """Names of the file, of the network and of the hash; none for the candidates of detection."""
+    calls = Counter()
+
+    def counted(function):
+        def call(*args):
+            calls[function.__name__] += 1
+            return function(*args)
+
+        return call
+
+    monkeypatch.setattr(detection, "short_names", counted(detection.short_names))
+    monkeypatch.setattr(checkpoint, "weights_hash", counted(checkpoint.weights_hash))
+    torch.save({"state_dict": network.state_dict()}, file)
+    subject = open_checkpoint(file, Source("none"))
+    assert calls == {"short_names": 3, "weights_hash": 1}
+    assert subject.info.sha256 == weights_hash(network.state_dict())
 
 
 # Bad files

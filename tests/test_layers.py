@@ -21,6 +21,7 @@ LAYERS = {
     "mpq.files": 1,
     "mpq.processes": 1,
     "mpq.spec": 1,
+    "mpq.userimport": 1,
     "mpq.policy": 2,
     "mpq.target": 2,
     "mpq.latency": 2,

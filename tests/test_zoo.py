@@ -11,7 +11,7 @@ from mpq import zoo
 from mpq.errors import CheckpointError, UsageError
 from mpq.zoo.architectures import ARCHITECTURES
 from mpq.zoo.builder import torchvision_names
-from mpq.zoo.detection import _WithoutMemory, classes_in, family_key, match, place, template
+from mpq.zoo.detection import WithoutMemory, family_key, recognize, template
 
 # Parameters for 10 classes. ResNet: He et al. 2016, table 6 (0.27, 0.46, 0.66, 0.85, 1.7 million);
 # the rest: the figures of the papers, which give two or three digits, or of the public code.
@@ -45,7 +45,7 @@ PARAMETERS = {
 
 def _empty(arch: str, classes: int) -> nn.Module:
     """A network without memory for its weights: good for names and shapes."""
-    with _WithoutMemory():
+    with WithoutMemory():
         return zoo.build(arch, classes)
 
 
@@ -175,6 +175,10 @@ def factories(tmp_path, monkeypatch):
         "def sized(classes=4): return nn.Sequential(nn.Flatten(), nn.Linear(12, classes))\n"
         "def numbered(num_classes): return sized(num_classes)\n"
         "def fixed(): return nn.Linear(2, 3)\n"
+        "def wrapped(classes):\n"
+        "    net = nn.Module()\n"
+        "    net.net = sized(classes)\n"
+        "    return net\n"
         "def broken(): raise RuntimeError('no such luck')\n"
         "def text(): return 'not a network'\n"
         "fixed.input_size = (1, 28, 28)\n"
@@ -265,15 +269,18 @@ def test_counters_of_other_tools_do_not_matter():
     assert zoo.detect(state) == ("resnet20", 10)
 
 
-def test_another_spelling_is_renamed():
-    state = _empty("resnet18_cifar", 100).state_dict()
+@pytest.mark.parametrize("arch", [None, "resnet18_cifar"])
+def test_another_spelling_is_renamed(arch):
+    network = zoo.build("resnet18_cifar", 100)
+    state = network.state_dict()
     other = {
         k.replace("downsample", "shortcut").replace("fc.", "linear."): v for k, v in state.items()
     }
-    found = match(other)
-    assert (found.arch, found.classes) == ("resnet18_cifar", 100)
-    assert set(found.state) == {k for k in state if "num_batches" not in k}
-    assert classes_in(other, "resnet18_cifar") == 100
+    found = recognize(other, arch)
+    assert (found.arch, found.classes, found.input) == ("resnet18_cifar", 100, (3, 32, 32))
+    assert not found.network.training
+    own = found.network.state_dict()
+    assert all(torch.equal(own[k], v) for k, v in state.items() if "num_batches" not in k)
 
 
 def test_old_spelling_of_densenet():
@@ -291,14 +298,17 @@ def test_auxiliary_heads_are_dropped():
     assert zoo.detect(state) == ("googlenet", 10)
 
 
-def test_place_gives_the_networks_own_names():
-    network = nn.Sequential()
-    network.add_module("net", nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)))
+def test_the_prefix_of_a_factorys_network_may_differ(factories):
+    network = zoo.build(f"{factories}:wrapped", 5)
     state = {k.replace("net.", "module."): v for k, v in network.state_dict().items()}
-    own = place(state, network)
-    assert own is not None
-    assert set(own) == {k for k in network.state_dict() if "num_batches" not in k}
-    assert place({"0.weight": torch.zeros(1)}, network) is None
+    assert state.keys() != network.state_dict().keys()
+    found = recognize(state, f"{factories}:wrapped")
+    assert found.classes == 5
+    assert torch.equal(found.network.net[1].weight, network.net[1].weight)
+    with pytest.raises(
+        CheckpointError, match=r"must be those of .*:wrapped, but differ: 1 missing"
+    ):
+        recognize({"0.weight": torch.zeros(1)}, f"{factories}:wrapped")
 
 
 def test_no_match_names_the_nearest_and_what_differs():

@@ -5,12 +5,8 @@ It returns a `DataSet`, a pair `(images, labels)`, or a mapping of split names t
 
 from __future__ import annotations
 
-import importlib
 import re
-import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -19,6 +15,7 @@ from mpq.data.folders import SPLITS
 from mpq.data.sources import ArraySource, DataSet
 from mpq.data.splits import Splits
 from mpq.errors import DataError, nearest
+from mpq.userimport import import_callable, working_directory
 
 _FORM = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
@@ -62,37 +59,12 @@ def _to_splits(arrays: dict[str, tuple[Any, Any]], size: tuple[int, int] | None)
 
 
 def _call(name: str) -> Any:
-    module_name, function = name.split(":")
-    with _working_directory_first():
-        try:
-            module = importlib.import_module(module_name)
-        except Exception as error:  # the user's code can fail in any way
-            raise DataError(
-                f"data {name}: module {module_name} cannot be imported ({error}). It must be "
-                "installed or lie in the working directory."
-            ) from error
-        factory = getattr(module, function, None)
-        if not callable(factory):
-            known = [key for key, value in vars(module).items() if callable(value)]
-            raise DataError(
-                f"data {name}: module {module_name} has no callable {function}"
-                f"{nearest(function, known) or '.'}"
-            )
-        try:
-            return factory()
-        except Exception as error:
-            raise DataError(f"data {name} failed with {type(error).__name__}: {error}") from error
-
-
-@contextmanager
-def _working_directory_first() -> Iterator[None]:
-    """A console script does not look for modules in the working directory, `python -m` does."""
-    here = str(Path.cwd())
-    sys.path.insert(0, here)
+    factory = import_callable(name, "--data", DataError)
     try:
-        yield
-    finally:
-        sys.path.remove(here)
+        with working_directory():
+            return factory()
+    except Exception as error:  # the user's code can fail in any way
+        raise DataError(f"data {name} failed with {type(error).__name__}: {error}") from error
 
 
 def _check_pair(pair: Any, where: str) -> tuple[Any, Any]:

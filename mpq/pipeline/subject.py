@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from mpq import zoo
-from mpq.checkpoint import Loaded, load_model, weights_hash
+from mpq.checkpoint import Loaded, load_model
 from mpq.data import (
     DataSet,
     Normalization,
@@ -194,9 +194,7 @@ def subject_of(
         info = info.replace(input=(info.input[0], input_size, input_size))
     data = _data(name, source, info)
     _tell_unlabelled(data, name)
-    info = info.replace(
-        checkpoint=os.path.relpath(path), sha256=weights_hash(loaded.module.state_dict())
-    )
+    info = info.replace(checkpoint=os.path.relpath(path))
     more = source.more(info.input[1:])
     return _normalized(Subject(loaded.module, info, data, name, _NEUTRAL, more), normalize)
 
@@ -329,7 +327,7 @@ def find_checkpoint(info: ModelInfo, policy_path: Path) -> Path:
 def _load_weights(info: ModelInfo, policy_path: Path, trust_pickle: bool) -> nn.Module:
     found = find_checkpoint(info, policy_path)
     loaded = load_model(found, arch=info.arch, classes=info.classes, trust_pickle=trust_pickle)
-    digest = weights_hash(loaded.module.state_dict())
+    digest = loaded.info.sha256
     if info.sha256 and digest != info.sha256:
         raise PolicyError(
             f"{policy_path} was made for other weights than those in {found}: sha256 must be "

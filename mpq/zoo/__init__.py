@@ -1,6 +1,6 @@
 """Network architectures by name, and the name of an architecture from its weights."""
 
 from mpq.zoo.builder import build, input_size, names
-from mpq.zoo.detection import detect
+from mpq.zoo.detection import Recognized, detect, recognize
 
-__all__ = ["build", "detect", "input_size", "names"]
+__all__ = ["Recognized", "build", "detect", "input_size", "names", "recognize"]

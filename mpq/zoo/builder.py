@@ -8,18 +8,15 @@ says what images it wants; otherwise (3, 32, 32) is assumed.
 
 from __future__ import annotations
 
-import contextlib
-import importlib
 import inspect
-import os
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
 from mpq import _torchvision
 from mpq.errors import UsageError, nearest
+from mpq.userimport import import_callable, working_directory
 from mpq.zoo.architectures import ARCHITECTURES, INPUT_SIZE
 
 # What a builder of torchvision takes apart from num_classes. The auxiliary heads serve training
@@ -79,8 +76,8 @@ def input_size(arch: str) -> tuple[int, int, int]:
         UsageError: an unknown name, a factory that cannot be imported.
     """
     if ":" in arch:
-        with working_directory():
-            channels, height, width = getattr(_factory(arch), "input_size", (3, *INPUT_SIZE))
+        factory = import_callable(arch, "--model", UsageError)
+        channels, height, width = getattr(factory, "input_size", (3, *INPUT_SIZE))
         return int(channels), int(height), int(width)
     if arch in ARCHITECTURES:
         return (3, *INPUT_SIZE)
@@ -100,42 +97,23 @@ def _check_known(arch: str) -> None:
 
 
 def _from_factory(arch: str, classes: int, in_channels: int) -> nn.Module:
-    with working_directory():
-        factory = _factory(arch)
-        options = _wanted(factory, classes, in_channels)
-        try:
+    factory = import_callable(arch, "--model", UsageError)
+    options = _wanted(factory, classes, in_channels)
+    try:
+        with working_directory():
             network = factory(**options)
-        except Exception as error:  # user code may raise anything
-            given = ", ".join(f"{k}={v}" for k, v in options.items())
-            raise UsageError(
-                f"the factory {arch} must build a network when called as {arch.split(':')[1]}"
-                f"({given}). It raised {type(error).__name__}: {error}"
-            ) from error
+    except Exception as error:  # user code may raise anything
+        given = ", ".join(f"{k}={v}" for k, v in options.items())
+        raise UsageError(
+            f"the factory {arch} must build a network when called as {arch.split(':')[1]}"
+            f"({given}). It raised {type(error).__name__}: {error}"
+        ) from error
     if not isinstance(network, nn.Module):
         raise UsageError(
             f"the factory {arch} must return a torch.nn.Module. Got {type(network).__name__} "
             f"instead."
         )
     return network
-
-
-def _factory(arch: str) -> Callable[..., Any]:
-    module_name, _, attribute = arch.partition(":")
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:  # as above
-        raise UsageError(
-            f"the module {module_name!r} of --model {arch} must be importable from the working "
-            f"directory or the environment. It raised {type(error).__name__}: {error}"
-        ) from error
-    factory = getattr(module, attribute, None)
-    if not callable(factory):
-        known = [n for n in dir(module) if not n.startswith("_") and callable(getattr(module, n))]
-        raise UsageError(
-            f"--model {arch} must name a function or class of {module_name}, which has no "
-            f"callable {attribute!r}{nearest(attribute, known)}"
-        )
-    return factory  # type: ignore[no-any-return]
 
 
 def _wanted(factory: Callable[..., Any], classes: int, in_channels: int) -> dict[str, int]:
@@ -146,14 +124,3 @@ def _wanted(factory: Callable[..., Any], classes: int, in_channels: int) -> dict
     offered = {"in_channels": in_channels}
     offered["classes" if "classes" in parameters else "num_classes"] = classes
     return {name: value for name, value in offered.items() if name in parameters}
-
-
-@contextlib.contextmanager
-def working_directory() -> Iterator[None]:
-    """Let imports see the working directory, as under `python -m`; a console script does not."""
-    folder = os.getcwd()
-    sys.path.insert(0, folder)
-    try:
-        yield
-    finally:
-        sys.path.remove(folder)

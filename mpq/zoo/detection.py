@@ -19,19 +19,20 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from mpq.errors import CheckpointError
-from mpq.zoo.architectures import ARCHITECTURES
-from mpq.zoo.builder import build, torchvision_names
+from mpq.zoo.architectures import ARCHITECTURES, INPUT_SIZE
+from mpq.zoo.builder import build, input_size, torchvision_names
 
 logger = logging.getLogger(__name__)
 
 Shape = tuple[int, ...]
+Value = TypeVar("Value")
 
 # Counters, and the auxiliary classifiers that only training uses.
 _UNUSED = re.compile(
@@ -70,12 +71,17 @@ _FAMILIES: dict[str, str] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Match:
-    """A recognised checkpoint; `state` has the names that the architecture uses."""
+class Recognized:
+    """A network with the weights of a checkpoint, in evaluation mode.
 
+    `arch` is a name that `build` takes, or where a pickled module's class lies; `input` is
+    `(C, H, W)`, `classes` the outputs of the last layer.
+    """
+
+    network: nn.Module
     arch: str
     classes: int
-    state: dict[str, Tensor]
+    input: tuple[int, int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,17 +115,57 @@ def detect(state: Mapping[str, Tensor]) -> tuple[str, int]:
     Raises:
         CheckpointError: nothing fits; the message names the nearest and what differs.
     """
-    found = match(state)
-    return found.arch, found.classes
+    return _detect(strip(state))
 
 
-def match(state: Mapping[str, Tensor]) -> Match:
-    """Like `detect`, with the state under the names that the architecture uses.
+def recognize(
+    state: Mapping[str, Tensor],
+    arch: str | None = None,
+    *,
+    classes: int | None = None,
+    size: tuple[int, int, int] | None = None,
+) -> Recognized:
+    """Build the network that a state dict belongs to, and put its weights in.
+
+    Args:
+        state: tensors by name, as for `detect`.
+        arch: name or `package.module:factory`; None: the architecture that the weights fit.
+        classes: outputs to ask a factory for where the weights do not tell; 10 if None.
+        size: `(C, H, W)` of its images; None: what the architecture is meant for.
 
     Raises:
-        CheckpointError: nothing fits; the message names the nearest and what differs.
+        CheckpointError: nothing fits, or the weights are not those of `arch`.
+        UsageError: an unknown architecture, a factory that fails.
     """
     plain = strip(state)
+    if arch is None:
+        arch, outputs = _detect(plain)
+    else:
+        outputs = _outputs(plain, arch)
+    size = size or input_size(arch)
+    network = build(arch, outputs or classes or 10, in_channels=size[0])
+    own = network.state_dict()
+    network.load_state_dict({**own, **_under_own_names(plain, own, arch)})
+    return Recognized(network, arch, _outputs(_counted(own), arch) or 1, size)
+
+
+def recognize_module(module: nn.Module, arch: str | None = None) -> Recognized:
+    """What a module that came whole is: its weights say so only if its class is a known one.
+
+    Raises:
+        CheckpointError: the module is of this zoo or of torchvision, and its weights fit nothing.
+        UsageError: an unknown architecture, a factory that cannot be imported.
+    """
+    plain, kind = strip(module.state_dict()), type(module)
+    if arch is None and kind.__module__.startswith(("mpq.zoo.", "torchvision.models.")):
+        arch, _ = _detect(plain)
+    size = input_size(arch) if arch else (3, *INPUT_SIZE)
+    arch = arch or f"{kind.__module__}:{kind.__qualname__}"
+    return Recognized(module.float().eval(), arch, _outputs(plain, arch) or 1, size)
+
+
+def _detect(plain: dict[str, Tensor]) -> tuple[str, int]:
+    """Architecture and classes of a state dict without prefix."""
     for spelling in _SPELLINGS:
         renamed = _rename(plain, spelling)
         if spelling and renamed.keys() == plain.keys():
@@ -127,20 +173,37 @@ def match(state: Mapping[str, Tensor]) -> Match:
         shapes = _shapes(renamed)
         fits = _fitting(shapes, ARCHITECTURES) or _fitting(shapes, _torchvision_candidates(shapes))
         if fits:
-            arch, classes = fits[0]
             _log(fits, renamed=bool(spelling))
-            return Match(arch, classes, renamed)
+            return fits[0]
     raise CheckpointError(_no_match(_shapes(plain)))
 
 
-def place(state: Mapping[str, Tensor], network: nn.Module) -> dict[str, Tensor] | None:
-    """The state under the network's own names, ready for `load_state_dict`, or None."""
-    own = network.state_dict()
-    wanted, names = _shapes(strip(own)), _short_names(own)
+def _under_own_names(
+    plain: dict[str, Tensor], own: Mapping[str, Tensor], arch: str
+) -> dict[str, Tensor]:
+    """The state under the names that the network has for it, ready for `load_state_dict`."""
+    names = short_names(own)
+    wanted = {short: tuple(own[name].shape) for short, name in names.items()}
     for spelling in _SPELLINGS:
-        renamed = _rename(strip(state), spelling)
+        renamed = _rename(plain, spelling)
         if _shapes(renamed) == wanted:
             return {names[name]: tensor for name, tensor in renamed.items()}
+    raise CheckpointError(
+        f"the weights must be those of {arch}, but differ: {differences(_shapes(plain), wanted)}. "
+        f"Leave --model away to have the network found, or give the function that builds it with "
+        f"--model package.module:factory."
+    )
+
+
+def _outputs(plain: dict[str, Tensor], arch: str) -> int | None:
+    """Outputs of the head of a named architecture; else of the last weight. None without such."""
+    if ":" in arch:
+        weights = [t for k, t in plain.items() if k.endswith("weight") and t.ndim in (2, 4)]
+        return int(weights[-1].shape[0]) if weights else None
+    for spelling in _SPELLINGS:
+        head = _rename(plain, spelling).get(template(arch).head)
+        if head is not None and head.ndim:
+            return int(head.shape[0])
     return None
 
 
@@ -150,20 +213,20 @@ def strip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     DataParallel writes `module.` before all names, torch.compile `_orig_mod.`, training
     frameworks `model.` or `net.`; a network on its own has several parts at the top.
     """
-    return {short: state[name] for short, name in _short_names(state).items()}
+    return {short: state[name] for short, name in short_names(state).items()}
 
 
-def _short_names(state: Mapping[str, Tensor]) -> dict[str, str]:
+def short_names(state: Mapping[str, Tensor]) -> dict[str, str]:
     """Short to full names, of the tensors that count."""
     short = {name: name for name in state}
     while len({s.partition(".")[0] for s in short}) == 1 and all("." in s for s in short):
         short = {s.partition(".")[2]: name for s, name in short.items()}
-    return {s: name for s, name in short.items() if not _UNUSED.fullmatch(s)}
+    return _counted(short)
 
 
-def mismatch(state: Mapping[str, Tensor], network: nn.Module) -> str:
-    """What a state dict lacks, has too much or in another shape for a network, in words."""
-    return differences(_shapes(strip(state)), _shapes(strip(network.state_dict())))
+def _counted(items: Mapping[str, Value]) -> dict[str, Value]:
+    """Without counters and auxiliary classifiers; names have no prefix."""
+    return {name: value for name, value in items.items() if not _UNUSED.fullmatch(name)}
 
 
 def differences(have: Mapping[str, Shape], want: Mapping[str, Shape], *, limit: int = 3) -> str:
@@ -182,27 +245,11 @@ def differences(have: Mapping[str, Shape], want: Mapping[str, Shape], *, limit: 
     return "; ".join(parts) or "nothing"
 
 
-def classes_in(state: Mapping[str, Tensor], arch: str) -> int | None:
-    """Outputs of the head of a named architecture; for a factory, of the last weight.
-
-    None where a tensor of that name is not there.
-    """
-    plain = strip(state)
-    weights = [k for k, t in plain.items() if k.endswith("weight") and t.ndim in (2, 4)]
-    if ":" in arch:
-        return int(plain[weights[-1]].shape[0]) if weights else None
-    for spelling in _SPELLINGS:
-        head = _rename(plain, spelling).get(template(arch).head)
-        if head is not None and head.ndim:
-            return int(head.shape[0])
-    return None
-
-
 @functools.cache
 def template(arch: str) -> Template:
     """Names and shapes of an architecture by name; its weights are never allocated."""
-    with _WithoutMemory():
-        shapes = _shapes(strip(build(arch, 10).state_dict()))
+    with WithoutMemory():
+        shapes = _shapes(_counted(build(arch, 10).state_dict()))
     head = [k for k, s in shapes.items() if k.endswith("weight") and len(s) >= 2][-1]
     return Template(shapes, head)
 
@@ -220,7 +267,7 @@ _INITIALIZERS = (
 )
 
 
-class _WithoutMemory(TorchFunctionMode):
+class WithoutMemory(TorchFunctionMode):
     """Put `torch.empty` on the meta device: weights have shapes only, constants stay real.
 
     `with torch.device("meta")` would take the constants as well, and some networks compute
