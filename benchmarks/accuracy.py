@@ -35,7 +35,7 @@ from mpq.data import Normalization, load_arrays
 from mpq.export import float_to_onnx, to_onnx
 from mpq.export.peers import onnxruntime_static
 from mpq.pipeline.quantizing import run_ptq
-from mpq.pipeline.subject import Source, Subject, open_checkpoint
+from mpq.pipeline.subject import DataSource, Subject, open_checkpoint
 from mpq.policy import Constraints, DataInfo, Policy
 from mpq.ptq import EFFORTS, EQUALIZE, Learning
 from mpq.target import TARGETS, this_target
@@ -87,7 +87,7 @@ class Bench:
         network = NETWORKS[name]
         self.subject: Subject = open_checkpoint(
             Path(os.environ["MPQ_DATA"]) / "checkpoints" / network.file,
-            Source(network.data),
+            DataSource(network.data),
             arch=network.arch,
             normalize=Normalization.parse(network.normalize),
         )

@@ -31,10 +31,10 @@ from mpq.analyze import allocate, build_policy, score_layers
 from mpq.checkpoint import save_model
 from mpq.cli.training import recipe_from
 from mpq.data import Normalization, load_arrays, sample_indices
-from mpq.data.sources import subset
+from mpq.data.dataset import subset
 from mpq.export import float_to_onnx, to_onnx
 from mpq.pipeline.quantizing import run_ptq, run_qat
-from mpq.pipeline.subject import Source, Subject, open_checkpoint
+from mpq.pipeline.subject import DataSource, Subject, open_checkpoint
 from mpq.policy import Constraints, DataInfo, Policy
 from mpq.train.ensemble import Ensemble, load_ensemble
 from mpq.train.loop import fit
@@ -117,7 +117,7 @@ def make(
 def measure(configuration: str, training: str, seed: int, options: Any) -> dict[str, Any]:
     """One line of the table."""
     normalize = Normalization.parse("imagenet")
-    source = Source("cifar10", holdout=options.holdout, unlabelled=options.unlabelled)
+    source = DataSource("cifar10", holdout=options.holdout, unlabelled=options.unlabelled)
     subject = open_checkpoint(options.model, source, normalize=normalize)
     if options.labelled:
         subject = fewer(subject, options.labelled)

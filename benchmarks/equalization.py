@@ -25,7 +25,7 @@ from mpq.data import Normalization, load_arrays
 from mpq.export import to_onnx
 from mpq.graph.ir import QuantGraph
 from mpq.graph.passes import prepare, to_float
-from mpq.pipeline.subject import Source, Subject, open_checkpoint
+from mpq.pipeline.subject import DataSource, Subject, open_checkpoint
 from mpq.pipeline.training import new_subject
 from mpq.policy import Policy
 from mpq.ptq import equalize, quantize_graph
@@ -65,7 +65,7 @@ class SmallMobile(nn.Sequential):
 
 def trained(seed: int) -> Subject:
     """The small network, trained on the digits."""
-    blank = new_subject("resnet20", Source("digits"), seed=seed)
+    blank = new_subject("resnet20", DataSource("digits"), seed=seed)
     torch.manual_seed(seed)
     module, data = SmallMobile(blank.info.classes), blank.require_data("training")
     with tempfile.TemporaryDirectory() as folder:
@@ -114,7 +114,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     subject = (
-        open_checkpoint(options.checkpoint, Source(options.data), normalize=options.normalize)
+        open_checkpoint(options.checkpoint, DataSource(options.data), normalize=options.normalize)
         if options.checkpoint
         else trained(options.seed)
     )

@@ -26,7 +26,7 @@ from mpq.data import load_arrays, open_data
 from mpq.files import write_text
 from mpq.graph.passes import freeze
 from mpq.pipeline.quantizing import load_quantized
-from mpq.pipeline.subject import Source
+from mpq.pipeline.subject import DataSource
 from mpq.policy import Policy
 from mpq.train.evaluate import predict
 
@@ -48,7 +48,7 @@ def run(*command: str) -> dict[str, float]:
 
 def compare(folder: Path) -> dict[str, Any]:
     """Top-1 of the file and its agreement with the simulation, on every test image."""
-    found = load_quantized(folder / "quantized.pth", Source())
+    found = load_quantized(folder / "quantized.pth", DataSource())
     images, labels = load_arrays(open_data("cifar10").test)
     simulated = (
         predict(freeze(found.graph).module, images, found.subject.normalize).argmax(1).numpy()

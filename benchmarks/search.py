@@ -36,7 +36,7 @@ from mpq.graph.ir import QuantGraph
 from mpq.layers import LayerInfo
 from mpq.numerics import kl_divergence
 from mpq.pipeline.dropping import quantized
-from mpq.pipeline.subject import Source, Subject, open_checkpoint
+from mpq.pipeline.subject import DataSource, Subject, open_checkpoint
 from mpq.policy import Constraints
 from mpq.train.evaluate import predict, top1
 
@@ -165,7 +165,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     normalize = Normalization.parse(args.normalize) if args.normalize else None
     subject = open_checkpoint(
-        args.checkpoint, Source(args.data), arch=args.model, normalize=normalize
+        args.checkpoint, DataSource(args.data), arch=args.model, normalize=normalize
     )
     graph = subject.graph()
     start = time.process_time()

@@ -31,7 +31,7 @@ from mpq.allocator import keep_freed
 from mpq.checkpoint import save_model
 from mpq.cli.training import recipe_from
 from mpq.data import Normalization, load_arrays
-from mpq.pipeline.subject import Source, Subject, open_checkpoint
+from mpq.pipeline.subject import DataSource, Subject, open_checkpoint
 from mpq.pipeline.training import new_subject
 from mpq.train.ensemble import Ensemble, load_ensemble
 from mpq.train.evaluate import predict
@@ -44,7 +44,7 @@ LABELS = "labels"
 
 def student_of(options: argparse.Namespace, seed: int) -> Subject:
     """The student of a seed, as it is before it learns."""
-    source = Source("cifar10")
+    source = DataSource("cifar10")
     if options.student:
         return open_checkpoint(options.student, source, normalize=Normalization.parse("imagenet"))
     return new_subject(f"resnet{options.depth}", source, seed=seed)

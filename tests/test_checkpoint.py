@@ -26,7 +26,7 @@ from mpq.checkpoint import (
     weights_hash,
 )
 from mpq.errors import CheckpointError, UsageError
-from mpq.pipeline.subject import Source, open_checkpoint
+from mpq.pipeline.subject import DataSource, open_checkpoint
 from mpq.policy import ModelInfo
 from mpq.zoo import detection
 
@@ -185,7 +185,7 @@ def test_weights_are_hashed_and_stripped_of_prefixes_once(network, file, monkeyp
     monkeypatch.setattr(detection, "short_names", counted(detection.short_names))
     monkeypatch.setattr(checkpoint, "weights_hash", counted(checkpoint.weights_hash))
     torch.save({"state_dict": network.state_dict()}, file)
-    subject = open_checkpoint(file, Source("none"))
+    subject = open_checkpoint(file, DataSource("none"))
     assert calls == {"short_names": 3, "weights_hash": 1}
     assert subject.info.sha256 == weights_hash(network.state_dict())
 

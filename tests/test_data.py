@@ -15,8 +15,8 @@ import pytest
 from PIL import Image
 
 from mpq.data import DataSet, load_arrays, open_data, sample_indices
+from mpq.data.dataset import ArraySplit, subset
 from mpq.data.images import decode, fit
-from mpq.data.sources import ArraySource, subset
 from mpq.data.splits import stratified
 from mpq.errors import DataError
 
@@ -480,13 +480,13 @@ def test_factory_of_another_size(factories):
 # --- sampling --------------------------------------------------------------------------------
 
 
-def source_of(labels) -> ArraySource:
+def split_of(labels) -> ArraySplit:
     labels = np.asarray(labels, np.int64)
-    return ArraySource(np.zeros((len(labels), 2, 2, 3), np.uint8), labels, (2, 2))
+    return ArraySplit(np.zeros((len(labels), 2, 2, 3), np.uint8), labels, (2, 2))
 
 
 def test_samples_are_balanced_seeded_and_without_replacement():
-    source = source_of(np.repeat(np.arange(10), 100))
+    source = split_of(np.repeat(np.arange(10), 100))
     chosen = sample_indices(source, 512, 3)
     assert len(set(chosen.tolist())) == 512
     assert set(np.bincount(source.labels[chosen]).tolist()) == {51, 52}
@@ -496,16 +496,16 @@ def test_samples_are_balanced_seeded_and_without_replacement():
 
 
 def test_rare_classes_give_all_they_have():
-    source = source_of([0] * 100 + [1] * 3 + [2] * 100)
+    source = split_of([0] * 100 + [1] * 3 + [2] * 100)
     chosen = sample_indices(source, 43, 0)
     assert np.bincount(source.labels[chosen]).tolist() == [20, 3, 20]
 
 
 def test_samples_at_the_ends():
-    source = source_of([0, 1, 1])
+    source = split_of([0, 1, 1])
     assert sorted(sample_indices(source, 99, 0).tolist()) == [0, 1, 2]
     assert len(sample_indices(source, 0, 0)) == 0
-    assert len(sample_indices(source_of([]), 5, 0)) == 0
+    assert len(sample_indices(split_of([]), 5, 0)) == 0
     with pytest.raises(DataError, match=r"samples must be 0 or more\. Got -1"):
         sample_indices(source, -1, 0)
 
@@ -518,18 +518,18 @@ def test_holdout_is_proportional_and_a_class_of_one_stays_in_train():
 
 
 def test_subset_of_a_subset_refers_to_the_first_parent():
-    source = source_of(np.arange(10))
+    source = split_of(np.arange(10))
     inner = subset(subset(source, [9, 8, 7, 6]), [1, 3])
     assert inner.parent is source
     assert inner.labels.tolist() == [8, 6]
 
 
 def test_data_set_checks_its_labels():
-    source = source_of([0, 1, 2])
+    source = split_of([0, 1, 2])
     with pytest.raises(
         DataError, match=r"labels of the test split of x must be 0\.\.1. Got 0\.\.2"
     ):
-        DataSet("x", ("a", "b"), source_of([0]), source_of([]), source, (2, 2))
+        DataSet("x", ("a", "b"), split_of([0]), split_of([]), source, (2, 2))
 
 
 def test_data_does_not_import_torch_or_scikit_learn():

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from mpq.data import cache, load_arrays, open_data
-from mpq.data.folders import ImageSource
+from mpq.data.folders import FolderSplit
 from mpq.errors import DataError
 
 
@@ -41,8 +41,8 @@ def files(folder):
 def decodes(monkeypatch):
     """How many images were decoded so far."""
     seen = []
-    read = ImageSource.read
-    monkeypatch.setattr(ImageSource, "read", lambda s, i: seen.append(len(i)) or read(s, i))
+    read = FolderSplit.read
+    monkeypatch.setattr(FolderSplit, "read", lambda s, i: seen.append(len(i)) or read(s, i))
     return lambda: sum(seen)
 
 

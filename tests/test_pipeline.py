@@ -20,7 +20,7 @@ from mpq.cli import main
 from mpq.data import Normalization, load_arrays, open_data
 from mpq.latency import LatencyProfile, LayerLatency
 from mpq.pipeline.quantizing import load_quantized, validate
-from mpq.pipeline.subject import Source
+from mpq.pipeline.subject import DataSource
 from mpq.pipeline.training import new_subject, run_train
 from mpq.policy import Policy
 from mpq.train.ensemble import load_ensemble
@@ -35,7 +35,7 @@ FAST = ["--epochs", "1", "--set", "batch=128"]
 def project(tmp_path_factory) -> Path:
     """A folder with `model.pth`, trained on the digits, and an analysis of it in runs/model."""
     folder = tmp_path_factory.mktemp("project")
-    subject = new_subject("resnet20", Source("digits"))
+    subject = new_subject("resnet20", DataSource("digits"))
     run_train(subject, Recipe.load("plain").override(QUICK), folder / "model.pth")
     before = Path.cwd()
     os.chdir(folder)
@@ -192,7 +192,7 @@ def test_more_images_without_labels_are_learned_from_a_teacher(here, capsys):
     assert told["top1"] > 60
     argv = ["qat", "--policy", "runs/model", *more, *plan, "--data", "few", "-o", "q"]
     say(capsys, *argv)  # its own validation images are a dozen
-    found = load_quantized(Path("q/quantized.pth"), Source("digits"))
+    found = load_quantized(Path("q/quantized.pth"), DataSource("digits"))
     top1 = validate(found.graph, found.subject)["validation_top1"]
     assert top1 is not None
     assert top1 > 80
@@ -318,7 +318,7 @@ def test_a_policy_edited_by_hand_is_obeyed(here, capsys):
     Path("p.yaml").write_text("# mine\n" + yaml.safe_dump(policy))
     say(capsys, "ptq", "--policy", "p.yaml", "--effort", "fast")
     assert Path("runs/p/policy.yaml").read_text().startswith("# mine\n")
-    plans = load_quantized(Path("runs/p/quantized.pth"), Source()).graph.plans
+    plans = load_quantized(Path("runs/p/quantized.pth"), DataSource()).graph.plans
     assert plans["conv1"].choice.weight is None
     assert str(plans["layer3.0.conv1"].choice.weight) == "int4/channel"
     assert str(plans["layer2.0.conv1"].choice.weight) == "int8/channel"

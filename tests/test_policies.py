@@ -5,7 +5,7 @@ import pytest
 from mpq import policies
 from mpq.errors import PolicyError
 from mpq.graph.passes import to_float
-from mpq.pipeline.subject import Source, policy_subject
+from mpq.pipeline.subject import DataSource, policy_subject
 from mpq.wide import take_form
 
 
@@ -35,7 +35,7 @@ def test_unknown_name_offers_the_nearest() -> None:
 def test_resnet20_policy_is_for_the_checkpoint(mpq_data) -> None:  # type: ignore[no-untyped-def]
     policy = policies.load("resnet20-cifar10-4.8bit")
     folder = mpq_data / "checkpoints"
-    subject = policy_subject(policy, folder / "policy.yaml", Source("none"), weights=True)
+    subject = policy_subject(policy, folder / "policy.yaml", DataSource("none"), weights=True)
     layers = to_float(subject.module, subject.graph().example).layers
     choices = policy.resolve(list(layers))
     bits = sum(layers[n].params * (c.weight_bits or 32) for n, c in choices.items())

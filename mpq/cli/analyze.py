@@ -18,7 +18,7 @@ from mpq.data import Normalization
 from mpq.latency import LatencyProfile
 from mpq.pipeline.analysis import Analysis, analysis_json, write_analysis
 from mpq.pipeline.analyzing import find_policy
-from mpq.pipeline.subject import Source, open_checkpoint
+from mpq.pipeline.subject import DataSource, open_checkpoint
 from mpq.policy import Constraints, Policy
 from mpq.processes import leading
 from mpq.report.grid import counted
@@ -103,7 +103,7 @@ def analyze(
     profile = _profile(profile_path, folder) if timed or profile_path is not None else None
     subject = open_checkpoint(
         checkpoint,
-        Source(data, data_root),
+        DataSource(data, data_root),
         arch=model,
         normalize=normalize,
         trust_pickle=trust_pickle,

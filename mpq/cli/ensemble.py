@@ -10,7 +10,7 @@ import click
 from mpq import rundir
 from mpq.cli import options
 from mpq.data import Normalization
-from mpq.pipeline.subject import Source
+from mpq.pipeline.subject import DataSource
 from mpq.pipeline.training import build_ensemble, write_ensemble
 from mpq.report.grid import counted
 from mpq.report.tables import ensemble_table
@@ -47,7 +47,7 @@ def ensemble(
     rundir.refuse_overwrite(out, force)
     with options.status() as tell:
         tell("measuring the teachers")
-        source = Source(data, data_root)
+        source = DataSource(data, data_root)
         found, dataset, name = build_ensemble(
             checkpoints, source, normalize=normalize, trust_pickle=trust_pickle
         )

@@ -13,7 +13,7 @@ from mpq.export import ExportResult
 from mpq.export.form import INT4_FORMATS
 from mpq.pipeline.exporting import export_float, export_run, float_reference
 from mpq.pipeline.quantizing import load_quantized
-from mpq.pipeline.subject import Source
+from mpq.pipeline.subject import DataSource
 from mpq.report.grid import counted
 
 
@@ -68,7 +68,7 @@ def export(
     path = options.in_run(quantized, "quantized.pth")
     folder = path.parent if out is None else rundir.resolve_out(out, "")
     rundir.refuse_overwrite(folder / "model.onnx", force)
-    source = Source(data, data_root)
+    source = DataSource(data, data_root)
     with options.status() as tell:
         tell("loading")
         found = load_quantized(path, source)

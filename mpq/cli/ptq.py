@@ -11,7 +11,7 @@ from mpq import rundir
 from mpq.cli import options
 from mpq.pipeline.guard import check_start
 from mpq.pipeline.quantizing import check_policy_file, keep_policy, run_ptq, save_quantized
-from mpq.pipeline.subject import Source, policy_subject
+from mpq.pipeline.subject import DataSource, policy_subject
 from mpq.policy import Policy
 from mpq.ptq import EFFORTS, EQUALIZE, MEMORY_MB, METHODS, Learning
 from mpq.ptq.blockwise import PROGRESS
@@ -84,7 +84,7 @@ def ptq(
     check_policy_file(path, folder, force=force)
     if num_calib:
         policy = policy.replace(data=policy.data.replace(samples=num_calib))
-    source = Source(data, data_root)
+    source = DataSource(data, data_root)
     subject = policy_subject(policy, path, source, weights=True, trust_pickle=trust_pickle)
     if effort == "best":
         keep_policy(path, rundir.touch_run(folder))

@@ -11,7 +11,7 @@ from mpq import rundir
 from mpq.cli import options, training
 from mpq.pipeline.guard import check_start
 from mpq.pipeline.quantizing import check_policy_file, keep_policy, run_qat, save_quantized
-from mpq.pipeline.subject import Source, policy_subject
+from mpq.pipeline.subject import DataSource, policy_subject
 from mpq.policy import Policy
 from mpq.processes import leading
 from mpq.wide import Int16Form
@@ -76,7 +76,7 @@ def qat(
     check_policy_file(path, folder, force=force)
     plan = training.recipe_from(recipe, epochs, settings, compiling=compiling)
     training.check_plan(plan, device=device, teacher=teacher, unlabelled=unlabelled)
-    source = Source(data, data_root, holdout, unlabelled)
+    source = DataSource(data, data_root, holdout, unlabelled)
     subject = policy_subject(policy, path, source, weights=True, trust_pickle=trust_pickle)
     ensemble = training.load_teacher(teacher, teacher_normalize)
     with training.live(plan.epochs) as (on_step, on_epoch):

@@ -11,7 +11,7 @@ from mpq import rundir
 from mpq.cli import options, training
 from mpq.data import Normalization
 from mpq.pipeline.ranking import FILE, PICTURE, Hooks, Ranking, rank
-from mpq.pipeline.subject import Source
+from mpq.pipeline.subject import DataSource
 from mpq.ptq import EFFORTS
 from mpq.report.ranking import rank_table
 
@@ -80,7 +80,7 @@ def command(
     with training.live(epochs) as (on_step, on_epoch):
         rows = rank(
             candidates,
-            Source(data, data_root),
+            DataSource(data, data_root),
             folder,
             how,
             normalize=normalize,

@@ -10,7 +10,7 @@ import click
 from mpq.cli import options, training
 from mpq.data import Normalization
 from mpq.pipeline.guard import check_start
-from mpq.pipeline.subject import Source
+from mpq.pipeline.subject import DataSource
 from mpq.pipeline.training import initial_weights, new_subject, run_train, working_folder
 from mpq.processes import leading
 from mpq.report.grid import counted
@@ -78,7 +78,7 @@ def train(
         return
     training.check_plan(plan, device=device, teacher=teacher, unlabelled=unlabelled)
     check_start(working_folder(out), out, resume=resume, force=force)
-    source = Source(data, data_root, holdout, unlabelled)
+    source = DataSource(data, data_root, holdout, unlabelled)
     subject = new_subject(arch, source, normalize=normalize, seed=seed)
     options.say(
         f"{arch} on {subject.data_name}: {subject.info.classes} classes, "

@@ -12,7 +12,7 @@ from mpq.cli import options
 from mpq.errors import ExportError, UsageError
 from mpq.export.certify import saturating_here
 from mpq.pipeline.quantizing import load_quantized
-from mpq.pipeline.subject import Source
+from mpq.pipeline.subject import DataSource
 from mpq.pipeline.verifying import exact_run, verify_run
 from mpq.report.tables import exact_table, verify_table
 
@@ -53,7 +53,7 @@ def verify(
     path = options.in_run(file, "model.onnx")
     if not path.is_file():
         raise UsageError(f"{path} does not exist. Name an ONNX file, or a run that holds one.")
-    source = Source(data, data_root)
+    source = DataSource(data, data_root)
     if exact:
         if quantized is not None:
             raise UsageError("--exact needs nothing but the file. Give it without --quantized.")
@@ -62,7 +62,7 @@ def verify(
         _against(path, quantized, source, images or 1000, seed, as_json)
 
 
-def _exact(path: Path, source: Source, images: int, seed: int, as_json: bool) -> None:
+def _exact(path: Path, source: DataSource, images: int, seed: int, as_json: bool) -> None:
     with options.status() as tell:
         tell("comparing node by node")
         report = exact_run(path, source, images=images, seed=seed)
@@ -79,7 +79,7 @@ def _exact(path: Path, source: Source, images: int, seed: int, as_json: bool) ->
 
 
 def _against(
-    path: Path, quantized: Path | None, source: Source, images: int, seed: int, as_json: bool
+    path: Path, quantized: Path | None, source: DataSource, images: int, seed: int, as_json: bool
 ) -> None:
     network = quantized or path.parent / "quantized.pth"
     if not network.is_file():

@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpq.data.containers import Container
-from mpq.data.folders import Entry, ImageSource
-from mpq.data.sources import Images, Labels, Source, Subset
+from mpq.data.dataset import Images, Labels, Split, Subset
+from mpq.data.folders import Entry, FolderSplit
 from mpq.errors import DataError
 from mpq.files import atomic_file
 
@@ -30,7 +30,7 @@ FORMAT = 1
 MEMORY_SHARE = 0.8
 
 
-def load_arrays(source: Source) -> tuple[Images, Labels]:
+def load_arrays(split: Split) -> tuple[Images, Labels]:
     """All images `[n, H, W, 3]` uint8 and labels `[n]` int64 of a split.
 
     Subsets of one parent (train and validation) share the parent's cache file.
@@ -38,15 +38,15 @@ def load_arrays(source: Source) -> tuple[Images, Labels]:
     Raises:
         DataError: a damaged image, or a split that does not fit into memory.
     """
-    parent, indices = source, np.arange(len(source))
-    if isinstance(source, Subset):
-        parent, indices = source.parent, source.indices
-    if not isinstance(parent, ImageSource):
-        return parent.read(indices), source.labels
+    parent, indices = split, np.arange(len(split))
+    if isinstance(split, Subset):
+        parent, indices = split.parent, split.indices
+    if not isinstance(parent, FolderSplit):
+        return parent.read(indices), split.labels
     _check_memory(len(indices), parent.size)
     cached = _cached(parent)
     images = parent.read(indices) if cached is None else cached[indices]
-    return np.asarray(images), source.labels
+    return np.asarray(images), split.labels
 
 
 def cache_folder() -> Path:
@@ -66,12 +66,12 @@ def _check_memory(count: int, size: tuple[int, int]) -> None:
         )
 
 
-def _cached(source: ImageSource) -> NDArray[np.uint8] | None:
+def _cached(split: FolderSplit) -> NDArray[np.uint8] | None:
     """The decoded split, mapped from its cache file; None where there can be no such file."""
     try:
-        path = cache_folder() / f"images-{_key(source)}.npy"
-        if not _readable(path, source):
-            _write(path, source)
+        path = cache_folder() / f"images-{_key(split)}.npy"
+        if not _readable(path, split):
+            _write(path, split)
         images: NDArray[np.uint8] = np.load(path, mmap_mode="r", allow_pickle=False)
     except OSError as error:
         logger.warning("decoded images are not cached in %s: %s", cache_folder(), error)
@@ -79,7 +79,7 @@ def _cached(source: ImageSource) -> NDArray[np.uint8] | None:
     return images
 
 
-def _readable(path: Path, source: ImageSource) -> bool:
+def _readable(path: Path, split: FolderSplit) -> bool:
     if not path.exists():
         return False
     try:
@@ -87,33 +87,33 @@ def _readable(path: Path, source: ImageSource) -> bool:
     except (ValueError, EOFError) as error:
         logger.warning("%s is damaged and is written again: %s", path, error)
         return False
-    return bool(images.dtype == np.uint8 and images.shape == (len(source), *source.size, 3))
+    return bool(images.dtype == np.uint8 and images.shape == (len(split), *split.size, 3))
 
 
-def _write(path: Path, source: ImageSource) -> None:
+def _write(path: Path, split: FolderSplit) -> None:
     """Decode into a temporary file beside `path`, then move it there."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    logger.info("decoding %d images into %s", len(source), path)
+    logger.info("decoding %d images into %s", len(split), path)
     header = {
         "descr": np.lib.format.dtype_to_descr(np.dtype(np.uint8)),
         "fortran_order": False,
-        "shape": (len(source), *source.size, 3),
+        "shape": (len(split), *split.size, 3),
     }
     with atomic_file(path) as file:
         np.lib.format.write_array_header_1_0(file, header)
-        for start in range(0, len(source), CHUNK):
-            chunk = source.read(range(start, min(start + CHUNK, len(source))))
+        for start in range(0, len(split), CHUNK):
+            chunk = split.read(range(start, min(start + CHUNK, len(split))))
             file.write(chunk.tobytes())
 
 
-def _key(source: ImageSource) -> str:
+def _key(split: FolderSplit) -> str:
     members: dict[Container, list[Entry]] = {}
-    for entry in source.entries:
+    for entry in split.entries:
         members.setdefault(entry.container, []).append(entry)
     stamps = [
         container.stamp([entry.name for entry in entries]) for container, entries in members.items()
     ]
-    digest = hashlib.sha256(json.dumps([FORMAT, source.size, stamps]).encode())
-    for entry in source.entries:
+    digest = hashlib.sha256(json.dumps([FORMAT, split.size, stamps]).encode())
+    for entry in split.entries:
         digest.update(entry.name.encode(errors="surrogateescape") + b"\n")
     return digest.hexdigest()[:24]

@@ -10,10 +10,10 @@ from pathlib import Path
 
 from mpq.data.cifar import CIFAR, batches_in, open_batches, open_cifar_images
 from mpq.data.containers import Folder
+from mpq.data.dataset import DataSet, Split
 from mpq.data.digits import open_digits
 from mpq.data.factory import is_factory, open_factory
 from mpq.data.folders import archive_name, open_folders
-from mpq.data.sources import DataSet, Source
 from mpq.data.splits import Splits, divide
 from mpq.errors import DataError, nearest
 
@@ -61,7 +61,7 @@ def open_data(
 
 def open_unlabelled(
     name: str | Path, *, root: str | Path | None = None, size: tuple[int, int] | None = None
-) -> Source:
+) -> Split:
     """All training images under a name of `open_data`, none held out; their labels mean nothing.
 
     A test split that the data bring is left alone. Raises as `open_data`.

@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mpq.data.dataset import ArraySplit
 from mpq.data.folders import Entry, open_folders
-from mpq.data.sources import ArraySource
 from mpq.data.splits import Splits
 from mpq.errors import DataError
 
@@ -85,7 +85,7 @@ def open_batches(path: Path, batches: Batches, size: tuple[int, int] | None) -> 
         parts = [_read_batch(path / file, batches) for file in files]
         images = np.concatenate([part[0] for part in parts])
         labels = np.concatenate([part[1] for part in parts])
-        splits.append(ArraySource(images, labels, size or SIZE))
+        splits.append(ArraySplit(images, labels, size or SIZE))
     classes = tuple(map(str, names))
     return Splits(classes, splits[0], None, splits[1], size or SIZE)
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from mpq.data.dataset import ArraySplit
 from mpq.data.images import fit_array
-from mpq.data.sources import ArraySource
 from mpq.data.splits import Splits
 
 SIZE = (16, 16)
@@ -19,5 +19,5 @@ def open_digits(size: tuple[int, int] | None) -> Splits:
     digits = load_digits()
     grey = np.rint(digits.images * (255 / 16)).astype(np.uint8)
     images = fit_array(np.repeat(grey[..., None], 3, axis=-1), size or SIZE)
-    source = ArraySource(images, digits.target.astype(np.int64), size or SIZE)
-    return Splits(tuple(map(str, digits.target_names)), source, None, None, size or SIZE)
+    split = ArraySplit(images, digits.target.astype(np.int64), size or SIZE)
+    return Splits(tuple(map(str, digits.target_names)), split, None, None, size or SIZE)

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from mpq.data.dataset import ArraySplit, DataSet
 from mpq.data.folders import SPLITS
-from mpq.data.sources import ArraySource, DataSet
 from mpq.data.splits import Splits
 from mpq.errors import DataError, nearest
 from mpq.userimport import import_callable, working_directory
@@ -53,7 +53,7 @@ def open_factory(name: str, size: tuple[int, int] | None) -> Splits | DataSet:
 def _to_splits(arrays: dict[str, tuple[Any, Any]], size: tuple[int, int] | None) -> Splits:
     images, labels = arrays["train"]
     shape = size or (int(images.shape[1]), int(images.shape[2]))
-    found = {split: ArraySource(*pair, shape) for split, pair in arrays.items()}
+    found = {split: ArraySplit(*pair, shape) for split, pair in arrays.items()}
     classes = tuple(str(i) for i in range(int(labels.max()) + 1))
     return Splits(classes, found["train"], found.get("validation"), found.get("test"), shape)
 

@@ -19,8 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpq.data.containers import Container, open_container
+from mpq.data.dataset import Images, Indices, Labels, as_indices
 from mpq.data.images import decode, probe_size
-from mpq.data.sources import Images, Indices, Labels, as_indices
 from mpq.data.splits import Splits
 from mpq.errors import DataError
 
@@ -50,7 +50,7 @@ class Entry(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class ImageSource:
+class FolderSplit:
     """A split of image files, decoded when read.
 
     Args:
@@ -67,7 +67,7 @@ class ImageSource:
         return len(self.entries)
 
     def read(self, indices: Indices) -> Images:
-        """See `Source.read`.
+        """See `Split.read`.
 
         Raises:
             DataError: a file is damaged; the message names it.
@@ -100,19 +100,19 @@ def open_folders(
     for path in paths:
         for entry in list_entries(open_container(path)):
             gathered.setdefault(entry.split, []).append(entry)
-    splits = _name_splits(gathered, paths)
-    classes = sorted({entry.label for entry in splits["train"]})
+    named_entries = _name_splits(gathered, paths)
+    classes = sorted({entry.label for entry in named_entries["train"]})
     ids = {label: i for i, label in enumerate(classes)}
-    size = size or _common_size(splits["train"])
-    sources: dict[str, ImageSource] = {}
-    for split, entries in splits.items():
+    size = size or _common_size(named_entries["train"])
+    splits: dict[str, FolderSplit] = {}
+    for split, entries in named_entries.items():
         _check(split, entries, ids, paths)
         entries.sort(key=order or _by_name)
         labels = np.array([ids[entry.label] for entry in entries], np.int64)
-        sources[split] = ImageSource(entries, labels, size)
-    found = sources.get
-    named = tuple(classes) if len(classes) > 1 else ()
-    return Splits(named, sources["train"], found("validation"), found("test"), size)
+        splits[split] = FolderSplit(entries, labels, size)
+    found = splits.get
+    labelled = tuple(classes) if len(classes) > 1 else ()
+    return Splits(labelled, splits["train"], found("validation"), found("test"), size)
 
 
 def list_entries(container: Container) -> list[Entry]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from mpq.data.sources import DataSet, Source, subset
+from mpq.data.dataset import DataSet, Split, subset
 from mpq.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -30,9 +30,9 @@ class Splits:
     """What a reader found: `None` is a split that the data do not bring."""
 
     classes: tuple[str, ...]
-    train: Source
-    validation: Source | None
-    test: Source | None
+    train: Split
+    validation: Split | None
+    test: Split | None
     size: tuple[int, int]
 
 
@@ -66,18 +66,18 @@ def divide(found: Splits, *, name: str, holdout: int | None, seed: int) -> DataS
     return DataSet(name, found.classes, train, validation, test, found.size)
 
 
-def sample_indices(source: Source, count: int, seed: int) -> NDArray[np.int64]:
+def sample_indices(split: Split, count: int, seed: int) -> NDArray[np.int64]:
     """Indices of `count` images, each class equally often as far as it has enough images.
 
     Returns:
-        `[min(count, len(source))]`, in an order whose every prefix is balanced too.
+        `[min(count, len(split))]`, in an order whose every prefix is balanced too.
 
     Raises:
         DataError: a negative count.
     """
     if count < 0:
         raise DataError(f"the number of samples must be 0 or more. Got {count}.")
-    return _by_rank(source.labels, seed, proportional=False)[:count]
+    return _by_rank(split.labels, seed, proportional=False)[:count]
 
 
 def stratified(

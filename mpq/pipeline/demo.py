@@ -18,7 +18,7 @@ from mpq.pipeline.analysis import write_analysis
 from mpq.pipeline.analyzing import find_policy
 from mpq.pipeline.exporting import export_float, export_run
 from mpq.pipeline.quantizing import Quantized, run_ptq, run_qat, save_quantized
-from mpq.pipeline.subject import Source, Subject, open_checkpoint
+from mpq.pipeline.subject import DataSource, Subject, open_checkpoint
 from mpq.pipeline.training import build_ensemble, new_subject, run_train, write_ensemble
 from mpq.policy import Constraints, Policy
 from mpq.train.ensemble import Ensemble
@@ -113,11 +113,11 @@ def _teachers(folder: Path, seed: int, tell: Tell) -> Ensemble:
     for k, arch in enumerate(TEACHERS):
         tell(f"training teacher {k + 1} of {len(TEACHERS)}: {arch}")
         path = folder / f"teacher-{arch}.pth"
-        subject = new_subject(arch, Source("digits"), normalize=None, seed=seed + k)
+        subject = new_subject(arch, DataSource("digits"), normalize=None, seed=seed + k)
         run_train(subject, Recipe.load("plain").override(TRAIN), path, seed=seed + k)
         paths.append(path)
     tell("bundling the ensemble")
-    ensemble, _, data = build_ensemble(paths, Source("digits"))
+    ensemble, _, data = build_ensemble(paths, DataSource("digits"))
     write_ensemble(ensemble, folder / "ens.pth", data, force=True)
     return ensemble
 
@@ -125,9 +125,9 @@ def _teachers(folder: Path, seed: int, tell: Tell) -> Ensemble:
 def _student(folder: Path, name: str, teacher: Ensemble | None, seed: int, tell: Tell) -> Subject:
     tell(f"training the {name}: {STUDENT}")
     path = folder / f"{name}.pth"
-    subject = new_subject(STUDENT, Source("digits"), normalize=None, seed=seed)
+    subject = new_subject(STUDENT, DataSource("digits"), normalize=None, seed=seed)
     run_train(subject, Recipe.load("plain").override(TRAIN), path, teacher=teacher, seed=seed)
-    return open_checkpoint(path, Source("digits"))
+    return open_checkpoint(path, DataSource("digits"))
 
 
 def _policies(subject: Subject, folder: Path, seed: int, tell: Tell) -> dict[str, Policy]:

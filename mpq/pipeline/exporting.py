@@ -15,7 +15,7 @@ from mpq.export import ExportResult, float_to_onnx, to_onnx
 from mpq.export.form import Int4Format
 from mpq.export.pixels import PixelInput
 from mpq.pipeline.quantizing import Quantized
-from mpq.pipeline.subject import Source, Subject, policy_subject
+from mpq.pipeline.subject import DataSource, Subject, policy_subject
 
 PixelLayout = Literal["nhwc", "nchw"]
 logger = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ def export_run(
     return result
 
 
-def float_reference(found: Quantized, path: Path, source: Source) -> Subject | None:
+def float_reference(found: Quantized, path: Path, source: DataSource) -> Subject | None:
     """The float network that `path` was made from; None, said aloud, where it is gone or changed.
 
     `quantized.pth` holds all that its own export needs, so this is no reason to fail.

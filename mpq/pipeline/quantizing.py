@@ -19,7 +19,7 @@ from mpq.graph.ir import QuantGraph
 from mpq.graph.norms import absorb_norms, attach_norms
 from mpq.graph.passes import prepare
 from mpq.pipeline.guard import check_teacher
-from mpq.pipeline.subject import Source, Subject, policy_subject, settle
+from mpq.pipeline.subject import DataSource, Subject, policy_subject, settle
 from mpq.policy import Policy
 from mpq.ptq import MEMORY_MB, Effort, Equalize, Learning, Method, equalize, quantize_graph
 from mpq.ptq.blockwise import PROGRESS
@@ -233,7 +233,7 @@ def save_quantized(found: Quantized, path: Path) -> None:
     )
 
 
-def load_quantized(path: Path, source: Source) -> Quantized:
+def load_quantized(path: Path, source: DataSource) -> Quantized:
     """Read `quantized.pth` back into a prepared graph.
 
     Raises:

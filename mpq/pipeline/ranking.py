@@ -23,7 +23,7 @@ from mpq.graph.ir import QuantGraph
 from mpq.numerics import kl_divergence
 from mpq.pipeline.analyzing import find_policy
 from mpq.pipeline.quantizing import run_ptq
-from mpq.pipeline.subject import Source, Subject, open_checkpoint
+from mpq.pipeline.subject import DataSource, Subject, open_checkpoint
 from mpq.pipeline.training import new_subject, run_train, working_folder
 from mpq.policy import Constraints, DataInfo, Policy
 from mpq.ptq import Effort
@@ -78,7 +78,7 @@ class Hooks:
 
 def rank(
     candidates: Sequence[str],
-    source: Source,
+    source: DataSource,
     folder: Path,
     how: Ranking,
     *,
@@ -132,7 +132,7 @@ def _order(row: Mapping[str, Any]) -> tuple[float, float]:
     return -mixed["top1"], mixed["bytes"]
 
 
-def _check(candidates: Sequence[str], source: Source) -> None:
+def _check(candidates: Sequence[str], source: DataSource) -> None:
     """Refuse what cannot be ranked, before anything is trained."""
     if source.data == "none":
         raise UsageError("--data must name images to measure on: ranking without any is no use.")
@@ -167,7 +167,7 @@ def _known(path: Path, identity: Mapping[str, Any]) -> dict[str, dict[str, Any]]
 
 def _open(
     name: str,
-    source: Source,
+    source: DataSource,
     folder: Path,
     how: Ranking,
     normalize: Normalization | None,

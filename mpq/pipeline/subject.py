@@ -23,8 +23,8 @@ from mpq.data import (
     open_unlabelled,
     sample_indices,
 )
+from mpq.data.dataset import Split
 from mpq.data.normalize import NAMED
-from mpq.data.sources import Source as Split
 from mpq.errors import CheckpointError, DataError, PolicyError, UsageError
 from mpq.graph.ir import QuantGraph
 from mpq.graph.passes import to_float
@@ -39,7 +39,7 @@ _NEUTRAL = NAMED["none"]
 
 
 @dataclass(frozen=True)
-class Source:
+class DataSource:
     """Where a command finds its images: `--data`, `--data-root`, `--holdout`, `--unlabelled`."""
 
     data: str | None = None
@@ -116,17 +116,17 @@ class Subject:
         more, _ = load_arrays(self.unlabelled)
         return np.concatenate([images, more]), np.concatenate([labels, np.full(len(more), -1)])
 
-    def arrays(self, source: Split) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    def arrays(self, split: Split) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
         """All images and labels of a split of the data."""
-        images, labels = load_arrays(source)
+        images, labels = load_arrays(split)
         return images, self._labels(images, labels)
 
     def read(
-        self, source: Split, picked: NDArray[np.int64]
+        self, split: Split, picked: NDArray[np.int64]
     ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
         """Some images and labels of a split of the data."""
-        images = source.read(picked)
-        return images, self._labels(images, source.labels[picked])
+        images = split.read(picked)
+        return images, self._labels(images, split.labels[picked])
 
     def _labels(self, images: NDArray[np.uint8], labels: NDArray[np.int64]) -> NDArray[np.int64]:
         if self.data is None or self.data.labelled:
@@ -143,9 +143,9 @@ class Subject:
         train = self.require_data(purpose).train
         return self.tensor(train.read(sample_indices(train, count, seed)))
 
-    def labelled(self, source: Split, count: int, seed: int) -> tuple[Tensor, Tensor]:
+    def labelled(self, split: Split, count: int, seed: int) -> tuple[Tensor, Tensor]:
         """A seeded sample of a split: normalized `[count, C, H, W]`, and labels `[count]`."""
-        images, labels = self.read(source, sample_indices(source, count, seed))
+        images, labels = self.read(split, sample_indices(split, count, seed))
         return self.tensor(images), torch.from_numpy(labels)
 
     def tensor(self, images: NDArray[np.uint8]) -> Tensor:
@@ -155,7 +155,7 @@ class Subject:
 
 def open_checkpoint(
     path: Path,
-    source: Source,
+    source: DataSource,
     *,
     arch: str | None = None,
     normalize: Normalization | None = None,
@@ -176,7 +176,7 @@ def open_checkpoint(
 def subject_of(
     loaded: Loaded,
     path: Path,
-    source: Source,
+    source: DataSource,
     *,
     normalize: Normalization | None = None,
     input_size: int | None = None,
@@ -210,7 +210,7 @@ def _normalized(subject: Subject, normalize: Normalization | None) -> Subject:
     return replace(subject, normalize=normalize, info=info)
 
 
-def _data(name: str, source: Source, info: ModelInfo) -> DataSet | None:
+def _data(name: str, source: DataSource, info: ModelInfo) -> DataSet | None:
     if name == "none":
         return None
     data = open_data(name, root=source.root, size=info.input[1:], holdout=source.holdout)
@@ -264,7 +264,7 @@ def propose_normalization(subject: Subject) -> Normalization:
 
 
 def policy_subject(
-    policy: Policy, where: Path, source: Source, *, weights: bool, trust_pickle: bool = False
+    policy: Policy, where: Path, source: DataSource, *, weights: bool, trust_pickle: bool = False
 ) -> Subject:
     """The network and data that a policy names.
 

@@ -13,7 +13,7 @@ from mpq.checkpoint import load_model, load_safe, loaded_from, save_model
 from mpq.data import DataSet, Normalization, load_arrays, open_data
 from mpq.errors import DataError
 from mpq.pipeline.guard import check_teacher
-from mpq.pipeline.subject import Source, Subject, subject_of
+from mpq.pipeline.subject import DataSource, Subject, subject_of
 from mpq.policy import ModelInfo
 from mpq.processes import leading
 from mpq.train.engine import OnStep
@@ -27,7 +27,7 @@ DEFAULT_NORMALIZE = {"cifar10": "cifar10", "cifar100": "cifar100", "digits": "no
 
 
 def new_subject(
-    arch: str, source: Source, *, normalize: Normalization | None = None, seed: int = 0
+    arch: str, source: DataSource, *, normalize: Normalization | None = None, seed: int = 0
 ) -> Subject:
     """A network with random weights for a data set.
 
@@ -110,7 +110,7 @@ def working_folder(out: Path) -> Path:
 
 def build_ensemble(
     paths: Sequence[Path],
-    source: Source,
+    source: DataSource,
     *,
     normalize: Normalization | None = None,
     trust_pickle: bool = False,

@@ -20,7 +20,7 @@ from mpq.export.onnx_file import verify_file
 from mpq.export.verify import VerifyReport
 from mpq.pipeline.exporting import held_out
 from mpq.pipeline.quantizing import Quantized
-from mpq.pipeline.subject import Source
+from mpq.pipeline.subject import DataSource
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ def verify_run(found: Quantized, path: Path, *, images: int = 1000, seed: int = 
     return verify_file(found.graph, path, sample)
 
 
-def exact_run(path: Path, source: Source, *, images: int = 4, seed: int = 0) -> ExactReport:
+def exact_run(path: Path, source: DataSource, *, images: int = 4, seed: int = 0) -> ExactReport:
     """Hold every integer tensor of a file against the integer reference.
 
     Args:
@@ -67,7 +67,7 @@ def exact_run(path: Path, source: Source, *, images: int = 4, seed: int = 0) -> 
     return verify_exact(path, _batch(path, source, images, seed))
 
 
-def _batch(path: Path, source: Source, count: int, seed: int) -> NDArray[Any]:
+def _batch(path: Path, source: DataSource, count: int, seed: int) -> NDArray[Any]:
     """Test images as the file takes them; noise where nothing is known."""
     info, takes = bench.file_info(path), runtime.model_input(runtime.session(path))
     name = source.data or info.data or "none"

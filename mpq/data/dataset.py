@@ -19,7 +19,7 @@ Labels = NDArray[np.int64]
 Indices = Sequence[int] | NDArray[Any]
 
 
-class Source(Protocol):
+class Split(Protocol):
     """A labelled split that decodes only the images it is asked for."""
 
     @property
@@ -51,9 +51,9 @@ class DataSet:
 
     name: str
     classes: tuple[str, ...]
-    train: Source
-    validation: Source
-    test: Source
+    train: Split
+    validation: Split
+    test: Split
     size: tuple[int, int]
 
     def __post_init__(self) -> None:
@@ -72,7 +72,7 @@ class DataSet:
         return bool(self.classes)
 
     @property
-    def compared(self) -> Source:
+    def compared(self) -> Split:
         """Images that two networks are compared on: of few images none may be left for `test`."""
         return self.test if len(self.test) else self.train
 
@@ -127,7 +127,7 @@ def as_indices(indices: Indices, length: int) -> NDArray[np.int64]:
 
 
 @dataclass(frozen=True, eq=False)
-class ArraySource:
+class ArraySplit:
     """A split held in memory.
 
     Args:
@@ -144,7 +144,7 @@ class ArraySource:
         return len(self.labels)
 
     def read(self, indices: Indices) -> Images:
-        """See `Source.read`."""
+        """See `Split.read`."""
         chosen = self.images[as_indices(indices, len(self))]
         return chosen if chosen.shape[1:3] == self.size else fit_array(chosen, self.size)
 
@@ -153,7 +153,7 @@ class ArraySource:
 class Subset:
     """Some images of another split, in the order of `indices`; made by `subset`."""
 
-    parent: Source
+    parent: Split
     indices: NDArray[np.int64]
 
     @property
@@ -165,13 +165,13 @@ class Subset:
         return len(self.indices)
 
     def read(self, indices: Indices) -> Images:
-        """See `Source.read`."""
+        """See `Split.read`."""
         return self.parent.read(self.indices[as_indices(indices, len(self))])
 
 
-def subset(source: Source, indices: Indices) -> Subset:
+def subset(split: Split, indices: Indices) -> Subset:
     """A view of some images; a subset of a subset refers to the first parent."""
-    chosen = as_indices(indices, len(source))
-    if isinstance(source, Subset):
-        return Subset(source.parent, source.indices[chosen])
-    return Subset(source, chosen)
+    chosen = as_indices(indices, len(split))
+    if isinstance(split, Subset):
+        return Subset(split.parent, split.indices[chosen])
+    return Subset(split, chosen)
