@@ -138,10 +138,7 @@ def recognize(
         UsageError: an unknown architecture, a factory that fails.
     """
     plain = strip(state)
-    if arch is None:
-        arch, outputs = _detect(plain)
-    else:
-        outputs = _outputs(plain, arch)
+    arch, outputs = (arch, _outputs(plain, arch)) if arch else _detect(plain)
     size = size or input_size(arch)
     network = build(arch, outputs or classes or 10, in_channels=size[0])
     own = network.state_dict()
