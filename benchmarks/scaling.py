@@ -107,11 +107,12 @@ def made_up(layers: int, widths: int, seed: int = 0) -> Any:
 def searched(layers: int, widths: int) -> dict[str, Any]:
     """Search a made-up network under three constraints."""
     from mpq.analyze import allocate, candidates, cost
+    from mpq.layers import Widths
     from mpq.policy import Constraints
     from mpq.target import ONNXRUNTIME_CPU
 
     scores = made_up(layers, widths)
-    middle: dict[str, cost.Widths] = {info.name: (5, 8) for info in scores.layers}
+    middle: dict[str, Widths] = {info.name: (5, 8) for info in scores.layers}
     constraints = Constraints(
         effective_bits=5.0,
         max_size_mb=0.99 * cost.predicted_bytes(scores.layers, middle, ONNXRUNTIME_CPU) / 1e6,

@@ -28,12 +28,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from mpq.analyze import allocate, candidates, score_layers
-from mpq.analyze.cost import Widths, effective_bits
+from mpq.analyze.cost import effective_bits
 from mpq.analyze.sensitivity import Sensitivity
 from mpq.data import Normalization
 from mpq.files import write_json
 from mpq.graph.ir import QuantGraph
-from mpq.layers import LayerInfo
+from mpq.layers import LayerInfo, Widths
 from mpq.numerics import kl_divergence
 from mpq.pipeline.dropping import quantized
 from mpq.pipeline.subject import DataSource, Subject, open_checkpoint

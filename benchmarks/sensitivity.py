@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from mpq.analyze import candidates, score_layers
-from mpq.analyze.cost import Widths, effective_bits
+from mpq.analyze.cost import effective_bits
 from mpq.analyze.perturb import perturb
 from mpq.analyze.score import METRICS
 from mpq.analyze.sensitivity import Sensitivity
@@ -34,6 +34,7 @@ from mpq.data import Normalization, open_data, sample_indices
 from mpq.files import write_json
 from mpq.graph.ir import QuantGraph
 from mpq.graph.passes import to_float
+from mpq.layers import Widths
 
 KINDS: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
     "w84": ((8, 4), (8,)),

@@ -11,9 +11,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from mpq.errors import PolicyError
+from mpq.layers import Widths, bitops, mean_bits, weight_bytes
 from mpq.policy import LayerChoice, Policy
-
-Widths = tuple[int | None, int | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,19 +140,11 @@ def _change(a: LayerChoice, b: LayerChoice, known: _Facts | None) -> Change:
         a.name,
         old,
         new,
-        bytes=_bytes(known, new) - _bytes(known, old),
-        bitops=_bitops(known, new) - _bitops(known, old),
+        bytes=weight_bytes(known.params, new[0]) - weight_bytes(known.params, old[0]),
+        bitops=bitops(known.macs, *new) - bitops(known.macs, *old),
         drop=None if drops[0] is None or drops[1] is None else drops[1] - drops[0],
         reason=b.reason or known.reason,
     )
-
-
-def _bytes(known: _Facts, widths: Widths) -> int:
-    return (known.params * (widths[0] or 32) + 7) // 8
-
-
-def _bitops(known: _Facts, widths: Widths) -> float:
-    return float(known.macs) * (widths[0] or 32) * (widths[1] or 32)
 
 
 def _score(known: _Facts, widths: Widths) -> float | None:
@@ -171,7 +162,6 @@ def _score(known: _Facts, widths: Widths) -> float | None:
 def _effective_bits(
     choices: Mapping[str, LayerChoice], known: Mapping[str, _Facts]
 ) -> float | None:
-    total = sum(facts.params for facts in known.values())
-    if not total:
+    if not any(facts.params for facts in known.values()):
         return None
-    return sum(facts.params * (choices[n].weight_bits or 32) for n, facts in known.items()) / total
+    return mean_bits((facts.params, choices[n].weight_bits) for n, facts in known.items())

@@ -18,10 +18,10 @@ from typing import Any
 
 from mpq.errors import PolicyError, UsageError, nearest
 from mpq.files import write_text
+from mpq.layers import Widths
 
 VERSION = 1
 Edge = tuple[str, str]
-Widths = tuple[int | None, int | None]
 
 
 @dataclass(frozen=True, slots=True)

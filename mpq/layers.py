@@ -2,11 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 LayerKind = Literal["conv", "depthwise", "conv_transpose", "linear"]
+Widths = tuple[int | None, int | None]
+"""Weight bits and activation bits of a layer; None is float."""
+
+
+def weight_bytes(params: int, bits: int | None) -> int:
+    """Bytes of so many weights packed at a width (None: float32), rounded up to whole bytes."""
+    return (params * (bits or 32) + 7) // 8
+
+
+def bitops(macs: int, weight_bits: int | None, activation_bits: int | None) -> float:
+    """BitOps: MACs x weight bits x activation bits (HAWQ-V3; None counts 32)."""
+    return float(macs) * (weight_bits or 32) * (activation_bits or 32)
+
+
+def mean_bits(weights: Iterable[tuple[int, int | None]]) -> float:
+    """Mean width of (number, bits) of weights, `sum n b / sum n`; float counts 32."""
+    weights = list(weights)
+    return sum(n * (bits or 32) for n, bits in weights) / sum(n for n, _ in weights)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,12 +60,12 @@ class LayerInfo:
         return count
 
     def weight_bytes(self, bits: int | None) -> int:
-        """Bytes of the weights alone at a width (None: float32), rounded up to whole bytes."""
-        return (self.params * (bits or 32) + 7) // 8
+        """Bytes of the weights alone at a width, as the function of that name."""
+        return weight_bytes(self.params, bits)
 
     def bitops(self, weight_bits: int | None, activation_bits: int | None) -> float:
-        """BitOps per image: MACs x weight bits x activation bits (HAWQ-V3; None counts 32)."""
-        return float(self.macs) * (weight_bits or 32) * (activation_bits or 32)
+        """BitOps per image, as the function of that name."""
+        return bitops(self.macs, weight_bits, activation_bits)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Run folders: where they lie, which one is the newest, and how files get into them.
+"""Runs: what their stages share, where their folders lie, and how files get into them.
 
 A run is a folder that carries the output of each stage under fixed names. `runs/.newest` lists
 the runs used last, which may lie elsewhere; so a command that is given no input finds them there.
@@ -8,6 +8,9 @@ No torch here.
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from mpq.errors import UsageError
@@ -39,6 +42,36 @@ FILES = {
 }
 """The files of a run, each with the command that writes it."""
 _SUFFIXES = {Path(name).suffix for name in FILES}
+
+Progress = Callable[[str, int, int], None]
+"""Called with (phase, done, all)."""
+
+
+def _silent(phase: str, done: int, total: int) -> None:
+    """Tell nobody."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What all stages of a run share.
+
+    Args:
+        folder: where its files lie; None: nothing is kept.
+        seed: of all randomness.
+        device: where networks work, `cpu` or `cuda`.
+        resume: go on from what an interrupted stage has left in `folder`.
+        progress: told how far each phase of a stage is.
+    """
+
+    folder: Path | None = None
+    seed: int = 0
+    device: str = "cpu"
+    resume: bool = False
+    progress: Progress = _silent
+
+    def phase(self, name: str) -> Callable[[int, int], None]:
+        """`progress` for one phase, to be called with (done, all)."""
+        return partial(self.progress, name)
 
 
 def resolve_out(out: str | Path | None, default_name: str) -> Path:

@@ -29,6 +29,7 @@ LAYERS = {
     "mpq.wide": 2,
     "mpq.layers": 2,
     "mpq.compare": 2,
+    "mpq.rundir": 2,
     "mpq.policies": 2,
     "mpq.hooks": 3,
     "mpq.nonfinite": 3,
@@ -46,7 +47,6 @@ LAYERS = {
     "mpq.export": 7,
     "mpq.report": 8,
     "mpq.pipeline": 8,
-    "mpq.rundir": 8,
     "mpq.cli": 9,
     "mpq.__main__": 9,
 }

@@ -20,7 +20,7 @@ from mpq.analyze.search import Allocation
 from mpq.analyze.sensitivity import Row, Sensitivity, by_name
 from mpq.errors import InfeasibleError, PolicyError, UsageError
 from mpq.latency import LatencyProfile, LayerLatency
-from mpq.layers import LayerInfo, Moment
+from mpq.layers import LayerInfo, Moment, Widths
 from mpq.policy import Constraints, DataInfo, LayerPolicy, ModelInfo, Policy
 from mpq.spec import activation_spec, weight_spec
 from mpq.target import ONNXRUNTIME_CPU as TARGET
@@ -59,7 +59,7 @@ def times(seed: int, count: int = 6) -> LatencyProfile:
 
 
 def brute_force(
-    sensitivity: Sensitivity, constraints: Constraints, pairs: list[cost.Widths]
+    sensitivity: Sensitivity, constraints: Constraints, pairs: list[Widths]
 ) -> float | None:
     """Least predicted loss over all configurations, None where none is allowed."""
     names = [info.name for info in sensitivity.layers]
@@ -75,7 +75,7 @@ def brute_force(
     return best
 
 
-def meets(s: Sensitivity, widths: dict[str, cost.Widths], c: Constraints) -> bool:
+def meets(s: Sensitivity, widths: dict[str, Widths], c: Constraints) -> bool:
     latency = times(0).predict(widths) if c.max_latency_ms else 0.0
     spent = (
         (c.max_activation_mb, cost.activation_bytes(s.moments, widths) / 1e6),
@@ -342,7 +342,7 @@ def test_a_front_may_be_over_another_limit() -> None:
     assert bops[0] == cost.bitops(s.layers, {info.name: (4, 4) for info in s.layers})
 
 
-def front_bytes(s: Sensitivity, pairs: list[cost.Widths]) -> int:
+def front_bytes(s: Sensitivity, pairs: list[Widths]) -> int:
     return max(a.bytes for a in pareto_front(s, Constraints(), target=TARGET, pairs=pairs))
 
 

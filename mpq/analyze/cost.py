@@ -7,19 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from mpq.layers import LayerInfo, Moment
+from mpq.layers import LayerInfo, Moment, Widths, mean_bits
 from mpq.target import Target
 
-Widths = tuple[int | None, int | None]
 SCALE_BYTES = 4
 BIAS_BYTES = 4
 
 
 def effective_bits(layers: Iterable[LayerInfo], widths: Mapping[str, Widths]) -> float:
     """Mean width of the weights, `sum n_l b_l / sum n_l`; float counts 32."""
-    layers = list(layers)
-    total = sum(layer.params for layer in layers)
-    return sum(layer.params * (widths[layer.name][0] or 32) for layer in layers) / total
+    return mean_bits((layer.params, widths[layer.name][0]) for layer in layers)
 
 
 def bitops(layers: Iterable[LayerInfo], widths: Mapping[str, Widths]) -> float:
@@ -42,7 +39,7 @@ def layer_bytes(layer: LayerInfo, bits: int | None, target: Target) -> int:
 def predicted_bytes(
     layers: Iterable[LayerInfo], widths: Mapping[str, Widths], target: Target
 ) -> int:
-    """Bytes of the exported file (`benchmarks/size.py` compares them with real files)."""
+    """Bytes of the exported file (`tests/test_size.py` compares them with real files)."""
     own = sum(layer_bytes(layer, widths[layer.name][0], target) for layer in layers)
     return target.bytes_per_file + own
 

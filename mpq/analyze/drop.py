@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from mpq.analyze.cost import Widths
 from mpq.analyze.search import Allocation
 from mpq.errors import InfeasibleError
+from mpq.layers import Widths
 
 STEPS = 7
 """Halvings: the budget is found to 1/128 of its range."""

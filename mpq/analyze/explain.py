@@ -6,10 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mpq.analyze.cost import Widths
 from mpq.analyze.search import Allocation
 from mpq.analyze.sensitivity import PARTS, Sensitivity
-from mpq.layers import LayerInfo
+from mpq.layers import LayerInfo, Widths
 from mpq.policy import (
     Constraints,
     DataInfo,

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from scipy.sparse import coo_array, csr_array
 
 from mpq.analyze import cost
-from mpq.analyze.cost import Widths
 from mpq.analyze.sensitivity import Sensitivity, by_name
 from mpq.latency import LatencyProfile, runs_as_integers
+from mpq.layers import Widths
 from mpq.target import Target
 
 Vector = NDArray[np.float64]

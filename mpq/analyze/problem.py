@@ -16,12 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_array, hstack, vstack
 
-from mpq.analyze.cost import Widths
 from mpq.analyze.limits import Key, Limit, conversions, limits, sparse
 from mpq.analyze.sensitivity import PARTS, Sensitivity, by_name
 from mpq.analyze.solver import Program, solve
 from mpq.errors import InfeasibleError, PolicyError
 from mpq.latency import LatencyProfile
+from mpq.layers import Widths
 from mpq.policy import Constraints
 from mpq.target import Target
 

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from mpq.analyze import cost
-from mpq.analyze.cost import Widths
 from mpq.analyze.limits import LIMITS
 from mpq.analyze.problem import Problem
 from mpq.analyze.sensitivity import Sensitivity
 from mpq.errors import UsageError, nearest
 from mpq.latency import LatencyProfile
+from mpq.layers import Widths
 from mpq.policy import Constraints
 from mpq.target import ONNXRUNTIME_CPU, Target
 

@@ -19,11 +19,11 @@ from torch import Tensor
 
 from mpq.analyze import cost
 from mpq.analyze.batches import Progress
-from mpq.analyze.cost import Widths
 from mpq.analyze.perturb import Perturbations, Rounding, perturb
 from mpq.analyze.sensitivity import Sensitivity
 from mpq.analyze.watch import Watch
 from mpq.graph.ir import QuantGraph
+from mpq.layers import Widths
 from mpq.numerics import kl_divergence
 
 FEW = 3

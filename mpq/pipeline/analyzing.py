@@ -9,7 +9,6 @@ from pathlib import Path
 
 from torch import Tensor
 
-from mpq.analyze.cost import Widths
 from mpq.analyze.drop import Measured, least_cost
 from mpq.analyze.explain import build_policy, locked_widths
 from mpq.analyze.perturb import Rounding
@@ -21,6 +20,7 @@ from mpq.analyze.validate import validate as measure_scores
 from mpq.errors import PolicyError, UsageError
 from mpq.graph.ir import QuantGraph
 from mpq.latency import LatencyProfile
+from mpq.layers import Widths
 from mpq.pipeline.analysis import Analysis, Choice
 from mpq.pipeline.dropping import DropMeter
 from mpq.pipeline.scoring import scores_of

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from mpq.analyze.cost import Widths
 from mpq.analyze.explain import allocation_policy
 from mpq.analyze.search import Allocation
 from mpq.data import sample_indices
 from mpq.graph.ir import QuantGraph
 from mpq.graph.passes import prepare
+from mpq.layers import Widths
 from mpq.pipeline.subject import Subject
 from mpq.ptq import Effort, quantize_graph
 from mpq.train.evaluate import accuracy
