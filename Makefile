@@ -14,6 +14,7 @@ test: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python .ci/size.py
 	@# mypy maps no directory onto another package: it reads a copy laid out as installed.
 	rm -rf build/typed && mkdir -p build/typed
 	cp -r mpq build/typed/mpq && cp -r export policies build/typed/mpq/

@@ -14,8 +14,8 @@ import resource, sys
 import torch
 from mpq.allocator import keep_freed
 
-if sys.argv[1] == "keep":
-    assert keep_freed()
+if sys.argv[1] == "keep" and not keep_freed():
+    sys.exit("not glibc, or the user decides")
 
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -34,13 +34,14 @@ print(faults() - before)
 
 
 def faults(mode: str) -> int:
-    told = subprocess.run(
-        [sys.executable, "-c", CHILD, mode], capture_output=True, text=True, check=True
-    )
-    return int(told.stdout)
+    """Page faults of five steps; in a process of its own, as what is kept is kept for good."""
+    done = subprocess.run([sys.executable, "-c", CHILD, mode], capture_output=True, text=True)
+    if done.returncode and "the user decides" in done.stderr:
+        pytest.skip(done.stderr.strip())
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout)
 
 
-@pytest.mark.skipif(not allocator.keep_freed(), reason="not glibc, or the user decides")
 def test_steps_do_not_fault_in_what_was_freed():
     assert faults("keep") < 1_000
     assert faults("leave") > 10_000  # else there is nothing to keep: drop the module

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +13,10 @@ import pytest
 
 import mpq
 import mpq.export
+import mpq.policies
 
-ROOTS = {"mpq": Path(mpq.__file__).parent, "mpq.export": Path(mpq.export.__file__).parent}
+PACKAGES = (mpq, mpq.export, mpq.policies)
+ROOTS = {package.__name__: Path(str(package.__file__)).parent for package in PACKAGES}
 LAYERS = {
     "mpq.errors": 0,
     "mpq.allocator": 0,
@@ -50,6 +53,9 @@ LAYERS = {
     "mpq.cli": 9,
     "mpq.__main__": 9,
 }
+LIGHT = {"mpq.errors", "mpq.spec", "mpq.policy", "mpq.target", "mpq.layers", "mpq.latency",
+         "mpq.data", "mpq.report", "mpq.rundir", "mpq.userimport"}  # fmt: skip
+"""What is of use where torch is absent."""
 SIBLINGS = {"mpq.analyze", "mpq.ptq", "mpq.train"}
 
 
@@ -106,56 +112,28 @@ def test_the_reader_of_imports_finds_them():
     assert len(MODULES) > 60
 
 
-@pytest.mark.parametrize("module", [m for m in MODULES if m != "mpq"])
-def test_every_module_has_a_layer(module: str):
-    assert area(module) in LAYERS
+def test_imports_point_down():
+    """The root package is left out: it imports nothing by itself, and others its version only."""
+    pairs = [(m, n) for m in MODULES if m != "mpq" for n in own_imports(m) if n != "mpq"]
+    assert {area(m) for m in MODULES if m != "mpq"} == LAYERS.keys()
+    assert [(m, n) for m, n in pairs if LAYERS[area(n)] > LAYERS[area(m)]] == []
 
 
-@pytest.mark.parametrize("module", [m for m in MODULES if m != "mpq"])
-def test_imports_point_down(module: str):
-    here = LAYERS[area(module)]
-    for name in own_imports(module):
-        if name == "mpq":
-            continue  # the version; the root package imports nothing by itself
-        other = LAYERS[area(name)]
-        assert other <= here, f"{module} (layer {here}) imports {name} (layer {other})"
+def test_siblings_and_export_know_no_other_sibling():
+    wrong = {m: {area(n) for n in own_imports(m)} & SIBLINGS - {area(m)} for m in MODULES}
+    bound = SIBLINGS | {"mpq.export"}
+    assert {m: others for m, others in wrong.items() if area(m) in bound and others} == {}
 
 
-@pytest.mark.parametrize("module", [m for m in MODULES if area(m) in SIBLINGS])
-def test_siblings_do_not_know_each_other(module: str):
-    others = {area(name) for name in own_imports(module)} & SIBLINGS - {area(module)}
-    assert not others, f"{module} imports {others}"
+def test_no_cycles():
+    needs = {m: own_imports(m) - {"mpq", m} for m in MODULES if m != "mpq"}
+    graphlib.TopologicalSorter(needs).prepare()  # a CycleError names the modules
 
 
-@pytest.mark.parametrize("module", [m for m in MODULES if area(m) == "mpq.export"])
-def test_export_knows_neither_analysis_nor_training(module: str):
-    assert not {area(name) for name in own_imports(module)} & SIBLINGS
-
-
-def test_one_module_imports_onnxruntime():
-    found = {m for m in MODULES if any(n.split(".")[0] == "onnxruntime" for n in imports(m))}
-    assert found == {"mpq.export.runtime"}
-
-
-def test_policies_and_data_know_no_torch():
-    light = ("mpq.errors", "mpq.spec", "mpq.policy", "mpq.target", "mpq.layers", "mpq.latency",
-             "mpq.data", "mpq.report", "mpq.rundir")  # fmt: skip
-    for module in MODULES:
-        if area(module) in light:
-            assert not any(n.split(".")[0] == "torch" for n in imports(module)), module
-
-
-@pytest.mark.parametrize("start", sorted(MODULES))
-def test_no_cycles(start: str):
-    seen: set[str] = set()
-    waiting = [n for n in own_imports(start) if n != start and start != "mpq"]
-    while waiting:
-        name = waiting.pop()
-        assert name != start, f"{start} is imported by what it imports"
-        if name in seen or name == "mpq":
-            continue
-        seen.add(name)
-        waiting.extend(own_imports(name))
+def test_torch_and_onnxruntime_stay_where_they_belong():
+    outside = {m: {name.split(".")[0] for name in imports(m)} for m in MODULES}
+    assert {m for m, names in outside.items() if "onnxruntime" in names} == {"mpq.export.runtime"}
+    assert [m for m, names in outside.items() if area(m) in LIGHT and "torch" in names] == []
 
 
 @pytest.mark.parametrize(
@@ -182,8 +160,7 @@ def test_bench_help_does_not_load_torch():
 
 
 def test_public_names_are_found_at_their_home():
-    for name in mpq.__all__:
-        home = mpq._HOME[name]
-        assert home in MODULES, f"{name}: {home} does not exist"
+    homes = {getattr(mpq, name).__module__ for name in mpq.__all__}
+    assert homes <= MODULES.keys()
     with pytest.raises(AttributeError, match="module 'mpq' has no attribute 'nothing'"):
         mpq.nothing  # noqa: B018

@@ -1,9 +1,9 @@
-"""The README is run and compared: its code, its layout, its commands."""
+"""The README is run and compared: its code, its layout, its commands; and the size script runs."""
 
 from __future__ import annotations
 
-import importlib.util
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -26,14 +26,13 @@ def test_library_example_runs(
     assert "100% integer" in said
 
 
-def test_layout_has_every_file() -> None:
-    spec = importlib.util.spec_from_file_location("layout", ROOT / "docs" / "layout.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    told = README.partition(module.BEGIN)[2].partition(module.END)[0]
-    assert told == module.layout(), "run: python docs/layout.py --write"
+def test_every_folder_of_the_repository_has_its_line() -> None:
+    layout = README.partition("\n## Layout\n")[2].partition("\n## ")[0]
+    packages = {path.parent for top in ("mpq", "export", "policies")
+                for path in (ROOT / top).rglob("__init__.py")}  # fmt: skip
+    folders = {f"{path.relative_to(ROOT).as_posix()}/" for path in packages}
+    named = re.findall(r"^- `(\S+)`", layout, re.MULTILINE)
+    assert sorted(named) == sorted(folders | {"benchmarks/", "tests/", "docs/"})
 
 
 def test_commands_of_the_readme_exist() -> None:
@@ -48,3 +47,15 @@ def test_make_targets_of_the_readme_exist() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for target in re.findall(r"^make (\w+)", README, re.MULTILINE):
         assert f"\n{target}:" in makefile
+
+
+def test_the_size_script_names_what_is_too_long(tmp_path: Path) -> None:
+    size = runpy.run_path(str(ROOT / ".ci" / "size.py"))
+    (tmp_path / "mpq").mkdir()
+    (tmp_path / "mpq" / "long.py").write_text("x = 1\n" * (size["FILE_LINES"] + 1))
+    sizes = size["lines"](tmp_path)
+    assert sizes == {"mpq/long.py": size["FILE_LINES"] + 1}
+    assert size["complaints"]({"mpq/short.py": size["FILE_LINES"]}) == []
+    assert [c.split(" has ")[0] for c in size["complaints"](sizes)] == ["mpq/long.py"]
+    many = {f"mpq/{i}.py": 300 for i in range(size["PACKAGE_LINES"] // 300 + 1)}
+    assert [c.split(" has ")[0] for c in size["complaints"](many)] == ["the package"]
