@@ -37,7 +37,8 @@ from mpq.export.peers import onnxruntime_static
 from mpq.pipeline.quantizing import run_ptq
 from mpq.pipeline.subject import DataSource, Subject, open_checkpoint
 from mpq.policy import Constraints, DataInfo, Policy
-from mpq.ptq import EFFORTS, EQUALIZE, Learning
+from mpq.ptq import EFFORTS, EQUALIZE, Learning, PtqSettings
+from mpq.rundir import Run
 from mpq.target import TARGETS, this_target
 
 
@@ -149,14 +150,12 @@ class Bench:
             return onnxruntime_static(reference, out, images.numpy()), {}
         policy, spent = self.policy(configuration, seed)
         start = time.process_time()
-        found = run_ptq(
-            policy,
-            self.subject,
+        settings = PtqSettings(
             effort=self.options.effort,
             equalization=self.options.equalize,
             learning=Learning(iterations=self.options.iterations),
-            seed=seed,
         )
+        found = run_ptq(policy, self.subject, settings, Run(seed=seed))
         spent["ptq_s"] = round(time.process_time() - start, 1)
         layers = list(found.graph.layers.values())
         choices = policy.resolve([layer.name for layer in layers])

@@ -118,9 +118,7 @@ def quantize_and_export(qg: QuantGraph, policy: Policy, path: Path, side: int) -
     """Quantize, export, certify, verify; what came of it."""
     start = time.perf_counter()
     graph = prepare(qg, policy)
-    quantize_graph(
-        graph, images(CALIBRATION, side, seed=1), method="minmax", effort="fast", batch=2
-    )
+    quantize_graph(graph, images(CALIBRATION, side, seed=1), method="minmax", effort="fast")
     quantized = time.perf_counter()
     row: dict[str, Any] = {"ptq_s": round(quantized - start, 1)}
     try:

@@ -36,8 +36,10 @@ from mpq.export import float_to_onnx, to_onnx
 from mpq.pipeline.quantizing import run_ptq, run_qat
 from mpq.pipeline.subject import DataSource, Subject, open_checkpoint
 from mpq.policy import Constraints, DataInfo, Policy
+from mpq.rundir import Run
 from mpq.train.ensemble import Ensemble, load_ensemble
 from mpq.train.loop import fit
+from mpq.train.plan import Hooks, TrainingData, TrainingPlan
 from mpq.train.recipe import Recipe
 
 CHECKPOINTS = Path(os.environ.get("MPQ_DATA", ".")) / "checkpoints"
@@ -80,36 +82,21 @@ def make(
 ) -> Path:
     """Train, quantize and export; returns the model file."""
     guide = teacher if training == "teachers" else None
-    kept = {"folder": folder, "teacher": guide, "answers": folder.parent / "answers"}
+    plan = TrainingPlan(recipe, guide, answers=folder.parent / "answers")
+    run = Run(folder, seed, resume=True)
+    hooks = Hooks(on_epoch=lambda record: print(json.dumps(record), flush=True))
     path = folder / "model.onnx"
     if configuration == "float":
         if training != "none":
-            fit(
-                subject.module,
-                train=subject.learned(),
-                validation=None,
-                normalize=subject.normalize,
-                recipe=recipe,
-                resume=True,
-                seed=seed,
-                on_epoch=lambda record: print(json.dumps(record), flush=True),
-                **kept,  # type: ignore[arg-type]
-            )
+            data = TrainingData(subject.learned(), None, subject.normalize)
+            fit(subject.module, data, plan, run, hooks)
             save_model(folder / "model.pth", subject.module, info=subject.info, data="cifar10")
         return float_to_onnx(subject.graph(), path)
     policy = policy_for(configuration, subject)
     if training == "none":
-        found = run_ptq(policy, subject, seed=seed)
+        found = run_ptq(policy, subject, run=Run(seed=seed))
     else:
-        found = run_qat(
-            policy,
-            subject,
-            recipe,
-            resume=True,
-            seed=seed,
-            on_epoch=lambda record: print(json.dumps(record), flush=True),
-            **kept,  # type: ignore[arg-type]
-        )
+        found = run_qat(policy, subject, plan, run, hooks)
     to_onnx(found.graph, path, policy=found.policy)
     return path
 

@@ -26,12 +26,14 @@ from mpq.export import to_onnx
 from mpq.graph.ir import QuantGraph
 from mpq.graph.passes import prepare, to_float
 from mpq.pipeline.subject import DataSource, Subject, open_checkpoint
-from mpq.pipeline.training import new_subject
+from mpq.pipeline.training import new_subject, training_data
 from mpq.policy import Policy
 from mpq.ptq import equalize, quantize_graph
 from mpq.ptq.pairs import links
+from mpq.rundir import Run
 from mpq.train.evaluate import predict
 from mpq.train.loop import fit
+from mpq.train.plan import TrainingPlan
 from mpq.train.recipe import Recipe
 
 RECIPE = {"epochs": 8, "batch": 64, "lr": 0.1, "flip": False, "warmup_epochs": 1}
@@ -71,12 +73,9 @@ def trained(seed: int) -> Subject:
     with tempfile.TemporaryDirectory() as folder:
         fit(
             module,
-            train=load_arrays(data.train),
-            validation=load_arrays(data.validation),
-            normalize=blank.normalize,
-            recipe=Recipe.load("plain").override(RECIPE),
-            folder=Path(folder),
-            seed=seed,
+            training_data(blank),
+            TrainingPlan(Recipe.load("plain").override(RECIPE)),
+            Run(Path(folder), seed),
         )
     return Subject(module.eval(), blank.info, data, blank.data_name, blank.normalize)
 

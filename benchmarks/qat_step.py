@@ -33,7 +33,7 @@ from torch.ao.quantization.quantize_fx import prepare_qat_fx
 from mpq import attach_norms, policies, prepare, quantize_graph, to_float, zoo
 from mpq.allocator import keep_freed
 from mpq.export.runtime import peak_memory_mb
-from mpq.graph.lean import lean
+from mpq.graph.redundant import drop_redundant_relus
 from mpq.train.compiled import compiled
 
 MODELS = ("resnet18_cifar", "mobilenet_v2_cifar")
@@ -51,7 +51,7 @@ def network(name: str, variant: str) -> nn.Module:
         graph = prepare(to_float(model.eval(), images[:2]), policies.load(variant.split()[1]))
         quantize_graph(graph, images, effort="fast")
         attach_norms(graph, images)
-        model = lean(graph.module)
+        model = drop_redundant_relus(graph.module)
     elif variant.startswith("torch"):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -33,9 +33,11 @@ from mpq.cli.training import recipe_from
 from mpq.data import Normalization, load_arrays
 from mpq.pipeline.subject import DataSource, Subject, open_checkpoint
 from mpq.pipeline.training import new_subject
+from mpq.rundir import Run
 from mpq.train.ensemble import Ensemble, load_ensemble
 from mpq.train.evaluate import predict
 from mpq.train.loop import fit
+from mpq.train.plan import TrainingData, TrainingPlan
 from mpq.train.recipe import Recipe
 from mpq.train.weighting import WEIGHTINGS
 
@@ -69,15 +71,9 @@ def learn(
     start = time.perf_counter()
     fit(
         student,
-        train=load_arrays(data.train),
-        validation=None,
-        normalize=subject.normalize,
-        recipe=recipe,
-        folder=folder,
-        teacher=teacher,
-        resume=True,
-        seed=seed if options.student else 0,
-        answers=options.out / "answers",
+        TrainingData(load_arrays(data.train), None, subject.normalize),
+        TrainingPlan(recipe, teacher, answers=options.out / "answers"),
+        Run(folder, seed if options.student else 0, resume=True),
     )
     save_model(folder / "model.pth", student, info=subject.info, data="cifar10")
     images, labels = load_arrays(data.test)

@@ -16,8 +16,11 @@ if TYPE_CHECKING:
     from mpq.graph.passes import freeze, prepare, to_float
     from mpq.policy import Constraints, LayerPolicy, Policy
     from mpq.ptq import calibrate, quantize_graph
+    from mpq.rundir import Run
     from mpq.spec import QuantSpec
     from mpq.train.loop import fit
+    from mpq.train.plan import TrainingData, TrainingPlan
+    from mpq.train.recipe import Recipe
 
 __version__ = "0.1.0"
 
@@ -27,6 +30,10 @@ _HOME = {
     "Policy": "mpq.policy",
     "QuantGraph": "mpq.graph.ir",
     "QuantSpec": "mpq.spec",
+    "Recipe": "mpq.train.recipe",
+    "Run": "mpq.rundir",
+    "TrainingData": "mpq.train.plan",
+    "TrainingPlan": "mpq.train.plan",
     "absorb_norms": "mpq.graph.norms",
     "allocate": "mpq.analyze",
     "attach_norms": "mpq.graph.norms",
@@ -46,6 +53,10 @@ __all__ = [
     "Policy",
     "QuantGraph",
     "QuantSpec",
+    "Recipe",
+    "Run",
+    "TrainingData",
+    "TrainingPlan",
     "absorb_norms",
     "allocate",
     "attach_norms",

@@ -47,7 +47,7 @@ Progress = Callable[[str, int, int], None]
 """Called with (phase, done, all)."""
 
 
-def _silent(phase: str, done: int, total: int) -> None:
+def silent(phase: str, done: int, total: int) -> None:
     """Tell nobody."""
 
 
@@ -67,7 +67,7 @@ class Run:
     seed: int = 0
     device: str = "cpu"
     resume: bool = False
-    progress: Progress = _silent
+    progress: Progress = silent
 
     def phase(self, name: str) -> Callable[[int, int], None]:
         """`progress` for one phase, to be called with (done, all)."""

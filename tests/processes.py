@@ -10,8 +10,10 @@ from test_loop import NORMALIZE, pictures
 from torch import nn
 
 from mpq.processes import leading
+from mpq.rundir import Run
 from mpq.train.ensemble import Ensemble, Member
 from mpq.train.loop import fit
+from mpq.train.plan import TrainingData, TrainingPlan
 from mpq.train.recipe import Recipe
 
 
@@ -30,15 +32,9 @@ def main(out: Path) -> None:
     images, labels = pictures()
     labels[::3] = -1
     recipe = Recipe(epochs=2, batch=32, lr=0.05, crop=0, flip=False, ema=0.9)
-    fit(
-        model,
-        train=(images, labels),
-        validation=None,
-        normalize=NORMALIZE,
-        recipe=recipe,
-        folder=out,
-        teacher=Ensemble([Member("t", linear(1), NORMALIZE)]),
-    )
+    data = TrainingData((images, labels), None, NORMALIZE)
+    plan = TrainingPlan(recipe, Ensemble([Member("t", linear(1), NORMALIZE)]))
+    fit(model, data, plan, Run(out))
     if leading():
         torch.save(model.state_dict(), out / "weights.pth")
 

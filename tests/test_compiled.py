@@ -19,7 +19,9 @@ from mpq.cli.train import train as train_command
 from mpq.cli.training import check_plan, recipe_from
 from mpq.data import Normalization
 from mpq.errors import UsageError
+from mpq.rundir import Run
 from mpq.train.loop import fit
+from mpq.train.plan import Hooks, TrainingData, TrainingPlan
 from mpq.train.recipe import Recipe
 
 NONE = Normalization.parse("none")
@@ -56,8 +58,9 @@ def pictures() -> tuple[np.ndarray, np.ndarray]:
 
 
 def train(graph, folder: Path, recipe: Recipe, **options):
-    data = {"train": pictures(), "validation": None, "normalize": NONE}
-    return fit(graph.module, recipe=recipe, folder=folder, **data, **options)
+    data = TrainingData(pictures(), None, NONE)
+    hooks = options.pop("hooks", None)
+    return fit(graph.module, data, TrainingPlan(recipe), Run(folder, **options), hooks)
 
 
 @pytest.fixture(autouse=True)
@@ -97,7 +100,7 @@ def test_a_resumed_compiled_run_is_bit_equal(tmp_path: Path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train(broken, tmp_path / "r", recipe, on_step=stop)
+        train(broken, tmp_path / "r", recipe, hooks=Hooks(on_step=stop))
     train(fresh, tmp_path / "r", recipe, resume=True)
     for (name, x), y in zip(
         whole.module.state_dict().items(), fresh.module.state_dict().values(), strict=True
@@ -132,8 +135,8 @@ def test_without_a_compiler_it_says_what_is_missing(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(cpp_builder, "get_cpp_compiler", lambda: none(config.cpp.cxx))
     message = r"compile needs a C\+\+ compiler such as g\+\+ .*leave --compile"
     with pytest.raises(UsageError, match=message):
-        check_plan(RECIPE.override({"compile": True}), device="cpu", teacher=None, answers=None)
-    check_plan(RECIPE, device="cpu", teacher=None, answers=None)
+        check_plan(RECIPE.override({"compile": True}), device="cpu", teacher=None, unlabelled=None)
+    check_plan(RECIPE, device="cpu", teacher=None, unlabelled=None)
     assert recipe_from("qat", 1, ()).compile is False
     shown = CliRunner().invoke(train_command, ["resnet20", "--show-recipe", "--compile"])
     assert shown.exit_code == 0

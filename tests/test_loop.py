@@ -13,10 +13,12 @@ from mpq.cpu import Cpu
 from mpq.data import Normalization
 from mpq.errors import DataError, TrainError, UsageError
 from mpq.nonfinite import first_nonfinite
+from mpq.rundir import Run
 from mpq.train.ensemble import Ensemble, Member
 from mpq.train.evaluate import accuracy, predict
 from mpq.train.loop import fit
 from mpq.train.optim import Ema, learning_rate, parameter_groups
+from mpq.train.plan import Hooks, TrainingData, TrainingPlan
 from mpq.train.recipe import Recipe
 
 NORMALIZE = Normalization((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
@@ -62,16 +64,13 @@ def pictures(count: int = 160, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     return images, labels
 
 
-def train(model, folder, recipe=BASE, **options):
-    return fit(
-        model,
-        train=pictures(),
-        validation=pictures(80, seed=1),
-        normalize=NORMALIZE,
-        recipe=recipe,
-        folder=folder,
-        **options,
-    )
+DATA = TrainingData(pictures(), pictures(80, seed=1), NORMALIZE)
+
+
+def train(model, folder, recipe=BASE, *, data=DATA, hooks=None, **options):
+    """A run; `options` are those of the plan and of what stages share."""
+    chosen = {k: options.pop(k) for k in ("teacher", "weighting", "answers") if k in options}
+    return fit(model, data, TrainingPlan(recipe, **chosen), Run(folder, **options), hooks)
 
 
 def lines(folder):
@@ -97,7 +96,8 @@ def test_it_learns(tmp_path, optimizer):
 
 def test_records_are_complete_and_on_disk(tmp_path):
     steps, records = [], []
-    result = train(network(), tmp_path, on_step=lambda *a: steps.append(a), on_epoch=records.append)
+    hooks = Hooks(on_step=lambda *a: steps.append(a), on_epoch=records.append)
+    result = train(network(), tmp_path, hooks=hooks)
     assert records == result.history == lines(tmp_path)
     keys = ["epoch", "lr", "train_loss", "train_label_loss", "train_top1", "val_top1", "seconds"]
     assert all(list(r) == keys for r in records)
@@ -158,14 +158,8 @@ def test_read_only_arrays_are_fine(tmp_path):
     images, labels = pictures()
     images.setflags(write=False)
     labels.setflags(write=False)
-    result = fit(
-        network(),
-        train=(images, labels),
-        validation=None,
-        normalize=NORMALIZE,
-        recipe=BASE.override({"epochs": 1}),
-        folder=tmp_path,
-    )
+    data = TrainingData((images, labels), None, NORMALIZE)
+    result = train(network(), tmp_path, BASE.override({"epochs": 1}), data=data)
     assert result.top1 is None
 
 
@@ -203,25 +197,25 @@ def test_images_without_labels_are_learned_from_the_teacher(tmp_path, loss):
     images, labels = pictures()
     labels[16:] = -1
     recipe = BASE.override({"epochs": 12, "crop": 0, "distill": loss, "weighting": "dynamic"})
-    told = {"train": (images, labels), "validation": pictures(80, seed=1), "recipe": recipe}
+    data = replace(DATA, train=(images, labels))
     ensemble = Ensemble([Member("t", guide, NORMALIZE)])
-    found = fit(network(), normalize=NORMALIZE, folder=tmp_path / "s", teacher=ensemble, **told)
+    found = train(network(), tmp_path / "s", recipe, data=data, teacher=ensemble)
     assert found.top1 > 90
     assert found.history[-1]["train_top1"] * 16 / 100 % 1 == 0  # of those with a label
     with pytest.raises(DataError, match="smallest -1"):
-        fit(network(), normalize=NORMALIZE, folder=tmp_path / "none", **told)
+        train(network(), tmp_path / "none", recipe, data=data)
 
 
 def test_without_any_label_only_the_teacher_speaks(tmp_path):
     images, labels = pictures()
     recipe = BASE.override({"epochs": 1, "mixup": 0.4, "smoothing": 0.1})
-    told = {"normalize": NORMALIZE, "validation": None, "teacher": teacher()}
-    bare = (images, np.full_like(labels, -1))
-    found = fit(network(), train=bare, recipe=recipe, folder=tmp_path / "a", **told)
+    bare = TrainingData((images, np.full_like(labels, -1)), None, NORMALIZE)
+    found = train(network(), tmp_path / "a", recipe, data=bare, teacher=teacher())
     assert found.history[0]["train_top1"] is None
     assert found.history[0]["train_label_loss"] == 0
     weights = recipe.override({"label_weight": 0.0})
-    alike = fit(network(), train=(images, labels), recipe=weights, folder=tmp_path / "b", **told)
+    data = replace(bare, train=(images, labels))
+    alike = train(network(), tmp_path / "b", weights, data=data, teacher=teacher())
     distill = "train_distill_loss"
     assert found.history[0][distill] == pytest.approx(alike.history[0][distill], rel=1e-5)
 
@@ -259,8 +253,9 @@ class Interrupt:
 def test_a_resumed_run_is_bit_equal(tmp_path, at):
     whole, broken = network(), network()
     expected = train(whole, tmp_path / "whole", STRONG, teacher=teacher())
+    hooks = Hooks(on_step=Interrupt(*at))
     with pytest.raises(KeyboardInterrupt):
-        train(broken, tmp_path / "r", STRONG, teacher=teacher(), on_step=Interrupt(*at))
+        train(broken, tmp_path / "r", STRONG, teacher=teacher(), hooks=hooks)
     assert sorted(p.name for p in (tmp_path / "r").iterdir()) == ["checkpoint.pth", "metrics.jsonl"]
     assert len(lines(tmp_path / "r")) == at[0]
 
@@ -275,7 +270,8 @@ def test_a_resumed_run_is_bit_equal(tmp_path, at):
 def test_resuming_a_finished_run_trains_no_more(tmp_path):
     first, second = network(), network(seed=42)
     a = train(first, tmp_path, STRONG)
-    b = train(second, tmp_path, STRONG, resume=True, on_epoch=lambda r: pytest.fail("trained"))
+    hooks = Hooks(on_epoch=lambda r: pytest.fail("trained"))
+    b = train(second, tmp_path, STRONG, resume=True, hooks=hooks)
     assert replace(b, start=a.start) == a  # each began with a network of its own
     assert_equal_weights(first, second)
 
@@ -408,14 +404,7 @@ def test_first_nonfinite_is_none_for_a_sound_model():
 )
 def test_bad_data_is_refused(tmp_path, images, labels, message):
     with pytest.raises(DataError, match=message):
-        fit(
-            network(),
-            train=(images, labels),
-            validation=None,
-            normalize=NORMALIZE,
-            recipe=BASE,
-            folder=tmp_path,
-        )
+        train(network(), tmp_path, data=TrainingData((images, labels), None, NORMALIZE))
 
 
 def test_a_teacher_of_other_classes_is_refused(tmp_path):

@@ -24,6 +24,7 @@ from mpq.pipeline.subject import DataSource
 from mpq.pipeline.training import new_subject, run_train
 from mpq.policy import Policy
 from mpq.train.ensemble import load_ensemble
+from mpq.train.plan import TrainingPlan
 from mpq.train.recipe import Recipe
 
 MPQ = [sys.executable, "-c", "import sys; from mpq.cli import main; sys.exit(main())"]
@@ -36,7 +37,7 @@ def project(tmp_path_factory) -> Path:
     """A folder with `model.pth`, trained on the digits, and an analysis of it in runs/model."""
     folder = tmp_path_factory.mktemp("project")
     subject = new_subject("resnet20", DataSource("digits"))
-    run_train(subject, Recipe.load("plain").override(QUICK), folder / "model.pth")
+    run_train(subject, TrainingPlan(Recipe.load("plain").override(QUICK)), folder / "model.pth")
     before = Path.cwd()
     os.chdir(folder)
     try:

@@ -17,7 +17,9 @@ from mpq.numerics import fake_quantize
 from mpq.policy import Policy
 from mpq.quant.fake_quant import FakeQuant
 from mpq.quant.layer import QuantLayer
+from mpq.rundir import Run
 from mpq.train.loop import fit
+from mpq.train.plan import Hooks, TrainingData, TrainingPlan
 from mpq.train.progressive import choose_steps, quantizers, stage, take_widths
 from mpq.train.recipe import Recipe
 
@@ -39,8 +41,9 @@ def train(graph, folder: Path, recipe: Recipe = RECIPE, **options):
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, size=(96, 12, 12, 3), dtype=np.uint8)
     data = (images, np.arange(96, dtype=np.int64) % nets.CLASSES)
-    settings = {"train": data, "validation": data, "normalize": NONE, "folder": folder}
-    return fit(graph.module, recipe=recipe, **settings, **options)
+    hooks = options.pop("hooks", None)
+    plan, run = TrainingPlan(recipe), Run(folder, **options)
+    return fit(graph.module, TrainingData(data, data, NONE), plan, run, hooks)
 
 
 def widths(graph) -> set[int]:
@@ -112,7 +115,7 @@ def test_choosing_steps_moves_nothing_else():
 
 def test_a_run_lowers_and_what_it_leaves_has_the_policys_widths(tmp_path: Path):
     graph, seen = student(), []
-    result = train(graph, tmp_path, on_epoch=lambda r: seen.append(widths(graph)))
+    result = train(graph, tmp_path, hooks=Hooks(on_epoch=lambda r: seen.append(widths(graph))))
     assert seen == [{8}, {8}, {6}, {5}, {4}]
     assert all(q.spec == q.goal for q in quantizers(graph.module))
     assert len(result.history) == 5
@@ -137,7 +140,7 @@ def test_a_resumed_run_is_bit_equal(tmp_path: Path, epoch: int):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train(broken, tmp_path / "r", on_step=stop)
+        train(broken, tmp_path / "r", hooks=Hooks(on_step=stop))
     found = train(fresh, tmp_path / "r", resume=True)
     for (name, x), y in zip(
         whole.module.state_dict().items(), fresh.module.state_dict().values(), strict=True
@@ -151,7 +154,7 @@ def test_a_resumed_run_is_bit_equal(tmp_path: Path, epoch: int):
 
 def test_a_graph_at_its_widths_begins_at_8_bits_too(tmp_path: Path):
     graph, seen = student(wide=False), []
-    train(graph, tmp_path, on_epoch=lambda r: seen.append(widths(graph)))
+    train(graph, tmp_path, hooks=Hooks(on_epoch=lambda r: seen.append(widths(graph))))
     assert (seen[0], seen[-1]) == ({8}, {4})
 
 

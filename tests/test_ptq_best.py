@@ -14,11 +14,12 @@ from mpq.errors import UsageError
 from mpq.graph.ir import QuantGraph
 from mpq.graph.passes import freeze, prepare, to_float
 from mpq.policy import Policy
-from mpq.ptq import Learning, batch_size, calibrate, quantize_graph, quantize_layers
+from mpq.ptq import FinishedBlocks, Learning, calibrate, quantize_graph, quantize_layers
 from mpq.ptq import blockwise as blockwise_module
 from mpq.ptq import learn as learn_module
 from mpq.ptq.blocks import blocks
 from mpq.ptq.blockwise import PROGRESS, BlockLearner
+from mpq.ptq.sequential import batch_size
 from mpq.ptq.shelf import SMALL, Shelf
 from mpq.ptq.soft import SoftLayer
 from mpq.quant.fake_quant import FakeQuant
@@ -156,11 +157,8 @@ def test_soft_weights_begin_where_sequential_rounding_stopped_and_end_on_the_gri
 
 def run(state: Path, *, resume: bool = False, learning: Learning = BRIEF) -> QuantGraph:
     graph = prepared("residual", 4, 4)
-    identity = {"policy": "w4a4"}
-    return quantize_graph(
-        graph, images(32), effort="best", learning=learning, state=state, identity=identity,
-        resume=resume,
-    )  # fmt: skip
+    finished = FinishedBlocks(state, {"policy": "w4a4"}, resume=resume)
+    return quantize_graph(graph, images(32), effort="best", learning=learning, finished=finished)
 
 
 @pytest.mark.parametrize("stop", [1, 2, 3])

@@ -13,8 +13,19 @@ from mpq.pipeline.guard import check_start
 from mpq.pipeline.quantizing import check_policy_file, keep_policy, run_ptq, save_quantized
 from mpq.pipeline.subject import DataSource, policy_subject
 from mpq.policy import Policy
-from mpq.ptq import EFFORTS, EQUALIZE, MEMORY_MB, METHODS, Learning
+from mpq.ptq import (
+    EFFORTS,
+    EQUALIZE,
+    MEMORY_MB,
+    METHODS,
+    Effort,
+    Equalize,
+    Learning,
+    Method,
+    PtqSettings,
+)
 from mpq.ptq.blockwise import PROGRESS
+from mpq.rundir import Run
 from mpq.wide import Int16Form
 
 
@@ -52,9 +63,9 @@ def ptq(
     policy_path: Path | None,
     data: str | None,
     data_root: Path | None,
-    calibration: str,
-    effort: str,
-    equalize: str,
+    calibration: Method,
+    effort: Effort,
+    equalize: Equalize,
     iterations: int,
     num_calib: int | None,
     memory_mb: int,
@@ -88,22 +99,18 @@ def ptq(
     subject = policy_subject(policy, path, source, weights=True, trust_pickle=trust_pickle)
     if effort == "best":
         keep_policy(path, rundir.touch_run(folder))
-    with options.bars() as tell:
-        found = run_ptq(
-            policy,
-            subject,
-            method=calibration,  # type: ignore[arg-type]
-            effort=effort,  # type: ignore[arg-type]
-            equalization=equalize,  # type: ignore[arg-type]
-            learning=Learning(iterations=iterations),
-            folder=folder,
-            resume=resume,
-            memory_mb=memory_mb,
-            dynamic=dynamic,
-            int16_form=int16_form,
-            seed=seed,
-            progress=tell,
-        )
+    settings = PtqSettings(
+        method=calibration,
+        effort=effort,
+        equalization=equalize,
+        learning=Learning(iterations=iterations),
+        memory_mb=memory_mb,
+        dynamic=dynamic,
+        int16_form=int16_form,
+    )
+    with options.bars() as progress:
+        run = Run(folder, seed, resume=resume, progress=progress)
+        found = run_ptq(policy, subject, settings, run)
     save_quantized(found, written)
     (folder / PROGRESS).unlink(missing_ok=True)  # the run is complete
     keep_policy(path, folder)

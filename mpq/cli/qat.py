@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -14,7 +15,9 @@ from mpq.pipeline.quantizing import check_policy_file, keep_policy, run_qat, sav
 from mpq.pipeline.subject import DataSource, policy_subject
 from mpq.policy import Policy
 from mpq.processes import leading
-from mpq.wide import Int16Form
+from mpq.rundir import Run
+from mpq.train.plan import TrainingPlan
+from mpq.wide import Int16Form, take_form
 
 
 @click.command()
@@ -74,27 +77,18 @@ def qat(
     written = folder / "quantized.pth"
     check_start(folder, written, resume=resume, force=force)
     check_policy_file(path, folder, force=force)
-    plan = training.recipe_from(recipe, epochs, settings, compiling=compiling)
-    training.check_plan(plan, device=device, teacher=teacher, unlabelled=unlabelled)
+    chosen = training.recipe_from(recipe, epochs, settings, compiling=compiling)
+    training.check_plan(chosen, device=device, teacher=teacher, unlabelled=unlabelled)
     source = DataSource(data, data_root, holdout, unlabelled)
     subject = policy_subject(policy, path, source, weights=True, trust_pickle=trust_pickle)
-    ensemble = training.load_teacher(teacher, teacher_normalize)
-    with training.live(plan.epochs) as (on_step, on_epoch):
-        found = run_qat(
-            policy,
-            subject,
-            plan,
-            folder,
-            teacher=ensemble,
-            resume=resume,
-            int16_form=int16_form,
-            seed=seed,
-            device=device,
-            answers=answers,
-            on_start=lambda: keep_policy(path, rundir.touch_run(folder)),
-            on_step=on_step,
-            on_epoch=on_epoch,
-        )
+    guide = training.load_teacher(teacher, teacher_normalize)
+    plan = TrainingPlan(chosen, guide, answers=answers)
+    run = Run(folder, seed, device, resume)
+    if int16_form is not None:
+        policy = take_form(policy, int16_form)
+    with training.live(chosen.epochs) as hooks:
+        hooks = replace(hooks, on_start=lambda: keep_policy(path, rundir.touch_run(folder)))
+        found = run_qat(policy, subject, plan, run, hooks)
     if not leading():
         return
     save_quantized(found, written)
@@ -105,5 +99,5 @@ def qat(
         top1 = found.metrics["validation_top1"]
         options.show(options.outcome(top1, "the validation split, simulated"))
         before = found.metrics["calibrated_top1"]
-        training.gain(before, top1, plan, start="what mpq ptq gives")
+        training.gain(before, top1, chosen, start="what mpq ptq gives")
     options.say(f"wrote {written}; next: mpq export --onnx")

@@ -77,7 +77,7 @@ def command(
         recipe=training.recipe_from(recipe, epochs, settings),
         seed=seed,
     )
-    with training.live(epochs) as (on_step, on_epoch):
+    with training.live(epochs) as training_hooks:
         rows = rank(
             candidates,
             DataSource(data, data_root),
@@ -86,7 +86,7 @@ def command(
             normalize=normalize,
             resume=resume,
             device=device,
-            hooks=Hooks(options.say, on_step, on_epoch),
+            hooks=Hooks(options.say, training_hooks),
         )
     if as_json:
         click.echo(json.dumps(rows))

@@ -14,6 +14,8 @@ from mpq.pipeline.subject import DataSource
 from mpq.pipeline.training import initial_weights, new_subject, run_train, working_folder
 from mpq.processes import leading
 from mpq.report.grid import counted
+from mpq.rundir import Run
+from mpq.train.plan import TrainingPlan
 
 
 @click.command()
@@ -72,34 +74,25 @@ def train(
     mpq train resnet20 --data cifar10 -o model.pth
     mpq train resnet20 --data cifar10 --teacher ens.pth -o student.pth
     """
-    plan = training.recipe_from(recipe, epochs, settings, compiling=compiling)
+    chosen = training.recipe_from(recipe, epochs, settings, compiling=compiling)
     if show_recipe:
-        click.echo(plan.to_yaml(), nl=False)
+        click.echo(chosen.to_yaml(), nl=False)
         return
-    training.check_plan(plan, device=device, teacher=teacher, unlabelled=unlabelled)
+    training.check_plan(chosen, device=device, teacher=teacher, unlabelled=unlabelled)
     check_start(working_folder(out), out, resume=resume, force=force)
     source = DataSource(data, data_root, holdout, unlabelled)
     subject = new_subject(arch, source, normalize=normalize, seed=seed)
     options.say(
         f"{arch} on {subject.data_name}: {subject.info.classes} classes, "
-        f"normalization {subject.info.normalize}, {counted(plan.epochs, 'epoch')}"
+        f"normalization {subject.info.normalize}, {counted(chosen.epochs, 'epoch')}"
     )
     if init is not None:
         initial_weights(subject, init)
-    ensemble = training.load_teacher(teacher, teacher_normalize)
-    with training.live(plan.epochs) as (on_step, on_epoch):
-        result = run_train(
-            subject,
-            plan,
-            out,
-            teacher=ensemble,
-            resume=resume,
-            seed=seed,
-            device=device,
-            answers=answers,
-            on_step=on_step,
-            on_epoch=on_epoch,
-        )
+    guide = training.load_teacher(teacher, teacher_normalize)
+    plan = TrainingPlan(chosen, guide, answers=answers)
+    run = Run(seed=seed, device=device, resume=resume)
+    with training.live(chosen.epochs) as hooks:
+        result = run_train(subject, plan, out, run, hooks)
     if not leading():
         return
     if as_json:
@@ -107,5 +100,5 @@ def train(
     else:
         options.show(options.outcome(result.top1, "the validation split"))
         if init is not None:
-            training.gain(result.start, result.top1, plan, start=str(init))
+            training.gain(result.start, result.top1, chosen, start=str(init))
     options.say(f"wrote {out}; next: mpq analyze {out}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from mpq.processes import leading
 from mpq.train.compiled import require_compiler
 from mpq.train.ensemble import Ensemble, load_ensemble
 from mpq.train.metrics import Record
+from mpq.train.plan import Hooks
 from mpq.train.recipe import Recipe
 
 
@@ -83,7 +84,7 @@ compiling = click.option(
 )
 
 
-def device_for(told: str) -> options.Decorator[Any]:
+def device_for(purpose: str) -> options.Decorator[Any]:
     """`--device`: argument `device`, a string."""
     return click.option(
         "--device",
@@ -91,7 +92,7 @@ def device_for(told: str) -> options.Decorator[Any]:
         default="cpu",
         show_default=True,
         callback=_device,
-        help=told,
+        help=purpose,
     )
 
 
@@ -186,9 +187,6 @@ def load_teacher(path: Path | None, normalize: str) -> Ensemble | None:
     return found
 
 
-Hooks = tuple[Callable[[int, int, int, float], None], Callable[[Record], None]]
-
-
 @contextmanager
 def live(epochs: int) -> Iterator[Hooks]:
     """Hooks for the loop: a bar per epoch while it runs, a line per epoch when it is done.
@@ -196,7 +194,7 @@ def live(epochs: int) -> Iterator[Hooks]:
     Of several processes the leading one speaks.
     """
     if not leading():
-        yield (lambda *_: None), (lambda _: None)
+        yield Hooks()
         return
     with options.bars() as tell:
 
@@ -213,4 +211,4 @@ def live(epochs: int) -> Iterator[Hooks]:
                 f"{shown}  {record['seconds']:.1f} s"
             )
 
-        yield on_step, on_epoch
+        yield Hooks(on_step=on_step, on_epoch=on_epoch)

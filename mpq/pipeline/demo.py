@@ -21,7 +21,9 @@ from mpq.pipeline.quantizing import Quantized, run_ptq, run_qat, save_quantized
 from mpq.pipeline.subject import DataSource, Subject, open_checkpoint
 from mpq.pipeline.training import build_ensemble, new_subject, run_train, write_ensemble
 from mpq.policy import Constraints, Policy
+from mpq.rundir import Run
 from mpq.train.ensemble import Ensemble
+from mpq.train.plan import TrainingPlan
 from mpq.train.recipe import Recipe
 
 TEACHERS = ("resnet32", "resnet20_conv")
@@ -82,21 +84,15 @@ def run_demo(folder: Path, *, seed: int = 0, tell: Tell = lambda _: None) -> lis
     policies = _policies(distilled, folder, seed, tell)
     for name in ("8", "8/4"):
         tell(f"PTQ at {name} bits")
-        made.append(_export(f"PTQ {name}", run_ptq(policies[name], distilled, seed=seed), folder))
+        found = run_ptq(policies[name], distilled, run=Run(seed=seed))
+        made.append(_export(f"PTQ {name}", found, folder))
     for name, policy in policies.items():
         for teacher in (None, teachers):
             label = f"QAT {name}" + (", distilled" if teacher else "")
             tell(f"{label} bits" if teacher is None else label)
             subject = plain if teacher is None else distilled
-            run = folder / _slug(label)
-            found = run_qat(
-                policy,
-                subject,
-                Recipe.load("qat").override(FINETUNE),
-                run,
-                teacher=teacher,
-                seed=seed,
-            )
+            plan = TrainingPlan(Recipe.load("qat").override(FINETUNE), teacher)
+            found = run_qat(policy, subject, plan, Run(folder / _slug(label), seed))
             made.append(_export(label, found, folder))
     tell("measuring all files side by side")
     rows = _measure(made, distilled)
@@ -114,7 +110,8 @@ def _teachers(folder: Path, seed: int, tell: Tell) -> Ensemble:
         tell(f"training teacher {k + 1} of {len(TEACHERS)}: {arch}")
         path = folder / f"teacher-{arch}.pth"
         subject = new_subject(arch, DataSource("digits"), normalize=None, seed=seed + k)
-        run_train(subject, Recipe.load("plain").override(TRAIN), path, seed=seed + k)
+        plan = TrainingPlan(Recipe.load("plain").override(TRAIN))
+        run_train(subject, plan, path, Run(seed=seed + k))
         paths.append(path)
     tell("bundling the ensemble")
     ensemble, _, data = build_ensemble(paths, DataSource("digits"))
@@ -126,7 +123,8 @@ def _student(folder: Path, name: str, teacher: Ensemble | None, seed: int, tell:
     tell(f"training the {name}: {STUDENT}")
     path = folder / f"{name}.pth"
     subject = new_subject(STUDENT, DataSource("digits"), normalize=None, seed=seed)
-    run_train(subject, Recipe.load("plain").override(TRAIN), path, teacher=teacher, seed=seed)
+    plan = TrainingPlan(Recipe.load("plain").override(TRAIN), teacher)
+    run_train(subject, plan, path, Run(seed=seed))
     return open_checkpoint(path, DataSource("digits"))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,22 +19,20 @@ from mpq.graph.norms import absorb_norms, attach_norms
 from mpq.graph.passes import prepare
 from mpq.pipeline.guard import check_teacher
 from mpq.pipeline.subject import DataSource, Subject, policy_subject, settle
+from mpq.pipeline.training import training_data
 from mpq.policy import Policy
-from mpq.ptq import MEMORY_MB, Effort, Equalize, Learning, Method, equalize, quantize_graph
+from mpq.ptq import FinishedBlocks, PtqSettings, equalize, quantize_graph
 from mpq.ptq.blockwise import PROGRESS
-from mpq.train.engine import OnStep
-from mpq.train.ensemble import Ensemble
+from mpq.rundir import Run
 from mpq.train.evaluate import accuracy
 from mpq.train.loop import fit
-from mpq.train.metrics import Record
+from mpq.train.plan import Hooks, TrainingPlan
 from mpq.train.progressive import stage, take_widths
-from mpq.train.recipe import Recipe
-from mpq.wide import Int16Form, take_form
+from mpq.wide import take_form
 
 logger = logging.getLogger(__name__)
 FORMAT, VERSION = "mpq/quantized", 1
 VALIDATION_IMAGES = 500
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -51,68 +48,52 @@ class Quantized:
 def run_ptq(
     policy: Policy,
     subject: Subject,
-    *,
-    method: Method = "mse",
-    effort: Effort = "good",
-    equalization: Equalize = "auto",
-    learning: Learning | None = None,
-    folder: Path | None = None,
-    resume: bool = False,
-    memory_mb: float = MEMORY_MB,
-    dynamic: bool = False,
-    int16_form: Int16Form | None = None,
-    seed: int = 0,
-    progress: Progress | None = None,
+    settings: PtqSettings | None = None,
+    run: Run | None = None,
 ) -> Quantized:
     """Quantize without training and measure on the validation split.
 
     Args:
         policy: widths per layer.
         subject: the network and its data.
-        method: how activation ranges are chosen.
-        effort: see `mpq.ptq.quantize_graph`.
-        equalization: whether channels are rescaled between layers; see `mpq.ptq.equalize`.
-        learning: how effort `best` learns; its seed is `seed`.
-        folder: where effort `best` keeps its finished blocks (`rounding.pth`); None keeps none.
-        resume: take them over.
-        memory_mb: activations held in memory, in MiB.
-        dynamic: let linear layers that read floats take their range at run time
-            (`mpq.graph.annotate.make_dynamic`); the policy of the result says which.
-        int16_form: of all 16-bit activations (`mpq.wide`); None: as the policy says.
-        seed: of the calibration images and of learning.
-        progress: told (phase, done, all).
+        settings: how.
+        run: its seed is that of the calibration images and of learning; in its folder effort `best`
+            keeps its finished blocks (`rounding.pth`), from which it resumes.
 
     Raises:
         PolicyError: the policy does not fit the network.
         DataError: there are no calibration images.
         UsageError: finished blocks of another run.
     """
-    images = subject.sample(policy.data.samples or 512, seed, "ptq")
+    settings, run = settings or PtqSettings(), run or Run()
+    images = subject.sample(policy.data.samples or 512, run.seed, "ptq")
     floats = subject.graph()
-    policy = make_dynamic(floats, policy) if dynamic else policy
-    policy = policy if int16_form is None else take_form(policy, int16_form)
-    pairs = equalize(floats, images, policy, mode=equalization)
+    policy = make_dynamic(floats, policy) if settings.dynamic else policy
+    policy = take_form(policy, settings.int16_form) if settings.int16_form else policy
+    pairs = equalize(floats, images, policy, mode=settings.equalization)
     graph = prepare(floats, policy)
     metrics: dict[str, Any] = {
         "stage": "ptq",
-        "calibration": method,
-        "effort": effort,
+        "calibration": settings.method,
+        "effort": settings.effort,
         "images": len(images),
-        "seed": seed,
+        "seed": run.seed,
         "equalized": sum(not pair.reason for pair in pairs),
         "dynamic": sum(c.dynamic for c in policy.resolve(list(floats.layers)).values()),
     }
+    blocks = None
+    if run.folder is not None:
+        identity = metrics | {"policy": policy.to_yaml(), "weights": subject.info.sha256}
+        blocks = FinishedBlocks(run.folder / PROGRESS, identity, resume=run.resume)
     quantize_graph(
         graph,
         images,
-        method=method,
-        effort=effort,
-        learning=replace(learning or Learning(), seed=seed),
-        state=folder / PROGRESS if folder else None,
-        identity=metrics | {"policy": policy.to_yaml(), "weights": subject.info.sha256},
-        resume=resume,
-        memory_mb=memory_mb,
-        progress=progress,
+        method=settings.method,
+        effort=settings.effort,
+        learning=replace(settings.learning, seed=run.seed),
+        finished=blocks,
+        memory_mb=settings.memory_mb,
+        progress=run.progress,
     )
     return Quantized(graph, settle(policy, subject), subject, metrics | validate(graph, subject))
 
@@ -120,65 +101,43 @@ def run_ptq(
 def run_qat(
     policy: Policy,
     subject: Subject,
-    recipe: Recipe,
-    folder: Path,
-    *,
-    teacher: Ensemble | None = None,
-    resume: bool = False,
-    int16_form: Int16Form | None = None,
-    seed: int = 0,
-    device: str = "cpu",
-    answers: Path | None = None,
-    progress: Progress | None = None,
-    on_start: Callable[[], None] | None = None,
-    on_step: OnStep | None = None,
-    on_epoch: Callable[[Record], None] | None = None,
+    plan: TrainingPlan,
+    run: Run,
+    hooks: Hooks | None = None,
 ) -> Quantized:
     """Quantize with training, starting from calibrated ranges.
 
-    `int16_form` is that of `run_ptq`. `on_start` is called when all that can be refused has been
-    looked at; the hooks of a step and of an epoch are those of `mpq.train.loop.fit`.
+    Args:
+        policy: widths per layer.
+        subject: the network and its data.
+        plan: recipe and teachers.
+        run: as `mpq.fit` takes it; its seed is that of the calibration images too.
+        hooks: called while the training runs.
 
     Raises:
         PolicyError, DataError: as `run_ptq`.
         CheckpointError: teachers of other classes.
         TrainError: a loss that is not finite, or a checkpoint of another run.
     """
-    check_teacher(teacher, subject.info)
-    policy = policy if int16_form is None else take_form(policy, int16_form)
-    images = subject.sample(policy.data.samples or 512, seed, "qat")
+    check_teacher(plan.teacher, subject.info)
+    recipe = plan.recipe
+    images = subject.sample(policy.data.samples or 512, run.seed, "qat")
     graph = prepare(subject.graph(), policy)
     if recipe.progressive_epochs:
         take_widths(graph.module, stage(graph.module, 0, recipe.progressive_epochs))
-    quantize_graph(graph, images, progress=progress)
+    quantize_graph(graph, images, progress=run.progress)
     if recipe.norm == "live":
         attach_norms(graph, images)
-    if on_start:
-        on_start()
-    result = fit(
-        graph.module,
-        train=subject.learned(),
-        validation=subject.held_out(),
-        normalize=subject.normalize,
-        recipe=recipe,
-        folder=folder,
-        teacher=teacher,
-        resume=resume,
-        seed=seed,
-        device=device,
-        answers=answers,
-        on_step=on_step,
-        on_epoch=on_epoch,
-    )
+    result = fit(graph.module, training_data(subject), plan, run, hooks)
     graph.module.cpu()
     absorb_norms(graph)
     metrics = {
         "stage": "qat",
         "epochs": recipe.epochs,
-        "seed": seed,
+        "seed": run.seed,
         "calibrated_top1": None if recipe.progressive_epochs else result.start,  # at other widths
         "validation_top1": result.top1,
-        "teachers": [] if teacher is None else list(teacher.names),
+        "teachers": [] if plan.teacher is None else list(plan.teacher.names),
     }
     return Quantized(graph, settle(policy, subject), subject, metrics)
 

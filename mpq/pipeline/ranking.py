@@ -26,13 +26,13 @@ from mpq.pipeline.quantizing import run_ptq
 from mpq.pipeline.subject import DataSource, Subject, open_checkpoint
 from mpq.pipeline.training import new_subject, run_train, working_folder
 from mpq.policy import Constraints, DataInfo, Policy
-from mpq.ptq import Effort
+from mpq.ptq import Effort, PtqSettings
 from mpq.report.plots import png
 from mpq.report.ranking import rank_plot
+from mpq.rundir import Run
 from mpq.target import get_target
-from mpq.train.engine import OnStep
+from mpq.train import plan
 from mpq.train.evaluate import predict, top1
-from mpq.train.metrics import Record
 from mpq.train.recipe import Recipe
 from mpq.train.resume import CHECKPOINT
 
@@ -69,11 +69,10 @@ class Ranking:
 
 @dataclass(frozen=True)
 class Hooks:
-    """Who is told what: (what is done) and, while a candidate trains, as `train.loop.fit` says."""
+    """What is called: `tell` with what is being done, `training` while a candidate trains."""
 
     tell: Callable[[str], None] = lambda _: None
-    on_step: OnStep | None = None
-    on_epoch: Callable[[Record], None] | None = None
+    training: plan.Hooks = field(default_factory=plan.Hooks)
 
 
 def rank(
@@ -183,16 +182,8 @@ def _open(
         subject = new_subject(name, source, normalize=normalize, seed=how.seed)
         rundir.touch_run(folder)
         begun = (working_folder(written) / CHECKPOINT).is_file()
-        run_train(
-            subject,
-            how.recipe,
-            written,
-            resume=resume and begun,
-            seed=how.seed,
-            device=device,
-            on_step=hooks.on_step,
-            on_epoch=hooks.on_epoch,
-        )
+        run = Run(seed=how.seed, device=device, resume=resume and begun)
+        run_train(subject, plan.TrainingPlan(how.recipe), written, run, hooks.training)
     return open_checkpoint(written, source, arch=name, normalize=normalize)
 
 
@@ -204,7 +195,8 @@ def _measure(name: str, subject: Subject, how: Ranking, hooks: Hooks) -> dict[st
     forms = {}
     for form, policy in _policies(subject, how).items():
         hooks.tell(f"{name} at {form} bits" if form != MIXED else f"{name}, {form}")
-        found = run_ptq(policy, subject, effort=how.effort, seed=how.seed)
+        settings = PtqSettings(effort=how.effort)
+        found = run_ptq(policy, subject, settings, Run(seed=how.seed))
         choices = policy.resolve([layer.name for layer in layers])
         widths = {n: (c.weight_bits, c.activation_bits) for n, c in choices.items()}
         reached = meter.top1(found.graph)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -16,11 +17,10 @@ from mpq.pipeline.guard import check_teacher
 from mpq.pipeline.subject import DataSource, Subject, subject_of
 from mpq.policy import ModelInfo
 from mpq.processes import leading
-from mpq.train.engine import OnStep
+from mpq.rundir import Run
 from mpq.train.ensemble import Ensemble, Member, bundled, measure, member_of, save_ensemble
 from mpq.train.loop import FitResult, fit
-from mpq.train.metrics import Record
-from mpq.train.recipe import Recipe
+from mpq.train.plan import Hooks, TrainingData, TrainingPlan
 from mpq.train.resume import CHECKPOINT
 
 DEFAULT_NORMALIZE = {"cifar10": "cifar10", "cifar100": "cifar100", "digits": "none"}
@@ -57,50 +57,47 @@ def new_subject(
 
 def run_train(
     subject: Subject,
-    recipe: Recipe,
+    plan: TrainingPlan,
     out: Path,
-    *,
-    teacher: Ensemble | None = None,
-    resume: bool = False,
-    seed: int = 0,
-    device: str = "cpu",
-    answers: Path | None = None,
-    on_step: OnStep | None = None,
-    on_epoch: Callable[[Record], None] | None = None,
+    run: Run | None = None,
+    hooks: Hooks | None = None,
 ) -> FitResult:
     """Train a network and write its checkpoint to `out`.
 
     While it runs, the state to resume from lies in `working_folder(out)`; in the end only
     `metrics.jsonl` stays there.
 
+    Args:
+        subject: the network and its data, as `new_subject` or `open_checkpoint` gives them.
+        plan: recipe and teachers.
+        out: the checkpoint to write.
+        run: seed, device and whether to resume; its folder does not matter.
+        hooks: called on the way.
+
     Raises:
         CheckpointError: teachers of other classes.
         TrainError, DataError: as `mpq.train.loop.fit`.
     """
-    check_teacher(teacher, subject.info)
+    check_teacher(plan.teacher, subject.info)
     folder = working_folder(out)
-    result = fit(
-        subject.module,
-        train=subject.learned(),
-        validation=subject.held_out(),
-        normalize=subject.normalize,
-        recipe=recipe,
-        folder=folder,
-        teacher=teacher,
-        resume=resume,
-        seed=seed,
-        device=device,
-        answers=answers,
-        on_step=on_step,
-        on_epoch=on_epoch,
-    )
+    run = replace(run or Run(), folder=folder)
+    result = fit(subject.module, training_data(subject), plan, run, hooks)
     if not leading():
         return result
-    metrics = {"validation_top1": result.top1, "epochs": recipe.epochs, "seed": seed}
-    info = subject.info.replace(checkpoint="", sha256="")
+    metrics = {"validation_top1": result.top1, "epochs": plan.recipe.epochs, "seed": run.seed}
+    info = subject.info.model_copy(update={"checkpoint": "", "sha256": ""})
     save_model(out, subject.module.cpu(), info=info, data=subject.data_name, metrics=metrics)
     (folder / CHECKPOINT).unlink()
     return result
+
+
+def training_data(subject: Subject) -> TrainingData:
+    """The images of a network's data set, as `mpq.fit` takes them.
+
+    Raises:
+        DataError: there are no data.
+    """
+    return TrainingData(subject.learned(), subject.held_out(), subject.normalize)
 
 
 def working_folder(out: Path) -> Path:

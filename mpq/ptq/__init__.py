@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any, Literal, get_args
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Literal, get_args
 
 from torch import Tensor
 
 from mpq.errors import UsageError
 from mpq.graph.ir import QuantGraph
-from mpq.ptq.blockwise import BlockLearner
+from mpq.ptq.blockwise import BlockLearner, FinishedBlocks
 from mpq.ptq.equalize import EQUALIZE, Equalize, Pair, equalize
 from mpq.ptq.learn import Learning
 from mpq.ptq.observe import METHODS, Method, calibrate
 from mpq.ptq.sequential import MEMORY_MB, batch_size, quantize_layers
+from mpq.rundir import Progress, silent
+from mpq.wide import Int16Form
 
 __all__ = [
     "EFFORTS",
@@ -23,9 +25,11 @@ __all__ = [
     "METHODS",
     "Effort",
     "Equalize",
+    "FinishedBlocks",
     "Learning",
     "Method",
     "Pair",
+    "PtqSettings",
     "calibrate",
     "equalize",
     "quantize_graph",
@@ -36,19 +40,40 @@ Effort = Literal["fast", "good", "best"]
 EFFORTS: tuple[str, ...] = get_args(Effort)
 
 
+@dataclass(frozen=True)
+class PtqSettings:
+    """How a network is quantized without training.
+
+    Args:
+        method: how activation ranges are chosen.
+        effort: see `quantize_graph`.
+        equalization: whether channels are rescaled between layers; see `equalize`.
+        learning: how effort `best` learns.
+        memory_mb: activations held in memory, in MiB.
+        dynamic: linear layers that read floats take their range at run time
+            (`mpq.graph.annotate.make_dynamic`); the policy of the result says which.
+        int16_form: of all 16-bit activations (`mpq.wide`); None: as the policy says.
+    """
+
+    method: Method = "mse"
+    effort: Effort = "good"
+    equalization: Equalize = "auto"
+    learning: Learning = field(default_factory=Learning)
+    memory_mb: float = MEMORY_MB
+    dynamic: bool = False
+    int16_form: Int16Form | None = None
+
+
 def quantize_graph(
     qg: QuantGraph,
     images: Tensor,
     *,
     method: Method = "mse",
     effort: Effort = "good",
-    batch: int | None = None,
     learning: Learning | None = None,
-    state: Path | None = None,
-    identity: Mapping[str, Any] | None = None,
-    resume: bool = False,
+    finished: FinishedBlocks | None = None,
     memory_mb: float = MEMORY_MB,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress = silent,
 ) -> QuantGraph:
     """Quantize a prepared graph without training, in place.
 
@@ -59,39 +84,28 @@ def quantize_graph(
         effort: `fast` sets ranges, rounds to nearest and corrects biases; `good` rounds layer after
             layer with error feedback; `best` then learns the rounding, activation steps and biases
             of each block of layers.
-        batch: images at a time; by default as many as keep the largest activation small.
         learning: how `best` learns.
-        state: file in which `best` writes down its finished blocks.
-        identity: what must be equal for `resume`, beside the settings of `learning`.
-        resume: take over the finished blocks of `state`.
+        finished: where `best` writes down its finished blocks; None keeps them nowhere.
         memory_mb: activations of all images that are held in memory, in MiB; the rest lies in
             temporary files.
-        progress: told (phase, done, all).
+        progress: called with (phase, done, all).
 
     Returns:
         The same graph.
 
     Raises:
-        UsageError: an unknown method or effort, no images, or a `state` of another run.
+        UsageError: an unknown method or effort, no images, or finished blocks of another run.
         GraphError: the graph is not prepared, or an activation is not finite.
     """
     if effort not in EFFORTS:
         raise UsageError(f"effort must be one of {', '.join(EFFORTS)}. Got {effort!r} instead.")
-
-    def tell(phase: str) -> Callable[[int, int], None] | None:
-        return None if progress is None else lambda done, total: progress(phase, done, total)
-
     learner = None
     if effort == "best":
         learner = BlockLearner(
-            learning or Learning(),
-            path=state,
-            identity=identity,
-            resume=resume,
-            progress=tell("learned rounding"),
+            learning or Learning(), finished, progress=partial(progress, "learned rounding")
         )
-    batch = batch or batch_size(qg)
-    calibrate(qg, images, method=method, batch=batch, progress=tell("ranges"))
+    batch = batch_size(qg)
+    calibrate(qg, images, method=method, batch=batch, progress=partial(progress, "ranges"))
     quantize_layers(
         qg,
         images,
@@ -99,6 +113,6 @@ def quantize_graph(
         learn_rounding=effort != "fast",
         learner=learner,
         memory_mb=memory_mb,
-        progress=tell("layers"),
+        progress=partial(progress, "layers"),
     )
     return qg

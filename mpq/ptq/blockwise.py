@@ -8,7 +8,7 @@ as the uninterrupted run does, bit for bit.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,34 +26,46 @@ PROGRESS = "rounding.pth"
 State = dict[str, dict[str, Tensor]]
 
 
+@dataclass(frozen=True)
+class FinishedBlocks:
+    """Where finished blocks are written down.
+
+    Args:
+        path: the file.
+        identity: what must be equal for them to be taken over, beside the settings of learning.
+        resume: take over what the file holds.
+    """
+
+    path: Path
+    identity: Mapping[str, Any] = field(default_factory=dict)
+    resume: bool = False
+
+
 class BlockLearner:
     """Goes over each block of a walk (`sequential.Learner`), and remembers those that are done.
 
     Args:
         settings: how a block is learned.
-        path: where finished blocks are written down; None keeps them nowhere.
-        identity: what must be equal for them to be taken over.
-        resume: take over what `path` holds.
-        progress: told (steps done, steps in all).
+        finished: where finished blocks are written down; None keeps them nowhere.
+        progress: called with (steps done, steps in all).
 
     Raises:
-        UsageError: what `path` holds belongs to another run or is no such file.
+        UsageError: the file of finished blocks belongs to another run or is no such file.
     """
 
     def __init__(
         self,
         settings: Learning,
+        finished: FinishedBlocks | None = None,
         *,
-        path: Path | None = None,
-        identity: Mapping[str, Any] | None = None,
-        resume: bool = False,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
-        self.settings, self.path, self.progress = settings, path, progress
-        self.identity = {"learning": asdict(settings), **(identity or {})}
+        self.settings, self.progress = settings, progress
+        self.path = finished.path if finished else None
+        self.identity = {"learning": asdict(settings), **(finished.identity if finished else {})}
         self.done: list[State] = []
-        if resume and path is not None:
-            self.done = _read(path, self.identity)
+        if finished and finished.resume:
+            self.done = _read(finished.path, self.identity)
         self.ratios: dict[str, float] = {}
         self._at, self._total = 0, 0
 

@@ -11,9 +11,10 @@ model's forward: a prepared `fx.GraphModule` must stay what it is.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,25 +22,23 @@ from accelerate import Accelerator
 from torch import Tensor, fx, nn
 
 from mpq.cpu import this_cpu
-from mpq.data import Normalization
 from mpq.errors import DataError, TrainError, UsageError
-from mpq.graph.lean import lean
 from mpq.graph.norms import freeze_norms
+from mpq.graph.redundant import drop_redundant_relus
 from mpq.nonfinite import first_nonfinite
 from mpq.processes import leave_at_exit
+from mpq.rundir import Run
 from mpq.train.answers import Answers, answer_folders
 from mpq.train.augment import Targets, augment, epoch_rng, mix
 from mpq.train.compiled import compiled
-from mpq.train.ensemble import Ensemble
 from mpq.train.evaluate import Images, Labels, as_tensor, normalize_unit, to_unit
 from mpq.train.metrics import Record, Totals
 from mpq.train.objective import Objective
 from mpq.train.optim import Ema, build_optimizer, learning_rate
 from mpq.train.oscillation import dampening, strength
+from mpq.train.plan import OnStep, TrainingData, TrainingPlan
 from mpq.train.progressive import Lowering
-from mpq.train.recipe import Recipe
 from mpq.train.resume import State, fingerprint, structure
-from mpq.train.weighting import Weighting
 
 logger = logging.getLogger(__name__)
 
@@ -57,9 +56,6 @@ SLOW_BF16 = (
     "--set precision=float32"
 )
 
-OnStep = Callable[[int, int, int, float], None]
-"""(epoch, step, steps per epoch, loss), all from 0; on an accelerator every 16th step."""
-
 
 class Engine:
     """A model, its data and its optimizer on one device.
@@ -68,65 +64,67 @@ class Engine:
         state: what a checkpoint holds.
         lowering: the widths of its quantizers, by epoch.
 
-    The arguments are those of `fit`. Raises `UsageError` for a device that is not there.
+    The arguments are those of `fit`. Raises `UsageError` for a device that is not there, or
+    where there is no compiler and the recipe wants one.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        train: tuple[Images, Labels],
-        *,
-        normalize: Normalization,
-        recipe: Recipe,
-        teacher: Ensemble | None,
-        weighting: Weighting | None,
-        seed: int,
-        device: str,
-        answers: Path | None = None,
-    ) -> None:
-        self.recipe, self.normalize, self.seed = recipe, normalize, seed
-        self.accelerator, self.device = _accelerator(device)
+    def __init__(self, model: nn.Module, data: TrainingData, plan: TrainingPlan, run: Run) -> None:
+        recipe, teacher = plan.recipe, plan.teacher
+        self.recipe, self.teacher, self.seed = recipe, teacher, run.seed
+        self.normalize = data.normalize
+        self.accelerator, self.device = _accelerator(run.device)
+        self.rank, self.ranks = self.accelerator.process_index, self.accelerator.num_processes
         if recipe.precision == "bf16" and self.device.type == "cpu" and this_cpu().lacks_bf16:
             logger.warning(SLOW_BF16)
-        layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
-        self.layout = layout
-        self.model = model.to(device=self.device, memory_format=layout)  # type: ignore[call-overload]
-        self.teacher = teacher
-        if teacher is not None:
-            teacher.to(device=self.device, memory_format=layout)  # type: ignore[call-overload]
-        self.objective = Objective(recipe, weighting)
-        resident = self.device if train[0].nbytes <= RESIDENT_BYTES else torch.device("cpu")
-        self.images = as_tensor(train[0]).to(resident)
-        self.labels = as_tensor(train[1].astype(np.int64)).to(resident)
-        ranks = self.accelerator.num_processes
-        self.rank, self.ranks = self.accelerator.process_index, ranks
-        step = lean(model) if isinstance(model, fx.GraphModule) else model
-        self.network = (
-            self.accelerator.prepare_model(step, device_placement=False) if ranks > 1 else step
-        )
-        self.forward = compiled(self.network, device) if recipe.compile else self.network
-        self.classes = int(train[1].max()) + 1
-        self.partial = int(train[1].min()) < 0
-        self.steps = max(1, len(self.images) // recipe.batch)
-        identity = {
-            "recipe": recipe.model_dump(),
-            "seed": seed,
-            "data": fingerprint(*train),
-            "model": structure(model),
-            "normalize": str(normalize),
-            "teacher": teacher.names if teacher is not None else [],
-            "weighting": getattr(weighting, "__qualname__", type(weighting).__name__),
-            "processes": ranks,
-        }
+        self.layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
+        self.model = model
+        for network in [model] if teacher is None else [model, teacher]:
+            network.to(device=self.device, memory_format=self.layout)  # type: ignore[call-overload]
+        self.objective = Objective(recipe, plan.weighting)
+        self._take_images(*data.train)
+        self._take_network()
+        identity = self._identity(data, plan)
+        self._answers: Answers | None = None
         self._folders: list[Path] = []
-        if answers is not None and teacher is not None:
+        if plan.answers is not None and teacher is not None:
             images = {k: identity[k] for k in ("seed", "data", "processes")}
             images |= {"rank": self.rank, "device": self.device.type}
-            self._folders = answer_folders(answers, teacher, recipe, images)
-        self._answers: Answers | None = None
+            self._folders = answer_folders(plan.answers, teacher, recipe, images)
         ema = Ema(model, recipe.ema) if recipe.ema else None
         self.state = State(model, build_optimizer(model, recipe), ema, identity)
         self.lowering = Lowering(self.state, recipe.progressive_epochs)
+
+    def _take_images(self, images: Images, labels: Labels) -> None:
+        """Keep the training images where they are at hand, and what is known of their labels."""
+        resident = self.device if images.nbytes <= RESIDENT_BYTES else torch.device("cpu")
+        self.images = as_tensor(images).to(resident)
+        self.labels = as_tensor(labels.astype(np.int64)).to(resident)
+        self.classes = int(labels.max()) + 1
+        self.partial = int(labels.min()) < 0
+        self.steps = max(1, len(images) // self.recipe.batch)
+
+    def _take_network(self) -> None:
+        """What a step runs: the model without needless passes, for several processes, compiled."""
+        model = self.model
+        step = drop_redundant_relus(model) if isinstance(model, fx.GraphModule) else model
+        if self.ranks > 1:
+            step = self.accelerator.prepare_model(step, device_placement=False)
+        self.network = step
+        self.forward = compiled(step, self.device.type) if self.recipe.compile else step
+
+    def _identity(self, data: TrainingData, plan: TrainingPlan) -> dict[str, Any]:
+        """What must be equal for a run to be continued."""
+        weighting, teacher = plan.weighting, plan.teacher
+        return {
+            "recipe": plan.recipe.model_dump(),
+            "seed": self.seed,
+            "data": fingerprint(*data.train),
+            "model": structure(self.model),
+            "normalize": str(data.normalize),
+            "teacher": teacher.names if teacher is not None else [],
+            "weighting": getattr(weighting, "__qualname__", type(weighting).__name__),
+            "processes": self.ranks,
+        }
 
     @property
     def main(self) -> bool:

@@ -1,4 +1,4 @@
-"""The lean graph of a training step: fewer operations, the same numbers."""
+"""The graph of a training step without redundant ReLUs: the same numbers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mpq import attach_norms, policies, prepare, quantize_graph, to_float
-from mpq.graph.lean import lean
+from mpq.graph.redundant import drop_redundant_relus
 
 
 def prepared(name: str):
@@ -27,7 +27,7 @@ def test_it_trains_as_the_whole_graph(name: str, left_out: int):
     graph, images = prepared(name)
     whole = copy.deepcopy(graph.module).train()
     nodes = len(graph.module.graph.nodes)
-    step = lean(graph.module.train())
+    step = drop_redundant_relus(graph.module.train())
     assert len(graph.module.graph.nodes) == nodes
     assert len(step.graph.nodes) == nodes - left_out
     out, expected = step(images), whole(images)
@@ -46,10 +46,10 @@ def test_it_trains_as_the_whole_graph(name: str, left_out: int):
 def test_a_relu_that_clips_what_its_quantizer_would_not_stays():
     graph, _ = prepared("plain")
     sites = [s for s in graph.sites if graph.sites[s].role != "input"]
-    before = len(lean(graph.module).graph.nodes)
+    before = len(drop_redundant_relus(graph.module).graph.nodes)
     with torch.no_grad():
         graph.module.get_submodule(sites[0]).zero_point.fill_(3)
-    assert len(lean(graph.module).graph.nodes) == before + 1
+    assert len(drop_redundant_relus(graph.module).graph.nodes) == before + 1
 
 
 def test_an_input_with_other_readers_keeps_its_relu():
@@ -59,5 +59,5 @@ def test_an_input_with_other_readers_keeps_its_relu():
     source = relu.all_input_nodes[0]
     output = next(n for n in nodes.nodes if n.op == "output")
     output.args = ((output.args[0], source),)
-    before = len(lean(prepared("plain")[0].module).graph.nodes)
-    assert len(lean(graph.module).graph.nodes) == before + 1
+    before = len(drop_redundant_relus(prepared("plain")[0].module).graph.nodes)
+    assert len(drop_redundant_relus(graph.module).graph.nodes) == before + 1
