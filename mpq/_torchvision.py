@@ -28,17 +28,17 @@ _SCHEMAS = {
 
 def models() -> ModuleType:
     """The module `torchvision.models`."""
-    _declare_missing()
+    declare_missing()
     return importlib.import_module("torchvision.models")
 
 
 @functools.cache
-def _declare_missing() -> torch.library.Library | None:
+def declare_missing() -> torch.library.Library | None:
     """Declare the operators that torchvision's own library does not bring.
 
     The cache keeps the returned handle alive: with the handle the schemas would go.
     """
-    _load_library()
+    load_library()
     missing = [s for n, s in _SCHEMAS.items() if not hasattr(torch.ops.torchvision, n)]
     if not missing:
         return None
@@ -48,8 +48,8 @@ def _declare_missing() -> torch.library.Library | None:
     return library
 
 
-def _load_library() -> None:
-    """Load torchvision's library if it can be: a schema declared twice would be an error."""
+def load_library() -> None:
+    """Load torchvision's own library where it can be; a schema declared twice would be an error."""
     spec = importlib.util.find_spec("torchvision")
     for folder in (spec.submodule_search_locations if spec else None) or []:
         for path in sorted(Path(folder).glob("_C*.so")) + sorted(Path(folder).glob("_C*.pyd")):

@@ -24,19 +24,19 @@ def test_schemas_exist_afterwards_and_are_declared_once():
     _torchvision.models()
     for name in ("nms", "qnms"):
         assert hasattr(torch.ops.torchvision, name)
-    assert _torchvision._declare_missing() is _torchvision._declare_missing()
+    assert _torchvision.declare_missing() is _torchvision.declare_missing()
 
 
 def test_nothing_is_declared_where_the_operators_exist():
     code = """
 import torch
 from mpq import _torchvision
-_torchvision._load_library()
+_torchvision.load_library()
 if not hasattr(torch.ops.torchvision, "nms"):  # else the library itself has brought them
     library = torch.library.Library("torchvision", "DEF")
     for name in ("nms", "qnms"):
         library.define(name + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-assert _torchvision._declare_missing() is None
+assert _torchvision.declare_missing() is None
 assert _torchvision.models().resnet18
 """
     result = _python(code)

@@ -260,7 +260,10 @@ _INITIALIZERS = (
     Tensor.clamp_,
     Tensor.mul_,
     Tensor.add_,
+    nn.init.constant_,
     nn.init.kaiming_uniform_,
+    nn.init.normal_,
+    nn.init.uniform_,
 )
 
 
@@ -277,8 +280,9 @@ class WithoutMemory(TorchFunctionMode):
         options = dict(kwargs or {})
         if func is torch.empty and options.get("device") is None:
             options["device"] = "meta"
-        if func in _INITIALIZERS and args and isinstance(args[0], Tensor) and args[0].is_meta:
-            return args[0]  # the first such call on a meta tensor would import for seconds
+        target = args[0] if args else options.get("tensor")  # as torch.nn.init passes it on
+        if func in _INITIALIZERS and isinstance(target, Tensor) and target.is_meta:
+            return target  # such a call on a meta tensor is slow, and the first imports for seconds
         return func(*args, **options)
 
 
