@@ -163,7 +163,7 @@ class Bench:
         spent["effective_bits"] = round(stored / sum(layer.params for layer in layers), 3)
         kind = f"{self.options.effort}-{self.options.target}"
         path = self.folder / f"{configuration}-{kind}-seed{seed}.onnx"
-        result = to_onnx(found.graph, path, policy=found.policy)
+        result = to_onnx(found.graph, path)
         spent["integer_macs"] = result.certificate.integer_macs_fraction
         return path, spent
 

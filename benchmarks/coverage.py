@@ -122,12 +122,12 @@ def quantize_and_export(qg: QuantGraph, policy: Policy, path: Path, side: int) -
     quantized = time.perf_counter()
     row: dict[str, Any] = {"ptq_s": round(quantized - start, 1)}
     try:
-        made = to_onnx(graph, path, policy=policy, images=images(VERIFICATION, side, seed=2))
+        made = to_onnx(graph, path, images=images(VERIFICATION, side, seed=2))
     except MpqError as error:
         row["error"] = str(error)[:600]
         if "does not answer" not in row["error"]:
             return row
-        made = to_onnx(graph, path, policy=policy)  # it exports, and is told as not verified
+        made = to_onnx(graph, path)  # it exports, and is told as not verified
     report, certificate = made.verification, made.certificate
     if report is not None:
         row |= {

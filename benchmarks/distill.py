@@ -97,7 +97,7 @@ def make(
         found = run_ptq(policy, subject, run=Run(seed=seed))
     else:
         found = run_qat(policy, subject, plan, run, hooks)
-    to_onnx(found.graph, path, policy=found.policy)
+    to_onnx(found.graph, path)
     return path
 
 

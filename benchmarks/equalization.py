@@ -132,7 +132,7 @@ def main() -> None:
         quantized = quantize_graph(prepare(graph, policy), sample, effort=effort)
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "model.onnx"
-            to_onnx(quantized, path, policy=policy)
+            to_onnx(quantized, path)
             given = answers(path, images, subject.normalize)
         row = {"form": form, "widths": widths, "effort": effort, "equalize": mode}
         row |= {"pairs": sum(not pair.reason for pair in pairs), **accuracy_of(given, labels)}

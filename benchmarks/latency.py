@@ -101,7 +101,7 @@ def build(name: str, folder: Path) -> dict[str, Any]:
         quantized = prepare(graph, policy)
         calibrate(quantized, sample, method="minmax")  # weights: nearest, per channel
         start = time.perf_counter()
-        result = to_onnx(quantized, folder / f"{label}.onnx", policy=policy)
+        result = to_onnx(quantized, folder / f"{label}.onnx")
         choices = policy.resolve(list(graph.layers))
         stored = sum(
             layer.weight_bytes(choices[n].weight_bits) for n, layer in graph.layers.items()
@@ -127,7 +127,7 @@ def add_wide(name: str, folder: Path) -> list[Path]:
             policy = take_form(Policy.uniform(16), form)  # type: ignore[arg-type]
             quantized = prepare(graph, policy)
             calibrate(quantized, images(name, CALIBRATION), method="minmax")
-            to_onnx(quantized, path, policy=policy)
+            to_onnx(quantized, path)
     return paths
 
 

@@ -49,7 +49,7 @@ def main() -> None:
     runners, certificates = [], []
     with tempfile.TemporaryDirectory() as folder:
         for name, taken in INPUTS.items():
-            made = to_onnx(graph, Path(folder) / f"{name}.onnx", policy=Policy(), pixels=taken)
+            made = to_onnx(graph, Path(folder) / f"{name}.onnx", pixels=taken)
             certificates.append(made.certificate)
             loaded = runtime.session(made.path)
             feed = images[:1].numpy() if taken is None else pixels[:1]

@@ -57,7 +57,7 @@ def main() -> None:
             calibrate(quantized, images(name, 2), method="minmax")
             with tempfile.TemporaryDirectory() as folder:
                 file = Path(folder) / "m.onnx"
-                to_onnx(quantized, file, policy=chosen, allow_float_fallback=True)
+                to_onnx(quantized, file, allow_float_fallback=True)
                 result = check(found, file)
             wide = sum(e.weight == weight_spec(16) for e in chosen.layers)
             errors.append(abs(result.error))

@@ -2,7 +2,9 @@
 
 Works on any ONNX file. Matrix nodes (Conv, ConvTranspose, Gemm, MatMul) of the file are found again
 in the graph that onnxruntime made of it at its default options: by node name, by output, or by the
-name of the weights, whichever the fusion kept.
+name of the weights, whichever the fusion kept. Two promises are held against what is found: the
+file stores the widths that were asked for (`stored`), and the runtime runs as integers what its
+target has kernels for (`mpq.target`).
 """
 
 from __future__ import annotations
@@ -10,20 +12,32 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import onnx
 from onnx import shape_inference
 
-from mpq.policy import LayerChoice
-from mpq.target import ONNXRUNTIME_CPU, ROUNDED, get_target, this_target
+from mpq.layers import LayerChoice
+from mpq.target import ROUNDED, Support, Target, get_target, this_target
 
 from . import meta, runtime
-from .executed import INTEGER_OPS, MATRIX, Execution, Runs, constant_roots, weight_of
+from .executed import (
+    INTEGER_OPS,
+    MATRIX,
+    Execution,
+    constant_roots,
+    executions,
+    operation_of,
+    weight_of,
+)
 from .form import INT4, NEEDS
 from .reasons import Wiring, saturating, why_float
+from .stored import Stored, stored_weights
+
+if TYPE_CHECKING:
+    from mpq.graph.ir import QuantGraph
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +53,8 @@ class LayerCertificate:
         macs: multiply-accumulates per image.
         broken: whether that is not what was asked.
         reason: why it runs in float, or what is broken.
+        stored_bits: width of the weights as their decoding tells it, 32 for floats; 0 where it
+            cannot be told.
     """
 
     name: str
@@ -49,6 +65,7 @@ class LayerCertificate:
     macs: int
     broken: bool = False
     reason: str = ""
+    stored_bits: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +91,7 @@ class Certificate:
     opset: int
     bytes: int
     needs: str = ""
-    target: str = ONNXRUNTIME_CPU.name
+    target: str = ""
     notes: tuple[str, ...] = ()
 
     @property
@@ -93,20 +110,23 @@ class Certificate:
         return json.dumps(data, indent=1)
 
 
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What a layer was promised to be."""
+
+    choice: LayerChoice
+    support: Support
+
+
 def certify(
-    model: bytes | Path,
-    choices: Mapping[str, LayerChoice] | None = None,
-    macs: Mapping[str, int] | None = None,
-    target: str | None = None,
+    model: bytes | Path, graph: QuantGraph | None = None, target: str | None = None
 ) -> Certificate:
     """Ask onnxruntime what it makes of a file.
 
     Args:
         model: the file or its bytes.
-        choices: the decisions by layer, to say what was asked and what is broken. None: those of
-            the policy inside the file, if there is one.
-        macs: multiply-accumulates of an image by layer, where they are known; they are inferred
-            from the shapes in the file otherwise.
+        graph: what it was made from, whose policy says what was asked. None: the policy inside the
+            file says it, if there is one.
         target: the kind of CPU to judge for. None: that of this computer.
 
     Raises:
@@ -117,26 +137,24 @@ def certify(
     cpu = get_target(target)
     optimized = runtime.optimized_model(model)
     proto = onnx.load_from_string(model) if isinstance(model, bytes) else onnx.load(model)
+    wiring = Wiring(proto.graph)
     roots = constant_roots(proto.graph)
     layers = [n for n in proto.graph.node if n.op_type in MATRIX and weight_of(n) in roots]
-    if choices is None:
-        choices = _inside(proto, [n.name for n in layers])
-    runs, shapes, known = Runs(optimized.graph), _shapes(proto), macs or {}
+    asked = _inside(proto, layers, cpu) if graph is None else _of_graph(graph, cpu)
+    macs = {} if graph is None else {name: layer.macs for name, layer in graph.layers.items()}
+    found, shapes = executions(proto.graph, optimized.graph), _shapes(proto)
     told = {p.key: p.value for p in proto.metadata_props}
-    wiring = Wiring(proto.graph)
-    readers = {name: node for node in proto.graph.node for name in node.input}
-    producers = {name: node for node in proto.graph.node for name in node.output}
     rows = [
         _row(
             node,
-            roots[weight_of(node)],
-            runs.find(node, readers, producers),
-            known.get(node.name) or _macs(node, roots[weight_of(node)], shapes),
-            choices.get(node.name),
+            stored_weights(node, roots[weight_of(node)], wiring),
+            run,
+            macs.get(node.name) or _macs(node, roots[weight_of(node)], shapes),
+            asked.get(node.name),
             wiring,
             decoding_asked=told.get(INT4) == "dq",
         )
-        for node in layers
+        for node, run in zip(layers, found, strict=True)
     ]
     return Certificate(
         tuple(rows),
@@ -165,73 +183,87 @@ def saturating_here(model: bytes | Path) -> tuple[str, ...]:
 def executed_nodes(model: bytes, optimized: onnx.ModelProto) -> dict[str, int]:
     """The index in the runtime's optimized graph of each named matrix node of a file."""
     graph = onnx.load_from_string(model).graph
-    runs, roots = Runs(optimized.graph), constant_roots(graph)
-    readers = {name: node for node in graph.node for name in node.input}
-    producers = {name: node for node in graph.node for name in node.output}
-    found = {
-        n.name: runs.find(n, readers, producers).index
-        for n in graph.node
-        if n.op_type in MATRIX and n.name and weight_of(n) in roots
+    roots = constant_roots(graph)
+    layers = [n for n in graph.node if n.op_type in MATRIX and weight_of(n) in roots]
+    found = zip(layers, executions(graph, optimized.graph), strict=True)
+    return {n.name: run.index for n, run in found if n.name and run.index >= 0}
+
+
+def _of_graph(graph: QuantGraph, cpu: Target) -> dict[str, _Asked]:
+    choices = {name: plan.choice for name, plan in graph.plans.items()}
+    return {
+        name: _Asked(choice, cpu.support(choice, graph.layers[name].operation))
+        for name, choice in choices.items()
     }
-    return {name: index for name, index in found.items() if index >= 0}
 
 
-def _inside(proto: onnx.ModelProto, names: list[str]) -> dict[str, LayerChoice]:
+def _inside(proto: onnx.ModelProto, layers: list[onnx.NodeProto], cpu: Target) -> dict[str, _Asked]:
+    """What the policy inside a file asks for the layers it has."""
     policy = meta.from_metadata({p.key: p.value for p in proto.metadata_props}, "the file")
-    return policy.resolve(names) if policy else {}
+    if policy is None:
+        return {}
+    # A policy that names no target was for the computer that made the file, which may be another.
+    named = "target" in policy.model_fields_set
+    names = [node.name for node in layers]
+    choices = policy.resolve(names) if named else policy.choices(names)
+    return {
+        node.name: _Asked(choices[node.name], cpu.support(choices[node.name], operation_of(node)))
+        for node in layers
+    }
 
 
 def _row(
     node: onnx.NodeProto,
-    weight: onnx.TensorProto,
+    stored: Stored,
     run: Execution,
     macs: int,
-    choice: LayerChoice | None,
+    asked: _Asked | None,
     wiring: Wiring,
     *,
     decoding_asked: bool,
 ) -> LayerCertificate:
     integer = run.op in INTEGER_OPS
-    asked, broken, reason = "-", False, ""
-    if choice is not None:
-        asked = choice.asked
-        promised, reason = _promise(node, choice)
-        if choice.exact and run.rounded:
-            reason += f"; {ROUNDED.format(run.rounded)}"
-        unrounded = choice.exact and not run.rounded
-        broken = promised != integer or run.decoding or unrounded
-        if broken and decoding_asked and weight.data_type == onnx.TensorProto.INT4:
-            broken = False
-            reason = "stored for other runtimes, as --int4-format dq asks"
-        elif broken:
-            what = "rounds its input nowhere" if unrounded and run.op else _executes(run)
-            reason = f"asked for {asked}, but the runtime {what}"
+    broken, reason = False, ""
+    if asked is not None:
+        broken, reason = _verdict(asked, stored, run, decoding_asked)
     if not integer and (broken or not reason):
         reason += (": " if reason else "") + why_float(node, wiring)
     if run.decoding:
         reason += (", " if reason else "") + "its weights dequantized at every run"
     return LayerCertificate(
         name=node.name or node.output[0],
-        asked=asked,
-        stored=onnx.TensorProto.DataType.Name(weight.data_type),
+        asked="-" if asked is None else asked.choice.asked,
+        stored=stored.type,
         executed=run.op,
         integer=integer,
         macs=macs,
         broken=broken,
         reason=reason,
+        stored_bits=stored.bits,
     )
+
+
+def _verdict(
+    asked: _Asked, stored: Stored, run: Execution, decoding_asked: bool
+) -> tuple[bool, str]:
+    """Whether a promise is broken, and which; or what else there is to say."""
+    choice, reason = asked.choice, asked.support.reason
+    contradiction = stored.contradiction(choice)
+    if contradiction:
+        return True, f"asked for {choice.asked}, but {contradiction}"
+    unrounded = choice.exact and not run.rounded
+    if asked.support.integer != (run.op in INTEGER_OPS) or run.decoding or unrounded:
+        if decoding_asked and stored.type == "INT4":
+            return False, "stored for other runtimes, as --int4-format dq asks"
+        what = "rounds its input nowhere" if unrounded and run.op else _executes(run)
+        return True, f"asked for {choice.asked}, but the runtime {what}"
+    if choice.exact:
+        reason += f"; {ROUNDED.format(run.rounded)}"
+    return False, reason
 
 
 def _executes(run: Execution) -> str:
     return f"executes {run.op or 'no such node'}"
-
-
-def _promise(node: onnx.NodeProto, choice: LayerChoice) -> tuple[bool, str]:
-    """Whether integers are promised, and if not, why."""
-    support = ONNXRUNTIME_CPU.support(choice.weight_bits, choice.activation_bits)
-    if support.integer and node.op_type == "ConvTranspose":
-        return False, "no integer kernel for transposed convolution"
-    return support.integer, support.reason
 
 
 def _shapes(proto: onnx.ModelProto) -> dict[str, list[int]]:

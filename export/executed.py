@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import onnx
 
+from mpq.layers import Operation
+
 INTEGER_OPS = frozenset({
     *("QLinearConv", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat"),
     *("ConvInteger", "MatMulInteger", "DynamicQuantizeMatMul"),
@@ -65,7 +67,31 @@ def constant_roots(graph: onnx.GraphProto) -> dict[str, onnx.TensorProto]:
     return roots
 
 
-class Runs:
+def operation_of(node: onnx.NodeProto) -> Operation:
+    """What a matrix node computes, as `Target.support` asks for it."""
+    if "Conv" not in node.op_type:
+        return Operation("linear")
+    told = {a.name: a for a in node.attribute}
+    steps = {name: max(told[name].ints, default=1) if name in told else 1
+             for name in ("strides", "dilations")}  # fmt: skip
+    return Operation(
+        "conv_transpose" if "Transpose" in node.op_type else "conv",
+        grouped="group" in told and told["group"].i > 1,
+        strided=steps["strides"] > 1,
+        dilated=steps["dilations"] > 1,
+    )
+
+
+def executions(graph: onnx.GraphProto, optimized: onnx.GraphProto) -> list[Execution]:
+    """What became of each matrix node of a file that has constant weights, in their order."""
+    runs, roots = _Runs(optimized), constant_roots(graph)
+    readers = {name: node for node in graph.node for name in node.input}
+    producers = {name: node for node in graph.node for name in node.output}
+    layers = (n for n in graph.node if n.op_type in MATRIX and weight_of(n) in roots)
+    return [runs.find(node, readers, producers) for node in layers]
+
+
+class _Runs:
     """Matrix nodes of the optimized graph by every name that a fusion may have kept.
 
     Names of nodes and of values are kept apart: mpq's values are called `a`, `b`, and so may layers

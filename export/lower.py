@@ -23,6 +23,7 @@ from onnxscript.rewriter import rewrite
 
 from mpq.errors import ExportError
 from mpq.graph.ir import QuantGraph
+from mpq.policy import Policy
 from mpq.quant.fake_quant import FrozenQuant
 from mpq.quant.layer import FrozenLayer
 
@@ -51,12 +52,14 @@ class Lowered:
         sites: module path of each quantizer -> name of the uint8 value that holds its integers.
         layers: module path of each layer that has a matrix node of that name.
         form: how it is written.
+        policy: what was asked of the graph; None of one in float.
     """
 
     model: ir.Model
     sites: dict[str, str]
     layers: tuple[str, ...]
     form: Form
+    policy: Policy | None = None
 
 
 def lower(qg: QuantGraph, form: Form | None = None, pixels: PixelInput | None = None) -> Lowered:
@@ -93,7 +96,7 @@ def lower(qg: QuantGraph, form: Form | None = None, pixels: PixelInput | None = 
     missing = [name for name in qg.layers if name not in layers]
     if missing:
         raise ExportError(f"layers {missing} have no node in the exported graph.")
-    return Lowered(model, sites, layers, form)
+    return Lowered(model, sites, layers, form, qg.policy)
 
 
 def form_for(
@@ -110,7 +113,7 @@ def form_for(
 
 
 def _widths(qg: QuantGraph) -> dict[str, int]:
-    return {n: p.choice.weight.bits for n, p in qg.plans.items() if p.choice.weight is not None}
+    return {n: p.support.stored.bits for n, p in qg.plans.items() if p.support.stored is not None}
 
 
 def _export(qg: QuantGraph) -> ir.Model:

@@ -15,7 +15,6 @@ from mpq.errors import ExportError
 from mpq.files import write_bytes
 from mpq.graph.ir import QuantGraph
 from mpq.graph.passes import freeze
-from mpq.policy import Policy
 
 from . import meta, runtime
 from .certify import Certificate, certify
@@ -43,7 +42,6 @@ def to_onnx(
     qg: QuantGraph,
     path: str | Path,
     *,
-    policy: Policy | None = None,
     images: Tensor | None = None,
     allow_float_fallback: bool = False,
     int4_format: Int4Format | None = None,
@@ -53,10 +51,12 @@ def to_onnx(
 ) -> ExportResult:
     """Export a quantized graph to one ONNX file that onnxruntime runs as integers.
 
+    The graph's policy travels in the file's metadata, and the certificate holds the file against
+    it.
+
     Args:
         qg: a graph in stage `prepared` (it is frozen on a copy) or `frozen`.
         path: the file to write; missing folders are made.
-        policy: travels in the file's metadata.
         images: normalized `[N, C, H, W]` to verify on; without them nothing is compared.
         allow_float_fallback: write the file even if a layer that was promised as integer runs in
             float.
@@ -73,16 +73,14 @@ def to_onnx(
     frozen = qg if qg.stage == "frozen" else freeze(qg)
     form = form_for(frozen, int4_format=int4_format, min_runtime=min_runtime)
     lowered = lower(frozen, form, pixels)
-    data = serialize(lowered, policy)
-    choices = {name: plan.choice for name, plan in frozen.plans.items()}
-    macs = {name: layer.macs for name, layer in frozen.layers.items()}
-    certificate = certify(data, choices, macs, target)
+    data = serialize(lowered)
+    certificate = certify(data, frozen, target)
     broken = certificate.broken()
     if broken and not allow_float_fallback:
         listed = "; ".join(f"{r.name}: {r.reason}" for r in broken[:5])
         more = f" and {len(broken) - 5} more" if len(broken) > 5 else ""
         raise ExportError(
-            f"{len(broken)} of {len(choices)} layers do not run as asked: {listed}{more}. "
+            f"{len(broken)} of {len(frozen.plans)} layers do not run as asked: {listed}{more}. "
             "Set them to float or 16 bits in the policy, or pass --allow-float-fallback."
         )
     report = None
@@ -102,7 +100,7 @@ def float_to_onnx(qg: QuantGraph, path: str | Path) -> Path:
     Raises:
         ExportError: as `to_onnx`.
     """
-    _write(serialize(lower(qg), None), Path(path))
+    _write(serialize(lower(qg)), Path(path))
     return Path(path)
 
 
@@ -124,7 +122,7 @@ def verify_file(qg: QuantGraph, path: Path, images: Tensor) -> VerifyReport:
     frozen = qg if qg.stage == "frozen" else freeze(qg)
     data, pixels = path.read_bytes(), _pixels_of(path)
     lowered = lower(frozen, form_of(onnx.load_from_string(data)), pixels)
-    same = _operations(data) == _operations(serialize(lowered, None))
+    same = _operations(data) == _operations(serialize(lowered))
     if not same:
         logger.warning("%s was lowered in another way: comparing its answers only", path)
     return verify(frozen, data, lowered.sites if same else {}, images, pixels=pixels)
@@ -152,15 +150,15 @@ def _operations(data: bytes) -> list[tuple[str, tuple[str, ...], tuple[str, ...]
     return [(n.op_type, tuple(n.input), tuple(n.output)) for n in nodes]
 
 
-def serialize(lowered: Lowered, policy: Policy | None) -> bytes:
-    """The bytes of a file, the policy among its metadata.
+def serialize(lowered: Lowered) -> bytes:
+    """The bytes of a file, the graph's policy among its metadata.
 
     Raises:
         ExportError: more than 2 GB.
     """
     lowered.model.metadata_props.update(lowered.form.metadata())
-    if policy is not None:
-        lowered.model.metadata_props[meta.KEY] = meta.to_metadata(policy)
+    if lowered.policy is not None:
+        lowered.model.metadata_props[meta.KEY] = meta.to_metadata(lowered.policy)
     proto: onnx.ModelProto = ir.to_proto(lowered.model)
     # Types of inner values can be inferred; for a small network they are a tenth of the file.
     del proto.graph.value_info[:]

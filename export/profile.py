@@ -60,7 +60,7 @@ def profile(
     say = progress or (lambda _: None)
     names = list(graph.layers)
     say("exporting four files")
-    plain = serialize(lower(graph), None)
+    plain = serialize(lower(graph))
     integer = _quantized(graph, ())
     odd, even = _quantized(graph, names[1::2]), _quantized(graph, names[::2])
     say("measuring the whole")
@@ -122,7 +122,7 @@ def _quantized(graph: QuantGraph, floats: Sequence[str]) -> bytes:
     """The network at 8 bits, some layers in float; ranges do not change the time."""
     entries = [LayerPolicy(name=name, weight="float", activation="float") for name in floats]
     policy = Policy.uniform(8).with_layers(*entries)
-    return serialize(lower(freeze(prepare(graph, policy))), None)
+    return serialize(lower(freeze(prepare(graph, policy))))
 
 
 def _runner(model: bytes | Path, threads: int, batch: int) -> Callable[[], object]:

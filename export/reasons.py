@@ -15,6 +15,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
 
+from mpq.spec import weight_spec
 from mpq.target import Target
 
 BIAS_TOLERANCE = 0.01
@@ -225,11 +226,11 @@ def saturating(weights: Mapping[str, onnx.TensorProto], cpu: Target) -> tuple[st
         weights: stored weights of the layers that run as integers, by layer.
         cpu: what they are to run on.
     """
-    names = []
+    names, exact = [], cpu.narrowed(weight_spec(8))
     for name, weight in weights.items():
         if cpu.saturates and weight.data_type == TensorProto.INT8:
             values = numpy_helper.to_array(weight)
-            if values.size and (values.min() < -64 or values.max() > 63):
+            if values.size and (values.min() < exact.qmin or values.max() > exact.qmax):
                 names.append(name)
     if not names:
         return ()

@@ -13,13 +13,8 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-PLANES: dict[int, tuple[int, ...]] = {
-    2: (2,),
-    3: (2, 1),
-    4: (4,),
-    5: (4, 1),
-    6: (4, 2),
-}
+from mpq.spec import plane_widths
+
 Bytes = NDArray[np.uint8]
 
 
@@ -28,7 +23,7 @@ def encode(weights: NDArray[np.int8], bits: int) -> list[Bytes]:
     u = weights.reshape(-1).astype(np.int16) + (1 << (bits - 1))
     u = np.pad(u, (0, -len(u) % 8)).astype(np.uint8)
     planes, shift = [], 0
-    for width in PLANES[bits]:
+    for width in plane_widths(bits):
         values = (u >> shift) & ((1 << width) - 1)
         parts = values.reshape(8 // width, -1)
         packed = np.zeros(parts.shape[1], np.uint8)
@@ -41,8 +36,8 @@ def encode(weights: NDArray[np.int8], bits: int) -> list[Bytes]:
 
 def decode(planes: list[Bytes], bits: int, shape: tuple[int, ...]) -> NDArray[np.int8]:
     """The integers of `encode`d planes."""
-    u, shift = np.zeros(len(planes[0]) * 8 // PLANES[bits][0], np.uint8), 0
-    for width, packed in zip(PLANES[bits], planes, strict=True):
+    u, shift = np.zeros(len(planes[0]) * 8 // plane_widths(bits)[0], np.uint8), 0
+    for width, packed in zip(plane_widths(bits), planes, strict=True):
         mask = (1 << width) - 1
         parts = [(packed >> (width * k)) & mask for k in range(8 // width)]
         u |= (np.concatenate(parts) << shift).astype(np.uint8)
@@ -80,7 +75,7 @@ class Unpacker:
     def weight(self, weights: NDArray[np.int8], bits: int) -> ir.Value:
         """The value that holds the INT8 weights once the runtime has folded its nodes."""
         whole, shift = None, 0
-        for width, packed in zip(PLANES[bits], encode(weights, bits), strict=True):
+        for width, packed in zip(plane_widths(bits), encode(weights, bits), strict=True):
             plane = self._plane(self.constant(packed), width)
             if shift:
                 plane = self._shift(plane, shift, "LEFT")

@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from mpq.errors import PolicyError
-from mpq.layers import Widths, bitops, mean_bits, weight_bytes
-from mpq.policy import LayerChoice, Policy
+from mpq.layers import LayerChoice, Widths, bitops, mean_bits, weight_bytes
+from mpq.policy import Policy
 
 
 @dataclass(frozen=True, slots=True)

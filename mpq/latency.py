@@ -1,8 +1,8 @@
 """`LatencyProfile`: what each layer costs in milliseconds on one CPU, measured. Free of torch.
 
 The latency of a configuration is `base + sum of layers + sum of boundaries`. A layer has two costs
-only, as integers and in float, because that is all the runtime has: weights of any width up to 8
-bits, with activations up to 8 bits, run in one 8-bit kernel; 16 bits and float run in float. A
+only, as integers and in float, because that is all the runtime has: whatever widths its integer
+kernel takes run in that one, all others in float; `mpq.target` knows which. A
 boundary is paid on an edge between two layers one of which runs as integers and the other in float:
 there the tensor is converted.
 """
@@ -18,7 +18,6 @@ from typing import Any
 
 from mpq.errors import PolicyError, UsageError, nearest
 from mpq.files import write_text
-from mpq.layers import Widths
 
 VERSION = 1
 Edge = tuple[str, str]
@@ -82,17 +81,16 @@ class LatencyProfile:
                 f"times of a latency profile must be finite milliseconds, 0 or more. Got {wrong}."
             )
 
-    def predict(self, widths: Mapping[str, Widths]) -> float:
+    def predict(self, integer: Mapping[str, bool]) -> float:
         """Milliseconds of a configuration.
 
         Args:
-            widths: (weight bits, activation bits) of every layer, None for float.
+            integer: whether each layer runs as integers (`mpq.target.Target.integers`).
 
         Raises:
-            PolicyError: a layer of the profile has no widths, or a width belongs to no layer.
+            PolicyError: a layer of the profile is not told of, or one that it does not have is.
         """
-        self.check(widths)
-        integer = {name: runs_as_integers(*widths[name]) for name in self.layers}
+        self.check(integer)
         layers = sum(
             cost.integer_ms if integer[name] else cost.float_ms
             for name, cost in self.layers.items()
@@ -175,12 +173,6 @@ class LatencyProfile:
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(f"latency profile {path} cannot be read: {error}") from None
         return cls.from_json(text, str(path))
-
-
-def runs_as_integers(weight_bits: int | None, activation_bits: int | None) -> bool:
-    """Whether a layer of these widths (None: float) runs in the runtime's 8-bit kernels."""
-    narrow = (bits is not None and bits <= 8 for bits in (weight_bits, activation_bits))
-    return all(narrow)
 
 
 def _layer(cost: dict[str, Any]) -> LayerLatency:

@@ -1,10 +1,16 @@
-"""`LayerInfo` and `Moment`: all that search, policies and reports know of a network. No torch."""
+"""What search, policies, targets and reports know of a network and ask of its layers. No torch.
+
+`Operation` is what decides about kernels, `LayerInfo` a layer with its sizes, `LayerChoice` the
+decision for it, `Moment` the activations alive at one time.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
+
+from mpq.spec import DYNAMIC, ROUNDED_16, QuantSpec, activation_spec, weight_spec
 
 LayerKind = Literal["conv", "depthwise", "conv_transpose", "linear"]
 Widths = tuple[int | None, int | None]
@@ -28,6 +34,23 @@ def mean_bits(weights: Iterable[tuple[int, int | None]]) -> float:
 
 
 @dataclass(frozen=True, slots=True)
+class Operation:
+    """What a layer computes, as far as a kernel for it depends on that.
+
+    Args:
+        kind: as of `LayerInfo`.
+        grouped: whether channels are apart in groups.
+        strided: whether it steps by more than one anywhere.
+        dilated: whether its kernel's positions are further apart than one anywhere.
+    """
+
+    kind: LayerKind
+    grouped: bool = False
+    strided: bool = False
+    dilated: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class LayerInfo:
     """One quantizable layer.
 
@@ -40,6 +63,9 @@ class LayerInfo:
         macs: multiply-accumulates per image.
         in_elements: elements of the input per image.
         out_elements: elements of the output per image.
+        grouped: as of `Operation`, like the following.
+        strided: see there.
+        dilated: see there.
     """
 
     name: str
@@ -50,6 +76,14 @@ class LayerInfo:
     macs: int
     in_elements: int
     out_elements: int
+    grouped: bool = False
+    strided: bool = False
+    dilated: bool = False
+
+    @property
+    def operation(self) -> Operation:
+        """What it computes, without its sizes."""
+        return Operation(self.kind, self.grouped, self.strided, self.dilated)
 
     @property
     def params(self) -> int:
@@ -66,6 +100,52 @@ class LayerInfo:
     def bitops(self, weight_bits: int | None, activation_bits: int | None) -> float:
         """BitOps per image, as the function of that name."""
         return bitops(self.macs, weight_bits, activation_bits)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerChoice:
+    """The resolved decision for one layer; a width of None is float."""
+
+    name: str
+    weight: QuantSpec | None
+    activation: QuantSpec | None
+    locked: bool = False
+    reason: str = ""
+
+    @classmethod
+    def at(cls, name: str, weight_bits: int | None, activation_bits: int | None) -> LayerChoice:
+        """The layer at these widths, in the formats that are usual at them; None is float."""
+        return cls(
+            name,
+            None if weight_bits is None else weight_spec(weight_bits),
+            None if activation_bits is None else activation_spec(activation_bits),
+        )
+
+    @property
+    def weight_bits(self) -> int | None:
+        """Width of the weights, None for float."""
+        return self.weight.bits if self.weight else None
+
+    @property
+    def activation_bits(self) -> int | None:
+        """Width of the input activations, None for float."""
+        return self.activation.bits if self.activation else None
+
+    @property
+    def dynamic(self) -> bool:
+        """Whether the range of the input is taken at run time."""
+        return self.activation == DYNAMIC
+
+    @property
+    def exact(self) -> bool:
+        """Whether the input is rounded to 16 bits at run time, for float arithmetic."""
+        return self.activation == ROUNDED_16
+
+    @property
+    def asked(self) -> str:
+        """In short, as certificates have it: `W4A8`, `W8A8 dynamic`, `W16A16 exact`."""
+        form = " dynamic" if self.dynamic else " exact" if self.exact else ""
+        return f"W{self.weight_bits or 32}A{self.activation_bits or 32}{form}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -18,8 +17,9 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
 
 from mpq.errors import PolicyError, nearest
-from mpq.spec import DYNAMIC, ROUNDED_16, QuantSpec, activation_spec, weight_spec
-from mpq.target import SATURATION, Target, get_target, this_target
+from mpq.layers import LayerChoice
+from mpq.spec import QuantSpec, activation_spec, weight_spec
+from mpq.target import get_target, this_target
 from mpq.yamltext import one_line, section
 
 Float = Literal["float"]
@@ -150,43 +150,6 @@ class SearchResult(_Value):
     gap: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class LayerChoice:
-    """The resolved decision for one layer; a width of None is float."""
-
-    name: str
-    weight: QuantSpec | None
-    activation: QuantSpec | None
-    locked: bool = False
-    reason: str = ""
-
-    @property
-    def weight_bits(self) -> int | None:
-        """Width of the weights, None for float."""
-        return self.weight.bits if self.weight else None
-
-    @property
-    def activation_bits(self) -> int | None:
-        """Width of the input activations, None for float."""
-        return self.activation.bits if self.activation else None
-
-    @property
-    def dynamic(self) -> bool:
-        """Whether the range of the input is taken at run time."""
-        return self.activation == DYNAMIC
-
-    @property
-    def exact(self) -> bool:
-        """Whether the input is rounded to 16 bits at run time, for float arithmetic."""
-        return self.activation == ROUNDED_16
-
-    @property
-    def asked(self) -> str:
-        """In short, as certificates have it: `W4A8`, `W8A8 dynamic`, `W16A16 exact`."""
-        form = " dynamic" if self.dynamic else " exact" if self.exact else ""
-        return f"W{self.weight_bits or 32}A{self.activation_bits or 32}{form}"
-
-
 class Policy(_Value):
     """A whole policy file (DESIGN: the user's contract with every stage).
 
@@ -219,9 +182,17 @@ class Policy(_Value):
         """The decision for each layer of a network, in the order of `names`.
 
         Raises:
-            PolicyError: a pattern or group member that names no layer, a width that the target
-                cannot store, a format that no kernel reads, or a group whose members differ in
-                their activation format.
+            PolicyError: as `choices`, or a format that the target has no layer for.
+        """
+        target = get_target(self.target)
+        return {n: target.take(choice) for n, choice in self.choices(names).items()}
+
+    def choices(self, names: Sequence[str]) -> dict[str, LayerChoice]:
+        """What is asked for each layer, whatever the target makes of it.
+
+        Raises:
+            PolicyError: a pattern or group member that names no layer, or a group whose members
+                differ in their activation format.
         """
         weights: dict[str, QuantSpec | Float] = dict.fromkeys(names, self.default.weight)
         acts: dict[str, QuantSpec | Float] = dict.fromkeys(names, self.default.activation)
@@ -236,15 +207,10 @@ class Policy(_Value):
             n: LayerChoice(n, _none_if_float(weights[n]), _none_if_float(acts[n]), locked[n], r)
             for n, r in reasons.items()
         }
-        self._check(choices)
-        target = get_target(self.target)
-        return {n: _for_target(choice, target) for n, choice in choices.items()}
+        self._check_groups(choices)
+        return choices
 
-    def _check(self, choices: dict[str, LayerChoice]) -> None:
-        target = get_target(self.target)
-        for choice in choices.values():
-            target.support(choice.weight_bits, choice.activation_bits)
-            _check_formats(choice)
+    def _check_groups(self, choices: dict[str, LayerChoice]) -> None:
         for group in self.groups:
             members = [n for pattern in group for n in _match(pattern, list(choices), "groups")]
             members = [n for n in members if not choices[n].dynamic]
@@ -308,37 +274,8 @@ class Policy(_Value):
         return cls.from_yaml(text, str(path))
 
 
-def _for_target(choice: LayerChoice, target: Target) -> LayerChoice:
-    """The choice with the weights that the target can multiply."""
-    weight, act = choice.weight, choice.activation_bits
-    if weight is None or not target.support(weight.bits, act).integer:
-        return choice
-    narrowed = target.narrowed(weight)
-    if narrowed == weight:
-        return choice
-    reason = f"{choice.reason}; {SATURATION}" if choice.reason else SATURATION
-    return replace(choice, weight=narrowed, reason=reason)
-
-
 def _none_if_float(spec: QuantSpec | Float) -> QuantSpec | None:
     return None if spec == "float" else spec  # type: ignore[return-value]
-
-
-def _check_formats(choice: LayerChoice) -> None:
-    """Refuse what no kernel reads: unsigned weights, signed or per-channel activations."""
-    weight, act = choice.weight, choice.activation
-    if weight and not weight.signed:
-        raise PolicyError(
-            f"weight of layer {choice.name} must be signed, e.g. int{weight.bits}/channel. "
-            f"Got {weight} instead."
-        )
-    other = {8: DYNAMIC, 16: ROUNDED_16}
-    if act and act not in (activation_spec(act.bits), other.get(act.bits)):
-        also = f", or {other[act.bits]}" if act.bits in other else ""
-        raise PolicyError(
-            f"activation of layer {choice.name} must be {activation_spec(act.bits)} at "
-            f"{act.bits} bits{also}. Got {act} instead."
-        )
 
 
 def _match(pattern: str, names: Sequence[str], where: str) -> list[str]:

@@ -2,7 +2,8 @@
 
 `int4/channel` is signed and symmetric with one scale per output channel, `uint8/tensor` unsigned
 and affine (it has a zero point) with one scale; `uint8/dynamic` is the same with scale and zero
-point taken from each tensor as it comes, at run time. `parse` and `str` are inverses.
+point taken from each tensor as it comes, at run time. `parse` and `str` are inverses but for
+`reduced`, which has no text.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Literal, get_args
 
 Granularity = Literal["tensor", "channel", "dynamic"]
 WIDTHS = (2, 3, 4, 5, 6, 8, 16)
+"""The widths of mpq, in bits: the one list of them."""
 _TEXT = re.compile(r"(u?)int(\d+)/(tensor|channel|dynamic)")
 
 
@@ -21,7 +23,7 @@ class QuantSpec:
     """Number format of a quantized tensor.
 
     Args:
-        bits: width, one of 2, 3, 4, 5, 6, 8, 16.
+        bits: width, one of `WIDTHS`.
         signed: two's complement, symmetric around zero; otherwise unsigned with a zero point.
         granularity: one scale for the tensor or one per output channel; or one for the tensor that
             is chosen at run time, of which runtimes know only the unsigned 8-bit form.
@@ -83,6 +85,14 @@ class QuantSpec:
     def qmax(self) -> int:
         """Highest integer."""
         return (1 << (self.bits - self.signed - self.reduced)) - 1
+
+
+def plane_widths(bits: int) -> tuple[int, ...]:
+    """Widths that fill bytes evenly and add up to `bits`, widest first: 5 = 4 + 1.
+
+    Integers that no type of a file fits are cut into such parts, low bits first.
+    """
+    return tuple(width for width in (4, 2, 1) if bits & width)
 
 
 def weight_spec(bits: int) -> QuantSpec:

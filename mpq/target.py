@@ -1,4 +1,7 @@
-"""What a runtime stores and computes, as data: one table, read by search, annotation and export.
+"""What a runtime stores and computes, as data, and the one function that answers from it.
+
+Search, latency, annotation, lowering, certificate and reasons ask `Target.support`. A new target is
+one more value in `TARGETS`.
 
 The facts of `onnxruntime-cpu` are measured (docs/runtime.md): integer Conv and Gemm exist for 8-bit
 operands only, so narrower weights are stored packed and run at 8 bits, and 16-bit layers are stored
@@ -11,105 +14,216 @@ two products u8 x s8 in 16 bits, saturating: `2 * 255 * 127` does not fit, `2 * 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from mpq.cpu import this_cpu
 from mpq.errors import PolicyError, nearest
-from mpq.spec import QuantSpec
+from mpq.layers import LayerChoice, LayerInfo, LayerKind, Operation, Widths
+from mpq.spec import (
+    DYNAMIC,
+    ROUNDED_16,
+    WIDTHS,
+    QuantSpec,
+    activation_spec,
+    plane_widths,
+    weight_spec,
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Support:
-    """How a layer of one width is stored and run; `reason` says why not as integers."""
+    """What a target makes of a layer.
 
-    storage: str
-    compute: str
+    Args:
+        stored: format of its weights in the file, None for float.
+        integer: whether an integer kernel runs it.
+        reason: why not.
+    """
+
+    stored: QuantSpec | None
     integer: bool
     reason: str = ""
 
 
 @dataclass(frozen=True, slots=True)
+class Gap:
+    """Layers that have no integer kernel at any width, and why; None stands for either."""
+
+    kind: LayerKind
+    reason: str
+    grouped: bool | None = None
+    strided: bool | None = None
+    dilated: bool | None = None
+
+    def covers(self, operation: Operation) -> bool:
+        """Whether a layer of this operation is among them."""
+        facts = ("grouped", "strided", "dilated")
+        asked = ((getattr(self, fact), getattr(operation, fact)) for fact in facts)
+        return self.kind == operation.kind and all(ask in (None, is_so) for ask, is_so in asked)
+
+
+MOVING_OPS = frozenset({"maxpool", "flatten", "transpose", "split", "slice", "pad"})
+"""Operations that move or select values and run on integers unchanged, on any target."""
+GAPS = (
+    Gap(
+        "conv_transpose",
+        "a transposed convolution in groups has no integer form (docs/speed.md)",
+        grouped=True,
+    ),
+    Gap(
+        "conv_transpose",
+        "no integer kernel for a transposed convolution with both stride and dilation",
+        strided=True,
+        dilated=True,
+    ),
+)
+"""What mpq computes on integers nowhere (`mpq.quant.operation`)."""
+
+
+@dataclass(frozen=True, slots=True)
 class Target:
-    """A runtime as data.
+    """A runtime as data; `support` is the one answer to how a layer is stored and run on it.
 
     Args:
         name: as in a policy's `target`.
-        layers: weight and activation bits to support; `None` is float.
         integer_ops: graph operations besides layers that have an integer kernel.
         moving_ops: operations that move or select values and run on integers unchanged.
-        bytes_per_layer: average bytes of a layer's graph nodes, constants and policy entry in the
-            file, by weight width (None: float).
+        integer_bits: widest operands of its integer kernels; narrower weights are widened at load.
+        widths: that it stores.
+        gaps: layers without an integer kernel.
+        dynamic: kinds with a kernel that takes the range of its input at run time.
+        writes_floats: kinds whose integer kernel may write floats; that of others writes integers.
+        native_bytes: average bytes of a layer's graph nodes, constants and policy entry in the
+            file, where its width (None: float) has a type of its own.
+        packed_bytes: the same for packed widths: of a layer, of each part that a byte is taken
+            apart in, and of each plane after the first.
         bytes_per_file: what a file has besides its layers.
         saturates: its integer kernels multiply weights of at most 7 bits exactly.
     """
 
     name: str
-    layers: dict[tuple[int | None, int | None], Support]
     integer_ops: frozenset[str]
-    moving_ops: frozenset[str]
-    bytes_per_layer: Mapping[int | None, int] = field(default_factory=dict)
+    moving_ops: frozenset[str] = MOVING_OPS
+    integer_bits: int = 8
+    widths: tuple[int, ...] = WIDTHS
+    gaps: tuple[Gap, ...] = GAPS
+    dynamic: frozenset[LayerKind] = frozenset()
+    writes_floats: frozenset[LayerKind] = frozenset()
+    native_bytes: Mapping[int | None, int] = field(default_factory=dict)
+    packed_bytes: tuple[float, float, float] = (0, 0, 0)
     bytes_per_file: int = 0
     saturates: bool = False
 
-    def narrowed(self, weight: QuantSpec) -> QuantSpec:
-        """The weight format that is used where a policy asks for this one."""
-        return replace(weight, reduced=True) if self.saturates and weight.bits == 8 else weight
+    def support(self, choice: LayerChoice, operation: Operation | None = None) -> Support:
+        """How a layer is stored and whether it runs as integers.
 
-    def support(self, weight_bits: int | None, activation_bits: int | None) -> Support:
-        """Support of a layer at these widths (None: float).
+        Args:
+            choice: the formats that are asked for.
+            operation: what the layer computes; None: one without any gap.
 
         Raises:
-            PolicyError: the target cannot store such a layer.
+            PolicyError: a width that the target does not store, or a format that no kernel reads.
         """
-        try:
-            return self.layers[weight_bits, activation_bits]
-        except KeyError:
-            known = ", ".join(f"W{w or 32}A{a or 32}" for w, a in self.layers)
-            raise PolicyError(
-                f"target {self.name} has no W{weight_bits or 32}A{activation_bits or 32} layer. "
-                f"It has {known}."
-            ) from None
+        self._check(choice, operation)
+        if choice.weight is None:
+            return Support(None, False, "kept in float by the policy")
+        reason = self._why_float(choice.weight.bits, choice.activation_bits, operation)
+        stored = choice.weight if reason else self.narrowed(choice.weight)
+        return Support(stored, not reason, reason)
+
+    def runs_integers(self, layer: LayerInfo, weight: int | None, activation: int | None) -> bool:
+        """Whether a layer runs as integers at these widths (None: float).
+
+        Raises:
+            PolicyError: as `support`.
+        """
+        return self.support(LayerChoice.at(layer.name, weight, activation), layer.operation).integer
+
+    def integers(
+        self, layers: Iterable[LayerInfo], widths: Mapping[str, Widths]
+    ) -> dict[str, bool]:
+        """Which layers of a configuration run as integers, by name. Raises as `support`."""
+        return {layer.name: self.runs_integers(layer, *widths[layer.name]) for layer in layers}
+
+    def take(self, choice: LayerChoice) -> LayerChoice:
+        """The choice with the weights that the target stores for it, and the reason.
+
+        Raises:
+            PolicyError: as `support`.
+        """
+        stored = self.support(choice).stored
+        if stored == choice.weight:
+            return choice
+        reason = f"{choice.reason}; {SATURATION}" if choice.reason else SATURATION
+        return replace(choice, weight=stored, reason=reason)
+
+    def narrowed(self, weight: QuantSpec) -> QuantSpec:
+        """The weight format of an integer layer where a policy asks for this one."""
+        return replace(weight, reduced=True) if self.saturates and weight.bits == 8 else weight
 
     def layer_bytes(self, weight_bits: int | None) -> int:
         """Bytes of a layer of that width in the file, besides weights, scales and bias."""
-        return self.bytes_per_layer.get(weight_bits, 0)
+        if weight_bits is None or weight_bits in self.native_bytes:
+            return self.native_bytes.get(weight_bits, 0)
+        layer, part, plane = self.packed_bytes
+        parts = [8 // width for width in plane_widths(weight_bits)]
+        return round(layer + part * sum(parts) + plane * (len(parts) - 1))
+
+    def _why_float(self, weight: int, activation: int | None, operation: Operation | None) -> str:
+        widest = self.integer_bits
+        if weight > widest:
+            return (
+                f"no {weight}-bit integer kernel: the stored integers are expanded to float at load"
+            )
+        if activation is None or activation > widest:
+            known = f"{widest} bits or fewer"
+            return f"the input is not quantized to {known}, so no integer kernel applies"
+        gaps = (gap for gap in self.gaps if operation is not None and gap.covers(operation))
+        return next((gap.reason for gap in gaps), "")
+
+    def _check(self, choice: LayerChoice, operation: Operation | None) -> None:
+        """Refuse a width that is not stored, and what no kernel reads."""
+        weight, act = choice.weight, choice.activation
+        if any(spec is not None and spec.bits not in self.widths for spec in (weight, act)):
+            raise PolicyError(
+                f"target {self.name} has no {choice.asked} layer. It has those of "
+                f"{', '.join(map(str, self.widths))} bits and float."
+            )
+        if weight and not weight.signed:
+            raise PolicyError(
+                f"weight of layer {choice.name} must be signed, e.g. {weight_spec(weight.bits)}. "
+                f"Got {weight} instead."
+            )
+        other = {spec.bits: spec for spec in (DYNAMIC, ROUNDED_16)}
+        if act and act not in (activation_spec(act.bits), other.get(act.bits)):
+            also = f", or {other[act.bits]}" if act.bits in other else ""
+            raise PolicyError(
+                f"activation of layer {choice.name} must be {activation_spec(act.bits)} at "
+                f"{act.bits} bits{also}. Got {act} instead."
+            )
+        if operation is not None and choice.dynamic and operation.kind not in self.dynamic:
+            raise PolicyError(
+                f"activation of layer {choice.name} must be {activation_spec(8)}: only "
+                f"{', '.join(sorted(self.dynamic)) or 'other'} layers have a kernel for {DYNAMIC}, "
+                f"and this is a {operation.kind}."
+            )
 
 
-_FLOAT_16 = "no 16-bit integer kernel: the stored integers are expanded to float at load"
-_FLOAT_IN = "the input is not quantized to 8 bits or fewer, so no integer kernel applies"
-_FLOAT = "kept in float by the policy"
 ROUNDED = "its input is rounded to {} bits when it runs"
 """What else is to say of a 16-bit layer in the form `exact`."""
 
-
-def _onnxruntime_layers() -> dict[tuple[int | None, int | None], Support]:
-    table: dict[tuple[int | None, int | None], Support] = {}
-    for w in (2, 3, 4, 5, 6, 8):
-        stored = f"int{w}"
-        for a in (2, 3, 4, 5, 6, 8):
-            table[w, a] = Support(stored, "int8", True)
-        for wide in (16, None):
-            table[w, wide] = Support(stored, "float", False, _FLOAT_IN)
-    for narrow in (2, 3, 4, 5, 6, 8, 16, None):
-        table[16, narrow] = Support("int16", "float", False, _FLOAT_16)
-        table[None, narrow] = Support("float", "float", False, _FLOAT)
-    return table
-
-
-BYTES_PER_LAYER = {16: 258, 8: 320, 6: 985, 5: 1295, 4: 390, 3: 1450, 2: 765, None: 200}
-"""Packed widths pay for the nodes that unpack them; all but 8 bits for an entry in the policy."""
-BYTES_PER_FILE = 1200
-
 ONNXRUNTIME_CPU = Target(
     name="onnxruntime-cpu",
-    layers=_onnxruntime_layers(),
     integer_ops=frozenset(
         {"add", "mul", "concat", "avgpool", "global_avgpool", "sigmoid", "hardsigmoid"}
     ),
-    moving_ops=frozenset({"maxpool", "flatten", "transpose", "split", "slice", "pad"}),
-    bytes_per_layer=BYTES_PER_LAYER,
-    bytes_per_file=BYTES_PER_FILE,
+    dynamic=frozenset({"linear"}),
+    writes_floats=frozenset({"linear"}),
+    # Packed widths pay for the nodes that unpack them; all but 8 bits for an entry in the policy.
+    native_bytes={16: 258, 8: 320, 4: 390, None: 200},
+    packed_bytes=(455, 77.5, 65),
+    bytes_per_file=1200,
 )
 
 ONNXRUNTIME_AVX2 = replace(ONNXRUNTIME_CPU, name="onnxruntime-cpu-avx2", saturates=True)

@@ -23,7 +23,7 @@ def test_certify_reads_the_policy_inside(
 ) -> None:
     policy = mpq.Policy.uniform(4, 8)
     quantized = mpq.quantize_graph(mpq.prepare(graph, policy), images(8))
-    to_onnx(quantized, tmp_path / "m.onnx", policy=policy)
+    to_onnx(quantized, tmp_path / "m.onnx")
     assert main(["certify", str(tmp_path / "m.onnx"), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["integer_macs_fraction"] == 1.0

@@ -87,7 +87,7 @@ def test_wide_weights_stay_in_float(tmp_path):
     policy = Policy(layers=[wide])
     graph = prepare(vit(), policy, nets.images(2))
     quantize_graph(graph, nets.images(16), method="minmax")
-    made = to_onnx(graph, tmp_path / "m.onnx", policy=policy, images=nets.images(16))
+    made = to_onnx(graph, tmp_path / "m.onnx", images=nets.images(16))
     row = next(r for r in made.certificate.layers if r.name == "up")
     assert (row.executed, row.integer, row.broken) == ("MatMul", False, False)
 
@@ -124,7 +124,7 @@ def test_frozen_is_prepared_to_the_bit(bits: int):
 def test_the_runtime_multiplies_integers_and_answers_as_promised(bits: int, tmp_path):
     graph, policy = dynamic(vit(), bits)
     images = nets.images(48, seed=3)
-    made = to_onnx(graph, tmp_path / "vit.onnx", policy=policy, images=images)
+    made = to_onnx(graph, tmp_path / "vit.onnx", images=images)
     onnx.checker.check_model(str(made.path), full_check=True)
     rows = {row.name: row for row in made.certificate.layers}
     for name in chosen(policy):
@@ -147,7 +147,7 @@ def test_the_runtime_multiplies_integers_and_answers_as_promised(bits: int, tmp_
 def test_other_storage_forms_run_as_integers_too(options: dict[str, str], tmp_path):
     graph, policy = dynamic(vit(), 4)
     images = nets.images(16, seed=3)
-    made = to_onnx(graph, tmp_path / "vit.onnx", policy=policy, images=images, **options)
+    made = to_onnx(graph, tmp_path / "vit.onnx", images=images, **options)
     assert {r.executed for r in made.certificate.layers if r.name in chosen(policy)} <= KERNELS
 
 
@@ -174,8 +174,8 @@ class Twice(nn.Module):
 )
 def test_its_integers_and_floats_are_predicted(name: str, kernels: set[str], tmp_path):
     torch.manual_seed(0)
-    graph, policy = dynamic(vit() if name == "attention" else Twice().eval())
-    path = to_onnx(graph, tmp_path / "net.onnx", policy=policy).path
+    graph, _ = dynamic(vit() if name == "attention" else Twice().eval())
+    path = to_onnx(graph, tmp_path / "net.onnx").path
     report = verify_exact(path, nets.images(8, seed=4).numpy())
     assert report.exact, report.differing()
     assert {node.op for node in report.nodes if node.mismatches is not None} >= kernels

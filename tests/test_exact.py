@@ -51,7 +51,7 @@ def write(net: nn.Module, images: Tensor, path: Path, bits: int = 8) -> Path:
     policy = mpq.Policy.uniform(bits, 8)
     graph = mpq.prepare(net.eval(), policy, images)
     calibrate(graph, images, method="minmax")
-    return to_onnx(graph, path, policy=policy).path
+    return to_onnx(graph, path).path
 
 
 def operators(report: exact.ExactReport) -> set[str]:

@@ -162,9 +162,9 @@ def quantized(net: nn.Module, kind: str | Policy) -> tuple[QuantGraph, Policy]:
 
 @cache
 def plain() -> tuple[QuantGraph, bytes, dict[str, str]]:
-    frozen, policy = quantized(model("plain"), "w4a8")
+    frozen, _ = quantized(model("plain"), "w4a8")
     lowered = lower(frozen)
-    return frozen, serialize(lowered, policy), lowered.sites
+    return frozen, serialize(lowered), lowered.sites
 
 
 def wide_middle(**options: object) -> tuple[QuantGraph, QuantGraph]:
@@ -199,10 +199,6 @@ def unguarded(data: bytes) -> bytes:
     return proto.SerializeToString()
 
 
-def choices(qg: QuantGraph):
-    return {name: plan.choice for name, plan in qg.plans.items()}
-
-
 # -- every kind of network ------------------------------------------------------------------------
 
 CASES = [  # `mixed` goes through 16, 8 and 4 bits and 4-bit activations in every network
@@ -215,9 +211,9 @@ CASES = [  # `mixed` goes through 16, 8 and 4 bits and 4-bit activations in ever
 
 @pytest.mark.parametrize(("name", "kind"), CASES)
 def test_the_file_runs_as_promised_and_answers_as_the_simulation(name, kind, tmp_path):
-    frozen, policy = quantized(model(name), kind)
+    frozen, _ = quantized(model(name), kind)
     batch = images(96, seed=3)
-    result = to_onnx(frozen, tmp_path / "m.onnx", policy=policy, images=batch)
+    result = to_onnx(frozen, tmp_path / "m.onnx", images=batch)
     onnx.checker.check_model(str(result.path), full_check=True)
     rows = {row.name: row for row in result.certificate.layers}
     assert list(rows) == list(frozen.layers)
@@ -264,8 +260,8 @@ def test_the_networks_answer_with_several_classes():
 )
 def test_operations_between_layers_stay_integers(name, op, boundaries):
     """One boundary is the input's own quantization."""
-    frozen, policy = quantized(model(name), "w8a8")
-    certificate = certify(serialize(lower(frozen), policy))
+    frozen, _ = quantized(model(name), "w8a8")
+    certificate = certify(serialize(lower(frozen)))
     assert certificate.integer_macs_fraction == 1
     assert op in certificate.operators
     assert certificate.boundaries == boundaries
@@ -273,8 +269,8 @@ def test_operations_between_layers_stay_integers(name, op, boundaries):
 
 def test_a_convolution_may_be_the_output(tmp_path):
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, nets.CLASSES, 10), nn.Flatten())
-    frozen, policy = quantized(net.eval(), "w8a8")
-    result = to_onnx(frozen, tmp_path / "m.onnx", policy=policy, images=images(16))
+    frozen, _ = quantized(net.eval(), "w8a8")
+    result = to_onnx(frozen, tmp_path / "m.onnx", images=images(16))
     assert [row.executed for row in result.certificate.layers] == ["QLinearConv"] * 2
     assert result.certificate.boundaries == 2  # the network's input and its output
     assert result.verification is not None
@@ -284,7 +280,7 @@ def test_a_convolution_may_be_the_output(tmp_path):
 def test_islands_are_compared_too():
     frozen, _ = quantized(model("isle"), "w8a8")
     lowered = lower(frozen)
-    report = verify(frozen, serialize(lowered, None), lowered.sites, images(8))
+    report = verify(frozen, serialize(lowered), lowered.sites, images(8))
     assert {"isle.conv.input", "isle.conv.output", "isle.mix.input"} <= {
         row.name for row in report.layers
     }
@@ -298,11 +294,11 @@ def test_layers_named_like_values_are_told_apart():
         net.add_module(name, nn.Conv2d(channels, 8, 3))
         net.add_module(f"{name}_relu", nn.ReLU())
     net.add_module("d", Head(8))
-    frozen, policy = quantized(
+    frozen, _ = quantized(
         net,
         Policy(layers=[LayerPolicy(name="a", weight=weight_spec(16), activation="float")]),
     )
-    rows = certify(serialize(lower(frozen), policy)).layers
+    rows = certify(serialize(lower(frozen))).layers
     assert [(r.name, r.integer) for r in rows] == [
         *(("c", True), ("a", False), ("b", True)),
         ("d.2", True),
@@ -313,7 +309,7 @@ def test_layers_named_like_values_are_told_apart():
 def test_both_granularities_of_weights_fuse(granularity):
     policy = Policy.model_validate({"default": {"weight": f"int8/{granularity}"}})
     frozen, _ = quantized(model("plain"), policy)
-    certificate = certify(serialize(lower(frozen), policy))
+    certificate = certify(serialize(lower(frozen)))
     assert certificate.integer_macs_fraction == 1
 
 
@@ -334,8 +330,8 @@ class Wide(nn.Module):
 
 @pytest.mark.parametrize("bits", [4, 8, 16])
 def test_the_file_is_little_more_than_its_weights(bits, tmp_path):
-    frozen, policy = quantized(Wide().eval(), Policy.uniform(bits))
-    result = to_onnx(frozen, tmp_path / "m.onnx", policy=policy)
+    frozen, _ = quantized(Wide().eval(), Policy.uniform(bits))
+    result = to_onnx(frozen, tmp_path / "m.onnx")
     weights = sum(layer.weight_bytes(bits) for layer in frozen.layers.values())
     assert weights < result.bytes == result.path.stat().st_size
     assert result.bytes <= 1.15 * weights
@@ -357,22 +353,23 @@ def test_four_bits_are_packed_two_to_a_byte():
 
 
 def test_layers_may_share_their_weights_in_the_file():
-    frozen, policy = quantized(model("shared"), "w16a16")
+    frozen, _ = quantized(model("shared"), "w16a16")
     assert len(frozen.layers) == 4  # one of them is called twice
-    proto = onnx.load_from_string(serialize(lower(frozen), policy))
+    proto = onnx.load_from_string(serialize(lower(frozen)))
     stored = [t for t in proto.graph.initializer if t.data_type == onnx.TensorProto.INT16]
     assert len(stored) == len(frozen.layers) - 1
 
 
 def test_the_policy_travels_in_the_file(tmp_path):
-    frozen, policy = quantized(model("plain"), "mixed")
-    first, *others = policy.layers
-    policy = policy.replace(
+    qg = to_float(model("plain"), images())
+    first, *others = policy_for("mixed", list(qg.layers)).layers
+    policy = Policy(
         model=ModelInfo(arch="a", classes=5, normalize="cifar10", input=(3, 12, 12)),
         evidence={"long": list(range(1000))},
         layers=[first.replace(reason="because"), *others],
     )
-    path = to_onnx(frozen, tmp_path / "m.onnx", policy=policy).path
+    frozen, _ = quantized(model("plain"), policy)
+    path = to_onnx(frozen, tmp_path / "m.onnx").path
     props = runtime.metadata(runtime.session(path))
     assert len(props[KEY]) < 1500
     back = from_metadata(props, "m.onnx")
@@ -382,7 +379,7 @@ def test_the_policy_travels_in_the_file(tmp_path):
     names = list(frozen.layers)
     widths = [(c.weight, c.activation) for c in back.resolve(names).values()]
     assert widths == [(c.weight, c.activation) for c in policy.resolve(names).values()]
-    assert certify(path) == certify(path, choices(frozen))
+    assert certify(path) == certify(path, frozen)
 
 
 def test_a_policy_that_cannot_be_read_is_named():
@@ -426,7 +423,7 @@ def test_a_wide_layer_between_integers_keeps_its_weights(pool):
     """onnxruntime gives 8-bit weights to a float layer that QuantizeLinear follows (T1)."""
     frozen, _ = wide_middle(pool=pool)
     lowered = lower(frozen)
-    data = serialize(lowered, None)
+    data = serialize(lowered)
     batch = images(16, seed=5)
     site = next(s.name for s in frozen.sites.values() if "last" in s.readers).split(".")[1]
 
@@ -435,8 +432,8 @@ def test_a_wide_layer_between_integers_keeps_its_weights(pool):
         return next(row.equal_fraction for row in report.layers if row.name == site)
 
     assert errors(data) > 0.999
-    assert not certify(data, choices(frozen)).broken()
-    broken = certify(unguarded(data), choices(frozen)).broken()
+    assert not certify(data, frozen).broken()
+    broken = certify(unguarded(data), frozen).broken()
     assert [row.name for row in broken] == ["middle"]
     assert errors(unguarded(data)) < 0.99
 
@@ -444,7 +441,7 @@ def test_a_wide_layer_between_integers_keeps_its_weights(pool):
 def test_a_large_bias_of_a_wide_layer_stays_float():
     """The same pass writes the bias as int32, of a scale so small that it may overflow (T2)."""
     frozen, floats = wide_middle(bias=40.0)
-    data = serialize(lower(frozen), None)
+    data = serialize(lower(frozen))
     batch = images(16, seed=5)
     with torch.no_grad():
         wanted = floats.module(batch).numpy()
@@ -489,12 +486,13 @@ def test_the_guard_holds_where_the_runtime_moves_quantizers_up(between):
     for name, array in constants.items():
         proto.graph.initializer.append(numpy_helper.from_array(np.asarray(array), name))
     proto.graph.node[2].name = "conv"
-    wide = Policy(default={"weight": "float", "activation": "float"}).resolve(["conv"])
-    before = certify(proto.SerializeToString(), wide)
+    wide = Policy(default={"weight": "float", "activation": "float"})
+    proto.metadata_props.add(key=KEY, value=to_metadata(wide))
+    before = certify(proto.SerializeToString())
     assert before.broken(), before.operators
     guarded = ir.from_proto(proto)
     place(guarded)
-    after = certify(ir.to_proto(guarded).SerializeToString(), wide)
+    after = certify(ir.to_proto(guarded).SerializeToString())
     assert not after.broken(), after.operators
 
 
@@ -521,7 +519,7 @@ def test_the_scale_of_a_bias_must_be_that_of_input_times_weight():
         scale.input[1] = f"{name}.changed"
         return {name: numpy_helper.to_array(tensors[name]) * np.float32(1.05)}
 
-    broken = certify(edit(data, change), choices(frozen)).broken()
+    broken = certify(edit(data, change), frozen).broken()
     assert [row.name for row in broken] == [next(iter(frozen.layers))]
     assert "asked for W4A8, but the runtime executes" in broken[0].reason
     assert "dequantized at every run" in broken[0].reason
@@ -538,7 +536,7 @@ def test_zero_points_of_a_gemm_are_written_out():
     assert zeros[weights.input[2]].dtype == np.int8
     assert zeros[weights.input[2]].tolist() == [0] * nets.CLASSES
     del weights.input[2]
-    broken = certify(proto.SerializeToString(), choices(frozen)).broken()
+    broken = certify(proto.SerializeToString(), frozen).broken()
     assert [row.name for row in broken] == [gemm.name]
 
 

@@ -77,10 +77,10 @@ def test_every_form_answers_alike_here_and_in_the_oldest_runtime_it_names(
     net: str, case: str, tmp_path: Path
 ):
     widths, options, needs = CASES[case]
-    graph, policy = quantized(net, widths, rounded=case == "rounded")
+    graph, _ = quantized(net, widths, rounded=case == "rounded")
     batch = nets.images(8, seed=3)
     path = tmp_path / "m.onnx"
-    result = to_onnx(graph, path, policy=policy, images=batch, **options)
+    result = to_onnx(graph, path, images=batch, **options)
     assert result.certificate.needs == f"onnxruntime>={needs[0]}.{needs[1]}"
     assert not result.certificate.broken()
     onnx.checker.check_model(str(path), full_check=True)
@@ -138,8 +138,8 @@ def test_forms_that_cannot_be():
 
 
 def test_the_form_dq_is_certified_for_what_it_is(tmp_path: Path):
-    graph, policy = quantized("residual", (4,))
-    path = to_onnx(graph, tmp_path / "m.onnx", policy=policy, int4_format="dq").path
+    graph, _ = quantized("residual", (4,))
+    path = to_onnx(graph, tmp_path / "m.onnx", int4_format="dq").path
     rows = certify(path).layers
     assert {row.stored for row in rows} == {"INT4"}
     assert not any(row.integer or row.broken for row in rows)

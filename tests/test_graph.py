@@ -187,6 +187,7 @@ def test_layer_facts():
         macs=16 * 9 * 144,
         in_elements=16 * 144,
         out_elements=16 * 144,
+        grouped=True,
     )
     assert found["head.2"].macs == 40
     assert found["head.2"].kind == "linear"
@@ -336,7 +337,7 @@ def test_an_untraceable_submodule_becomes_an_island():
     assert isinstance(gate.up.input, FakeQuant)  # a transposed convolution runs as integers
     plan = graph.plans["gate.up"]
     assert plan.support.integer is True
-    assert plan.support.storage == "int8"
+    assert str(plan.support.stored) == "int8/channel"
     assert any("cannot be traced" in note for note in plan.notes)
     assert isinstance(freeze(graph).module.gate.conv.input, FrozenQuant)
 
@@ -407,7 +408,7 @@ def test_quantizers_stand_where_integers_begin(name: str):
 def test_sixteen_bits_need_no_quantizer(name: str):
     graph = prepared(name, "w16a16")
     assert graph.sites == {}
-    assert all(plan.support.storage == "int16" for plan in graph.plans.values())
+    assert all(str(plan.support.stored) == "int16/channel" for plan in graph.plans.values())
     assert all("no 16-bit integer kernel" in plan.notes[-1] for plan in graph.plans.values())
 
 

@@ -52,7 +52,7 @@ def exported(bits: int, path: Path) -> tuple[onnx.ModelProto, Tensor]:
     torch.manual_seed(0)
     images, policy = torch.randn(16, 3, 16, 16), mpq.Policy.uniform(bits, 8)
     graph = mpq.prepare(Grouped().eval(), policy, images)
-    result = to_onnx(mpq.quantize_graph(graph, images), path, policy=policy, images=images)
+    result = to_onnx(mpq.quantize_graph(graph, images), path, images=images)
     assert {row.executed for row in result.certificate.layers} == {"QLinearConv", "QGemm"}
     assert result.certificate.layers[1].macs == 48 * 2 * 9 * 14 * 14
     return onnx.load(path), images
@@ -90,7 +90,7 @@ def test_the_form_for_other_runtimes_keeps_its_groups(tmp_path: Path) -> None:
     images, policy = torch.randn(16, 3, 16, 16), mpq.Policy.uniform(4, 8)
     graph = mpq.quantize_graph(mpq.prepare(Grouped().eval(), policy, images), images)
     path = tmp_path / "dq.onnx"
-    to_onnx(graph, path, policy=policy, images=images, int4_format="dq", allow_float_fallback=True)
+    to_onnx(graph, path, images=images, int4_format="dq", allow_float_fallback=True)
     model = onnx.load(path)
     assert groups(model)["narrow"] == 12
     assert "BitwiseAnd" not in {node.op_type for node in model.graph.node}

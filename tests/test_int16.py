@@ -124,7 +124,7 @@ def test_the_runtime_keeps_every_rounding(net: str, tmp_path: Path):
     with torch.no_grad():
         want = frozen.module(images)
         assert torch.equal(want, graph.module(images))
-    result = to_onnx(graph, tmp_path / "m.onnx", policy=EXACT, images=images)
+    result = to_onnx(graph, tmp_path / "m.onnx", images=images)
     data = result.path.read_bytes()
     onnx.checker.check_model(str(result.path), full_check=True)
     for model in (onnx.load_from_string(data), runtime.optimized_model(data)):
@@ -145,7 +145,7 @@ def test_the_runtime_keeps_every_rounding(net: str, tmp_path: Path):
 def test_it_rounds_where_the_fast_form_does_not(tmp_path: Path):
     net, images = nets.build("plain"), nets.images(24, seed=3)
     fast, exact = (
-        to_onnx(quantized(net, policy), tmp_path / "m.onnx", policy=policy).path.read_bytes()
+        to_onnx(quantized(net, policy), tmp_path / "m.onnx").path.read_bytes()
         for policy in (Policy.uniform(16), EXACT)
     )
     assert not roundings(onnx.load_from_string(fast))
@@ -179,14 +179,14 @@ def test_both_traps_of_the_runtime_are_closed(biases: bool, tmp_path: Path, monk
         assert sqnr_db(want, answer) > MIN_SQNR_DB
     monkeypatch.setattr(place, "_guard", without_guard)
     with pytest.raises(ExportError, match=r"0: asked for W16A16 exact, but the runtime"):
-        to_onnx(graph, tmp_path / "open.onnx", policy=EXACT)
+        to_onnx(graph, tmp_path / "open.onnx")
     trapped = to_onnx(graph, tmp_path / "open.onnx", allow_float_fallback=True).path.read_bytes()
     assert sqnr_db(want, answers(trapped, images)["default"]) < 80
 
 
 def test_a_rounding_that_is_missing_breaks_the_promise(tmp_path: Path):
     graph = quantized(nets.build("plain"))
-    path = to_onnx(graph, tmp_path / "m.onnx", policy=EXACT).path
+    path = to_onnx(graph, tmp_path / "m.onnx").path
     assert not certify(path).broken()
     model = onnx.load(path)
     graph_of = model.graph
@@ -206,9 +206,8 @@ def test_beside_integer_layers_the_certificate_tells_the_grid(tmp_path: Path):
     graph = mixed("residual", {"conv2": "exact", "head.2": "exact"})
     calibrate(graph, nets.images(16), method="minmax")
     images = nets.images(24, seed=3)
-    choices = {name: plan.choice for name, plan in graph.plans.items()}
     path = to_onnx(graph, tmp_path / "m.onnx", images=images).path
-    rows = {row.name: row for row in certify(path, choices).layers}
+    rows = {row.name: row for row in certify(path, graph).layers}
     assert rows["conv1"].executed == rows["conv3"].executed == "QLinearConv"
     assert rows["conv2"].reason.endswith("its input is rounded to 8 bits when it runs")
     assert rows["head.2"].reason.endswith("its input is rounded to 16 bits when it runs")
@@ -219,7 +218,7 @@ def test_narrow_weights_with_16_bit_activations_in_old_forms(tmp_path: Path):
     policy = Policy(default=EXACT.default, layers=[LayerPolicy(name="*", weight=weight_spec(4))])
     graph, images = quantized(nets.build("residual"), policy), nets.images(24, seed=3)
     path = tmp_path / "m.onnx"
-    result = to_onnx(graph, path, policy=policy, images=images, min_runtime="1.18")
+    result = to_onnx(graph, path, images=images, min_runtime="1.18")
     assert (result.certificate.opset, result.certificate.needs) == (21, "onnxruntime>=1.18")
     assert {row.stored for row in result.certificate.layers} == {"UINT8"}
     assert {row.asked for row in result.certificate.layers} == {"W4A16 exact"}
@@ -256,6 +255,6 @@ def test_raw_images_keep_their_sixteen_bits(tmp_path: Path):
     images = torch.from_numpy(how.normalize.apply(raw))
     graph = prepare(nets.build("plain"), EXACT, images[:2])
     calibrate(graph, images[:16], method="minmax")
-    result = to_onnx(graph, tmp_path / "m.onnx", policy=EXACT, images=images, pixels=how)
+    result = to_onnx(graph, tmp_path / "m.onnx", images=images, pixels=how)
     assert result.verification is not None
     assert result.verification.max_own_step <= 1

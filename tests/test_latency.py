@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import itertools
 import json
 import subprocess
 import sys
@@ -9,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from mpq.errors import PolicyError, UsageError
-from mpq.latency import LatencyProfile, LayerLatency, runs_as_integers
-from mpq.target import ONNXRUNTIME_CPU
+from mpq.latency import LatencyProfile, LayerLatency
 
 PROFILE = LatencyProfile(
     cpu="Some CPU, avx512_vnni",
@@ -28,19 +26,13 @@ PROFILE = LatencyProfile(
 
 
 def test_prediction_is_the_sum_of_base_layers_and_boundaries():
-    all_integer = PROFILE.predict({"stem": (8, 8), "body": (4, 8), "fc": (8, 4)})
-    assert all_integer == 0.03125 + 1 + 10 + 0.5
-    all_float = PROFILE.predict({"stem": (16, 16), "body": (None, None), "fc": (16, 16)})
-    assert all_float == 0.03125 + 2 + 40 + 0.25
-    mixed = PROFILE.predict({"stem": (8, 8), "body": (16, 16), "fc": (2, 8)})
-    assert mixed == 0.03125 + 1 + 40 + 0.5 + 0.125 + 0.0625
-    end = PROFILE.predict({"stem": (8, 8), "body": (8, 8), "fc": (16, 16)})
-    assert end == 0.03125 + 1 + 10 + 0.25 + 0.0625
+    def predict(stem: bool, body: bool, fc: bool) -> float:
+        return PROFILE.predict({"stem": stem, "body": body, "fc": fc})
 
-
-def test_a_layer_runs_as_integers_where_the_target_says_so():
-    for w, a in itertools.product((2, 3, 4, 5, 6, 8, 16, None), repeat=2):
-        assert runs_as_integers(w, a) == ONNXRUNTIME_CPU.support(w, a).integer
+    assert predict(True, True, True) == 0.03125 + 1 + 10 + 0.5
+    assert predict(False, False, False) == 0.03125 + 2 + 40 + 0.25
+    assert predict(True, False, True) == 0.03125 + 1 + 40 + 0.5 + 0.125 + 0.0625
+    assert predict(True, True, False) == 0.03125 + 1 + 10 + 0.25 + 0.0625
 
 
 def test_json_gives_the_same_profile_back(tmp_path: Path):
@@ -51,12 +43,12 @@ def test_json_gives_the_same_profile_back(tmp_path: Path):
 
 
 def test_widths_of_another_network_are_refused():
-    widths = {"stem": (8, 8), "body": (8, 8), "fc": (8, 8)}
+    runs = {"stem": True, "body": True, "fc": True}
     with pytest.raises(PolicyError, match="profile lacks layer 'layer1'"):
-        PROFILE.predict(widths | {"layer1": (8, 8)})
-    del widths["fc"]
+        PROFILE.predict(runs | {"layer1": True})
+    del runs["fc"]
     with pytest.raises(PolicyError, match="the network lacks layer 'fc'"):
-        PROFILE.predict(widths)
+        PROFILE.predict(runs)
 
 
 def changed(**fields: object) -> str:

@@ -51,10 +51,8 @@ def test_raw_images_give_the_answers_of_normalized_ones(
     bits: int, channels_last: bool, tmp_path: Path
 ):
     how = PixelInput(CIFAR, channels_last)
-    plain = to_onnx(quantized(bits), tmp_path / "x.onnx", policy=policy(bits))
-    raw = to_onnx(
-        quantized(bits), tmp_path / "p.onnx", policy=policy(bits), images=NORMALIZED, pixels=how
-    )
+    plain = to_onnx(quantized(bits), tmp_path / "x.onnx")
+    raw = to_onnx(quantized(bits), tmp_path / "p.onnx", images=NORMALIZED, pixels=how)
     onnx.checker.check_model(str(raw.path), full_check=True)
     assert raw.verification is not None
     assert raw.verification.max_step == 0
@@ -79,9 +77,7 @@ def test_every_pixel_value_becomes_the_integer_of_the_simulation():
         calibrate(graph, batch, method="minmax")
         frozen = freeze(graph)
         lowered = lower(frozen, None, PixelInput(how))
-        report = verify(
-            frozen, serialize(lowered, None), lowered.sites, batch, pixels=PixelInput(how)
-        )
+        report = verify(frozen, serialize(lowered), lowered.sites, batch, pixels=PixelInput(how))
         rows = {row.name: row for row in report.layers}
         assert rows["input_1"].equal_fraction == 1.0, how
 
@@ -92,7 +88,7 @@ def test_pixels_are_recovered_from_what_was_made_of_them():
 
 
 def test_bench_and_files_that_take_pixels(tmp_path: Path):
-    path = to_onnx(quantized(), tmp_path / "p.onnx", policy=policy(), pixels=PixelInput(CIFAR)).path
+    path = to_onnx(quantized(), tmp_path / "p.onnx", pixels=PixelInput(CIFAR)).path
     labels = runtime.run(runtime.session(path), PIXELS).argmax(1).astype(np.int64)
     assert file_info(path).input == (3, 12, 12)
     (row,) = bench([path], images=PIXELS, labels=labels, runs=2)
@@ -117,7 +113,7 @@ def answers(path: Path, folder: Path) -> str:
 @pytest.mark.parametrize("channels_last", [True, False])
 def test_the_deployer(channels_last: bool, tmp_path: Path):
     how = PixelInput(CIFAR, channels_last)
-    path = to_onnx(quantized(), tmp_path / "p.onnx", policy=policy(), pixels=how).path
+    path = to_onnx(quantized(), tmp_path / "p.onnx", pixels=how).path
     with torch.no_grad():
         classes: Tensor = quantized().module(NORMALIZED[:4]).argmax(1)
     told = answers(path, tmp_path).splitlines()

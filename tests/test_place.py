@@ -31,7 +31,7 @@ def exported(path: Path) -> tuple[list[onnx.NodeProto], np.ndarray]:
     torch.manual_seed(0)
     images, policy = torch.randn(8, 3, 26, 26), mpq.Policy.uniform(8)
     graph = mpq.quantize_graph(mpq.prepare(Subsampled().eval(), policy, images), images)
-    to_onnx(graph, path, policy=policy, images=images)
+    to_onnx(graph, path, images=images)
     return list(onnx.load(path).graph.node), runtime.run(runtime.session(path), images.numpy())
 
 

@@ -76,7 +76,7 @@ def brute_force(
 
 
 def meets(s: Sensitivity, widths: dict[str, Widths], c: Constraints) -> bool:
-    latency = times(0).predict(widths) if c.max_latency_ms else 0.0
+    latency = times(0).predict(TARGET.integers(s.layers, widths)) if c.max_latency_ms else 0.0
     spent = (
         (c.max_activation_mb, cost.activation_bytes(s.moments, widths) / 1e6),
         (c.max_latency_ms, latency),
@@ -128,7 +128,7 @@ def test_peaks_and_times_bind_as_brute_force_says(
     assert meets(s, found.widths, constraints)
     assert found.objective == pytest.approx(expected, rel=1e-9)
     assert found.activation_bytes == cost.activation_bytes(s.moments, found.widths)
-    assert found.latency_ms == profile.predict(found.widths)
+    assert found.latency_ms == profile.predict(TARGET.integers(s.layers, found.widths))
 
 
 def test_ranges_are_what_brute_force_finds() -> None:
@@ -140,7 +140,7 @@ def test_ranges_are_what_brute_force_finds() -> None:
         min(peaks),
         max(peaks),
     )
-    spent = [profile.predict(w) for w in every]
+    spent = [profile.predict(TARGET.integers(s.layers, w)) for w in every]
     found = limit_range(s, Constraints(), "max_latency_ms", pairs=pairs, profile=profile)
     assert found == pytest.approx((min(spent), max(spent)), rel=1e-12)
 

@@ -83,7 +83,7 @@ def exported(net: nn.Module, path: Path, side: int = 16, bits: int = 8) -> tuple
     entries = [mpq.LayerPolicy(name="conv1", weight=weight_spec(bits))]
     policy = mpq.Policy.uniform(8).with_layers(*entries)
     graph = mpq.quantize_graph(mpq.prepare(net.eval(), policy, images), images)
-    result = to_onnx(graph, path, policy=policy, images=images)
+    result = to_onnx(graph, path, images=images)
     assert {row.executed for row in result.certificate.layers} == {"QLinearConv", "QGemm"}
     return path.read_bytes(), images
 

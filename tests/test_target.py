@@ -12,9 +12,10 @@ from mpq.errors import ExportError, PolicyError
 from mpq.export import to_onnx
 from mpq.export.certify import Certificate, certify
 from mpq.graph.passes import prepare
+from mpq.layers import LayerChoice, Operation
 from mpq.policy import LayerPolicy, Policy
 from mpq.ptq import calibrate
-from mpq.spec import WIDTHS, activation_spec, weight_spec
+from mpq.spec import DYNAMIC, WIDTHS, activation_spec, weight_spec
 from mpq.target import ONNXRUNTIME_AVX2 as AVX2
 from mpq.target import ONNXRUNTIME_CPU, Target, get_target, this_target
 
@@ -22,11 +23,10 @@ from mpq.target import ONNXRUNTIME_CPU, Target, get_target, this_target
 @pytest.mark.parametrize("weight", [*WIDTHS, None])
 @pytest.mark.parametrize("activation", [*WIDTHS, None])
 def test_integer_kernels_exist_for_eight_bits_and_fewer(weight: int | None, activation: int | None):
-    support = get_target("onnxruntime-cpu").support(weight, activation)
-    integer = weight in (2, 3, 4, 5, 6, 8) and activation in (2, 3, 4, 5, 6, 8)
+    support = get_target("onnxruntime-cpu").support(LayerChoice.at("a", weight, activation))
+    integer = all(bits is not None and bits <= 8 for bits in (weight, activation))
     assert support.integer is integer
-    assert support.compute == ("int8" if integer else "float")
-    assert support.storage == ("float" if weight is None else f"int{weight}")
+    assert support.stored == (None if weight is None else weight_spec(weight))
     assert bool(support.reason) is not integer
 
 
@@ -36,9 +36,42 @@ def test_unknown_target_names_the_nearest():
 
 
 def test_a_width_that_a_target_lacks():
-    bare = Target("bare", {(8, 8): ONNXRUNTIME_CPU.support(8, 8)}, frozenset(), frozenset())
-    with pytest.raises(PolicyError, match=r"target bare has no W4A32 layer. It has W8A8"):
-        bare.support(4, None)
+    bare = Target("bare", frozenset(), widths=(8,))
+    assert bare.support(LayerChoice.at("a", 8, None)).reason
+    with pytest.raises(PolicyError, match=r"target bare has no W4A32 layer. It has those of 8"):
+        bare.support(LayerChoice.at("a", 4, None))
+
+
+@pytest.mark.parametrize(
+    ("operation", "reason"),
+    [
+        (Operation("conv", grouped=True, strided=True, dilated=True), ""),
+        (Operation("linear"), ""),
+        (Operation("conv_transpose", strided=True), ""),
+        (Operation("conv_transpose", dilated=True), ""),
+        (Operation("conv_transpose", grouped=True), "in groups has no integer form"),
+        (Operation("conv_transpose", strided=True, dilated=True), "both stride and dilation"),
+    ],
+)
+def test_what_a_layer_computes_decides_too(operation: Operation, reason: str):
+    support = ONNXRUNTIME_CPU.support(LayerChoice.at("a", 4, 8), operation)
+    assert support.integer is not bool(reason)
+    assert reason in support.reason
+    assert support.stored == weight_spec(4)
+
+
+def test_only_linear_layers_take_their_range_at_run_time():
+    dynamic = LayerChoice("a", weight_spec(8), DYNAMIC)
+    assert ONNXRUNTIME_CPU.support(dynamic, Operation("linear")).integer
+    with pytest.raises(PolicyError, match="layer a must be uint8/tensor: only linear layers"):
+        ONNXRUNTIME_CPU.support(dynamic, Operation("conv"))
+    with pytest.raises(PolicyError, match="only other layers have a kernel"):
+        Target("bare", frozenset()).support(dynamic, Operation("linear"))
+
+
+def test_bytes_of_packed_widths_follow_from_how_they_are_cut():
+    known = {16: 258, 8: 320, 6: 985, 5: 1295, 4: 390, 3: 1450, 2: 765, None: 200}
+    assert {bits: ONNXRUNTIME_CPU.layer_bytes(bits) for bits in known} == known
 
 
 def test_an_operation_is_computed_or_moved_not_both():
@@ -81,7 +114,7 @@ def exported(
     graph = prepare(net.eval(), policy, images)
     calibrate(graph, images, method="minmax")
     seen = images if verified else None
-    result = to_onnx(graph, folder / "m.onnx", policy=policy, images=seen, target=AVX2.name)
+    result = to_onnx(graph, folder / "m.onnx", images=seen, target=AVX2.name)
     assert certify(folder / "m.onnx", target=AVX2.name).notes == result.certificate.notes
     assert result.certificate.integer_macs_fraction == 1
     return graph.module.get_submodule("2").integers().flatten(1).numpy(), result.certificate

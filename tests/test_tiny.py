@@ -57,7 +57,7 @@ def test_the_whole_product(tmp_path: Path) -> None:
     frozen = mpq.freeze(quantized)
     assert torch.equal(quantized.module(images), frozen.module(images))
 
-    result = to_onnx(frozen, tmp_path / "tiny.onnx", policy=policy, images=images)
+    result = to_onnx(frozen, tmp_path / "tiny.onnx", images=images)
     assert [row.executed for row in result.certificate.layers] == ["QLinearConv"] * 3 + ["QGemm"]
     assert result.certificate.integer_macs_fraction == 1.0
     answers = runtime.run(runtime.session(result.path), images.numpy())

@@ -132,7 +132,7 @@ def test_the_layer_multiplies_integers(name: str, granularity: Any):
 def test_the_runtime_runs_them_as_integers(name: str, bits: int, tmp_path: Path):
     policy = Policy.uniform(bits, 8)
     graph, images = quantized(name, policy), nets.images(16, seed=3)
-    result = to_onnx(graph, tmp_path / "m.onnx", policy=policy, images=images)
+    result = to_onnx(graph, tmp_path / "m.onnx", images=images)
     assert result.certificate.integer_macs_fraction == 1.0
     assert result.certificate.boundaries == 1
     assert not any(row.broken or row.reason for row in result.certificate.layers)
@@ -148,7 +148,7 @@ def test_the_runtime_runs_them_as_integers(name: str, bits: int, tmp_path: Path)
 
 def test_the_file_holds_the_kernel_without_its_zeros(tmp_path: Path):
     policy = Policy.uniform(8, 8)
-    path = to_onnx(quantized("odd", policy), tmp_path / "m.onnx", policy=policy).path
+    path = to_onnx(quantized("odd", policy), tmp_path / "m.onnx").path
     shapes = [tuple(t.dims) for t in onnx.load(path).graph.initializer]
     assert (8, 6, 3, 3) in shapes
     ran = [tuple(t.dims) for t in runtime.optimized_model(path).graph.initializer]
@@ -158,8 +158,8 @@ def test_the_file_holds_the_kernel_without_its_zeros(tmp_path: Path):
 def test_old_runtimes_take_it_in_their_own_operations(tmp_path: Path):
     policy, images = Policy.uniform(8, 8), nets.images(16, seed=3)
     graph = freeze(quantized("overlapping", policy))
-    new = to_onnx(graph, tmp_path / "new.onnx", policy=policy, images=images)
-    old = to_onnx(graph, tmp_path / "old.onnx", policy=policy, images=images, min_runtime="1.18")
+    new = to_onnx(graph, tmp_path / "new.onnx", images=images)
+    old = to_onnx(graph, tmp_path / "old.onnx", images=images, min_runtime="1.18")
     assert new.certificate.needs == "onnxruntime>=1.23"
     assert new.certificate.operators["DepthToSpace"] == 1
     assert old.certificate.needs == "onnxruntime>=1.18"

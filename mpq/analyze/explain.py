@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,6 @@ from mpq.policy import (
     Constraints,
     DataInfo,
     DefaultSpec,
-    LayerChoice,
     LayerPolicy,
     ModelInfo,
     Policy,
@@ -21,7 +20,7 @@ from mpq.policy import (
     Spec,
 )
 from mpq.spec import activation_spec, weight_spec
-from mpq.target import ONNXRUNTIME_CPU, get_target
+from mpq.target import get_target
 
 TOP = 3
 """How many layers a reason ranks by name of place."""
@@ -74,7 +73,7 @@ def build_policy(
     """
     default = base.default if base else DefaultSpec()
     names = list(allocation.widths)
-    held = {c.name: c for c in _as_written(base, names) if c.locked} if base else {}
+    held = {c.name: c for c in base.choices(names).values() if c.locked} if base else {}
     reasons = reasons_for(allocation, sensitivity)
     entries = []
     for name, (weight_bits, activation_bits) in allocation.widths.items():
@@ -107,11 +106,6 @@ def build_policy(
             for layer in sensitivity.layers
         },
     )
-
-
-def _as_written(policy: Policy, names: Sequence[str]) -> Iterable[LayerChoice]:
-    """The decisions of a policy before weights are narrowed for a CPU, which its reader does."""
-    return policy.replace(target=ONNXRUNTIME_CPU.name).resolve(names).values()
 
 
 def reasons_for(allocation: Allocation, sensitivity: Sensitivity) -> dict[str, str]:

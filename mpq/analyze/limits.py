@@ -16,7 +16,7 @@ from scipy.sparse import coo_array, csr_array
 
 from mpq.analyze import cost
 from mpq.analyze.sensitivity import Sensitivity, by_name
-from mpq.latency import LatencyProfile, runs_as_integers
+from mpq.latency import LatencyProfile
 from mpq.layers import Widths
 from mpq.target import Target
 
@@ -101,7 +101,7 @@ def limits(
     if sensitivity.moments:
         found.append(_activation(sensitivity, keys, edges))
     if profile:
-        found.append(_latency(keys, profile))
+        found.append(_latency(sensitivity, keys, target, profile))
     return {limit.name: limit for limit in found}
 
 
@@ -127,26 +127,44 @@ def _activation(sensitivity: Sensitivity, keys: Sequence[Key], edges: int) -> Li
     )
 
 
-def _latency(keys: Sequence[Key], profile: LatencyProfile) -> Limit:
+def run_as_integers(
+    sensitivity: Sensitivity, keys: Sequence[Key], target: Target
+) -> NDArray[np.bool_]:
+    """Which of the choices run as integers."""
+    infos = by_name(sensitivity.layers)
+    return np.array([target.runs_integers(infos[name], *pair) for name, pair in keys], dtype=bool)
+
+
+def _latency(
+    sensitivity: Sensitivity, keys: Sequence[Key], target: Target, profile: LatencyProfile
+) -> Limit:
     """Milliseconds: each layer's by how it runs, each edge's where its variable is 1."""
     layers = [
-        profile.layers[n].integer_ms if runs_as_integers(*pair) else profile.layers[n].float_ms
-        for n, pair in keys
+        profile.layers[name].integer_ms if integer else profile.layers[name].float_ms
+        for (name, _), integer in zip(keys, run_as_integers(sensitivity, keys, target), strict=True)
     ]
     row = np.array([*layers, *profile.boundary_ms.values()])
     base = np.array([profile.base_ms])
-    return Limit("max_latency_ms", csr_array(row[None]), base, 1.0, profile.predict)
+    return Limit(
+        "max_latency_ms",
+        csr_array(row[None]),
+        base,
+        1.0,
+        lambda w: profile.predict(target.integers(sensitivity.layers, w)),
+    )
 
 
-def conversions(keys: Sequence[Key], profile: LatencyProfile) -> tuple[csr_array, Vector]:
+def conversions(
+    keys: Sequence[Key], integer: NDArray[np.bool_], profile: LatencyProfile
+) -> tuple[csr_array, Vector]:
     """Rows that make the variable of an edge 1 where exactly one end runs as integers.
 
     With `I` the sum of a layer's integer choices, for the edge from u to v:
     `I_u - I_v <= y`, `I_v - I_u <= y`, `y <= I_u + I_v`, `y <= 2 - I_u - I_v`.
     """
     places: dict[str, list[int]] = {}
-    for index, (name, pair) in enumerate(keys):
-        if runs_as_integers(*pair):
+    for index, (name, _) in enumerate(keys):
+        if integer[index]:
             places.setdefault(name, []).append(index)
     entries: list[tuple[float, int, int]] = []
     limit: list[float] = []

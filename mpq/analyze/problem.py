@@ -16,12 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_array, hstack, vstack
 
-from mpq.analyze.limits import Key, Limit, conversions, limits, sparse
+from mpq.analyze.limits import Key, Limit, conversions, limits, run_as_integers, sparse
 from mpq.analyze.sensitivity import PARTS, Sensitivity, by_name
 from mpq.analyze.solver import Program, solve
 from mpq.errors import InfeasibleError, PolicyError
 from mpq.latency import LatencyProfile
-from mpq.layers import Widths
+from mpq.layers import LayerChoice, Widths
 from mpq.policy import Constraints
 from mpq.target import Target
 
@@ -59,7 +59,7 @@ class Problem:
         if profile:
             profile.check(self.layers)
         for pair in pairs:
-            target.support(*pair)
+            target.support(LayerChoice.at("any", *pair))
         self.pairs, self.locked = list(pairs), dict(locked)
         self.keys: list[Key] = [(n, p) for n in self.layers for p in self._pairs_of(n)]
         edges = len(profile.boundary_ms) if profile else 0
@@ -67,6 +67,7 @@ class Problem:
         self.scores = np.zeros(self.size)
         self.scores[: len(self.keys)] = [self._score(n, p) for n, p in self.keys]
         self.limits = limits(sensitivity, self.keys, target, profile)
+        self.runs = run_as_integers(sensitivity, self.keys, target)
         self.budgets = constraints.budgets()
         for name in self.budgets:
             self.limit(name)
@@ -123,7 +124,7 @@ class Problem:
             rows.append(one.rows * (1 / (budget * one.unit)))
             limit.append(1.0 - one.fixed / (budget * one.unit))
         if self.profile:
-            edges, right = conversions(self.keys, self.profile)
+            edges, right = conversions(self.keys, self.runs, self.profile)
             rows.append(edges)
             limit.append(right)
         integer = np.arange(self.size) < len(self.keys)

@@ -31,6 +31,7 @@ from mpq.errors import DataError, UsageError, nearest
 from mpq.graph.annotate import reading_groups
 from mpq.graph.ir import QuantGraph
 from mpq.graph.liveness import moments
+from mpq.spec import WIDTHS
 
 logger = logging.getLogger(__name__)
 Metric = Literal["fisher", "gradient", "kl", "loss", "fit", "hawq", "sqnr"]
@@ -218,8 +219,9 @@ def _check(
             f"{nearest(metric, METRICS)}"
         )
     for name, widths in (("weight widths", bits), ("activation widths", act_bits)):
-        if not widths or set(widths) - {2, 3, 4, 5, 6, 8, 16}:
-            raise UsageError(f"{name} must be some of 16 8 6 5 4 3 2. Got {list(widths)} instead.")
+        if not widths or set(widths) - set(WIDTHS):
+            known = " ".join(map(str, sorted(WIDTHS, reverse=True)))
+            raise UsageError(f"{name} must be some of {known}. Got {list(widths)} instead.")
     if metric != "sqnr" and (images is None or not len(images)):
         raise DataError(
             f"the metric {metric} needs images. Give some with --data, or take --metric sqnr, "

@@ -227,7 +227,7 @@ def _solve(problem: Problem) -> Allocation:
 def describe(problem: Problem, widths: dict[str, Widths], gap: float) -> Allocation:
     """A configuration with all that it costs."""
     layers, moments = problem.sensitivity.layers, problem.sensitivity.moments
-    chosen = set(widths.items())
+    chosen, latency = set(widths.items()), problem.limits.get("max_latency_ms")
     picked = [s for key, s in zip(problem.keys, problem.scores, strict=False) if key in chosen]
     return Allocation(
         widths=widths,
@@ -237,7 +237,7 @@ def describe(problem: Problem, widths: dict[str, Widths], gap: float) -> Allocat
         weight_bytes=cost.weight_bytes(layers, widths),
         bytes=cost.predicted_bytes(layers, widths, problem.target),
         activation_bytes=cost.activation_bytes(moments, widths) if moments else None,
-        latency_ms=problem.profile.predict(widths) if problem.profile else None,
+        latency_ms=latency.measure(widths) if latency else None,
         status="optimal" if gap == 0 else "best found",
         gap=gap,
     )

@@ -20,11 +20,10 @@ import logging
 
 from torch import fx, nn
 
-from mpq.errors import PolicyError
 from mpq.graph.ir import LayerPlan, QuantGraph, Site
 from mpq.graph.kinds import kind_of
-from mpq.policy import LayerChoice, LayerPolicy, Policy
-from mpq.quant.operation import LayerOp
+from mpq.layers import LayerChoice
+from mpq.policy import LayerPolicy, Policy
 from mpq.spec import DYNAMIC, ROUNDED_16, QuantSpec, activation_spec
 from mpq.target import ROUNDED, Support, Target, get_target
 
@@ -40,16 +39,16 @@ JOINS = ("add", "mul", "concat")
 
 
 def annotate(qg: QuantGraph, policy: Policy) -> int:
-    """Fill `qg.sites` and `qg.plans`; return the number of sites.
+    """Set `qg.policy` and fill `qg.sites` and `qg.plans`; return the number of sites.
 
     Raises:
         PolicyError: the policy does not fit the network or the target.
     """
     target = get_target(policy.target)
     choices = policy.resolve(list(qg.layers))
-    _check_dynamic(qg, choices)
     work = _Annotator(qg, target, choices)
     work.place()
+    qg.policy = policy
     qg.sites = {site.name: site for site in work.sites.values()}
     qg.plans = {name: work.plan(name) for name in choices}
     return len(qg.sites)
@@ -57,7 +56,7 @@ def annotate(qg: QuantGraph, policy: Policy) -> int:
 
 def reading_groups(qg: QuantGraph) -> list[list[str]]:
     """Layers that read one tensor and must therefore agree on its format."""
-    work = _Annotator(qg, get_target("onnxruntime-cpu"), {})
+    work = _Annotator(qg, get_target(None), {})
     groups: dict[fx.Node, list[str]] = {}
     for node in work.nodes:
         if work.kinds[node] == "layer":
@@ -80,20 +79,11 @@ def make_dynamic(qg: QuantGraph, policy: Policy) -> Policy:
     work.place()
     names = []
     for node in work.nodes:
-        if work.integer_layer(node) and qg.layers[str(node.target)].kind == "linear":
+        if work.integer_layer(node) and qg.layers[str(node.target)].kind in work.target.dynamic:
             site = work.sites[work.source(node.args[0])]
             if site.role == "demand" and choices[str(node.target)].activation_bits == DYNAMIC.bits:
                 names.append(str(node.target))
     return policy.with_layers(*(LayerPolicy(name=name, activation=DYNAMIC) for name in names))
-
-
-def _check_dynamic(qg: QuantGraph, choices: dict[str, LayerChoice]) -> None:
-    for name, choice in choices.items():
-        if choice.dynamic and qg.layers[name].kind != "linear":
-            raise PolicyError(
-                f"activation of layer {name} must be {activation_spec(8)}: only linear layers have "
-                f"a kernel for {DYNAMIC}, and this is a {qg.layers[name].kind}."
-            )
 
 
 class _Annotator:
@@ -153,11 +143,7 @@ class _Annotator:
 
     def support(self, choice: LayerChoice) -> Support:
         """What the target makes of a layer, given what operation it is."""
-        support = self.target.support(choice.weight_bits, choice.activation_bits)
-        reason = LayerOp.of(self.modules[choice.name]).no_integers()
-        if support.integer and reason:
-            return Support(support.storage, "float", False, reason)
-        return support
+        return self.target.support(choice, self.qg.layers[choice.name].operation)
 
     def rounding_layer(self, node: fx.Node) -> bool:
         """Whether a node is a float layer whose input is rounded to 16 bits."""
@@ -205,8 +191,8 @@ class _Annotator:
             if self.integer_layer(node):
                 self.quantize(self.source(node.args[0]), "demand")
                 tail = self.tail(node)
-                linear = self.qg.layers[str(node.target)].kind == "linear"
-                if self.wanted(tail) or not linear:
+                kind = self.qg.layers[str(node.target)].kind
+                if self.wanted(tail) or kind not in self.target.writes_floats:
                     self.quantize(tail, "layer")
             elif self.rounding_layer(node):
                 self.quantize(self.source(node.args[0]), "demand")

@@ -80,4 +80,7 @@ def _info(name: str, module: nn.Module, x: Tensor, out: Tensor) -> LayerInfo:
         macs=weight.numel() * positions // width,
         in_elements=x.numel() // x.shape[0],
         out_elements=out.numel() // out.shape[0],
+        grouped=op.groups > 1,
+        strided=any(step > 1 for step in op.stride),
+        dilated=any(step > 1 for step in op.dilation),
     )

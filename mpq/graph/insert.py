@@ -28,7 +28,7 @@ def insert(qg: QuantGraph) -> int:
     count = len(quantizers)
     traced = {str(n.target) for n in nodes.values() if n.op == "call_module"}
     for name, plan in qg.plans.items():
-        if plan.choice.weight is not None:
+        if plan.support.stored is not None:
             _replace(qg.module, name, plan, quantizers, name in traced)
             count += 1
     return count
@@ -50,7 +50,7 @@ def _replace(
     quantizers: dict[str, FakeQuant],
     traced: bool,
 ) -> None:
-    layer, spec = module.get_submodule(name), plan.choice.weight
+    layer, spec = module.get_submodule(name), plan.support.stored
     assert spec is not None
     source = quantizers[plan.site] if plan.site else None
     if traced:

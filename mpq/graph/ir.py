@@ -9,8 +9,8 @@ from typing import Literal
 from torch import Tensor, fx
 
 from mpq.errors import GraphError
-from mpq.layers import LayerInfo
-from mpq.policy import LayerChoice
+from mpq.layers import LayerChoice, LayerInfo
+from mpq.policy import Policy
 from mpq.spec import QuantSpec
 from mpq.target import Support
 
@@ -61,6 +61,7 @@ class QuantGraph:
         layers: quantizable layers in execution order, by module path.
         sites: quantizers by module path, filled by annotation.
         plans: what becomes of each layer, filled by annotation.
+        policy: what was asked, set by annotation; what is written of the graph takes it from here.
         islands: module paths of untraceable leaves, with the reason.
         stage: where in the pipeline the graph is; every pass states the stage it needs.
     """
@@ -70,6 +71,7 @@ class QuantGraph:
     layers: dict[str, LayerInfo] = field(default_factory=dict)
     sites: dict[str, Site] = field(default_factory=dict)
     plans: dict[str, LayerPlan] = field(default_factory=dict)
+    policy: Policy | None = None
     islands: dict[str, str] = field(default_factory=dict)
     stage: Stage = "traced"
 

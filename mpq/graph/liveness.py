@@ -20,7 +20,7 @@ from mpq.graph.kinds import kind_of
 from mpq.graph.shapes import shapes
 from mpq.layers import Moment
 from mpq.policy import Policy
-from mpq.target import get_target
+from mpq.target import MOVING_OPS
 
 IN_PLACE = frozenset({"relu", "relu6"})
 VIEWS = frozenset({"flatten", "identity", "slice", "split", "transpose"})
@@ -53,7 +53,7 @@ class _Liveness:
     def __init__(self, qg: QuantGraph) -> None:
         annotated = replace(qg, sites={}, plans={})
         annotate(annotated, Policy.uniform(GRID_BITS))
-        self.moving = get_target("onnxruntime-cpu").moving_ops | VIEWS
+        self.moving = MOVING_OPS | VIEWS
         self.sites = {site.node: site for site in annotated.sites.values()}
         modules = dict(qg.module.named_modules())
         self.nodes = [n for n in qg.module.graph.nodes if n.op != "output"]

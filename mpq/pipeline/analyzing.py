@@ -20,7 +20,7 @@ from mpq.analyze.validate import validate as measure_scores
 from mpq.errors import PolicyError, UsageError
 from mpq.graph.ir import QuantGraph
 from mpq.latency import LatencyProfile
-from mpq.layers import Widths
+from mpq.layers import LayerChoice, Widths
 from mpq.pipeline.analysis import Analysis, Choice
 from mpq.pipeline.dropping import DropMeter
 from mpq.pipeline.scoring import scores_of
@@ -308,5 +308,5 @@ def _pairs(bits: Sequence[int], act_bits: Sequence[int], target: Target) -> list
             f"activations only. Got {list(bits)} and {list(act_bits)}. Try --bits 8,4 --act-bits 8."
         )
     for pair in pairs:
-        target.support(*pair)
+        target.support(LayerChoice.at("any", *pair))
     return pairs

@@ -59,7 +59,6 @@ def export_run(
     result = to_onnx(
         found.graph,
         written,
-        policy=found.policy,
         images=held_out(found.subject, images, seed),
         allow_float_fallback=allow_float_fallback,
         int4_format=int4_format,

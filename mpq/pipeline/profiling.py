@@ -19,6 +19,7 @@ from torch import nn
 from mpq.data.cache import cache_folder
 from mpq.errors import PolicyError, UsageError
 from mpq.export import runtime
+from mpq.export.certify import certify
 from mpq.export.meta import from_metadata
 from mpq.export.profile import cpu_identity, measure, profile
 from mpq.graph.ir import QuantGraph
@@ -87,19 +88,18 @@ def profile_module(
 
 
 def check(found: LatencyProfile, file: Path) -> Check:
-    """Measure an exported file and hold the prediction for its policy against it.
+    """Measure an exported file and hold the prediction for it against that.
+
+    Which of its layers run as integers is read from what the runtime makes of it.
 
     Raises:
         UsageError: there is no such file.
         PolicyError: it carries no policy, or one of another network.
         ExportError: the runtime cannot load it.
     """
-    policy = from_metadata(runtime.metadata(runtime.session(file)), str(file))
-    if policy is None:
+    if from_metadata(runtime.metadata(runtime.session(file)), str(file)) is None:
         raise PolicyError(f"{file} must be a file of mpq, with its policy inside. It has none.")
-    choices = policy.resolve(list(found.layers))
-    widths = {name: (c.weight_bits, c.activation_bits) for name, c in choices.items()}
-    predicted = found.predict(widths)
+    predicted = found.predict({row.name: row.integer for row in certify(file).layers})
     (measured,) = measure([file], threads=found.threads, batch=found.batch)
     return Check(str(file), predicted, measured)
 

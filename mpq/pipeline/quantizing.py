@@ -37,12 +37,17 @@ VALIDATION_IMAGES = 500
 
 @dataclass(frozen=True)
 class Quantized:
-    """A quantized network: the prepared graph, its policy, and what was measured on the way."""
+    """A quantized network: the prepared graph with its policy, and what was measured on the way."""
 
     graph: QuantGraph
-    policy: Policy
     subject: Subject
     metrics: dict[str, Any]
+
+    @property
+    def policy(self) -> Policy:
+        """What was asked, as the graph has it."""
+        assert self.graph.policy is not None
+        return self.graph.policy
 
 
 def run_ptq(
@@ -71,7 +76,7 @@ def run_ptq(
     policy = make_dynamic(floats, policy) if settings.dynamic else policy
     policy = take_form(policy, settings.int16_form) if settings.int16_form else policy
     pairs = equalize(floats, images, policy, mode=settings.equalization)
-    graph = prepare(floats, policy)
+    graph = prepare(floats, settle(policy, subject))
     metrics: dict[str, Any] = {
         "stage": "ptq",
         "calibration": settings.method,
@@ -95,7 +100,7 @@ def run_ptq(
         memory_mb=settings.memory_mb,
         progress=run.progress,
     )
-    return Quantized(graph, settle(policy, subject), subject, metrics | validate(graph, subject))
+    return Quantized(graph, subject, metrics | validate(graph, subject))
 
 
 def run_qat(
@@ -122,7 +127,7 @@ def run_qat(
     check_teacher(plan.teacher, subject.info)
     recipe = plan.recipe
     images = subject.sample(policy.data.samples or 512, run.seed, "qat")
-    graph = prepare(subject.graph(), policy)
+    graph = prepare(subject.graph(), settle(policy, subject))
     if recipe.progressive_epochs:
         take_widths(graph.module, stage(graph.module, 0, recipe.progressive_epochs))
     quantize_graph(graph, images, progress=run.progress)
@@ -139,7 +144,7 @@ def run_qat(
         "validation_top1": result.top1,
         "teachers": [] if plan.teacher is None else list(plan.teacher.names),
     }
-    return Quantized(graph, settle(policy, subject), subject, metrics)
+    return Quantized(graph, subject, metrics)
 
 
 def validate(graph: QuantGraph, subject: Subject) -> dict[str, float | None]:
@@ -219,7 +224,7 @@ def load_quantized(path: Path, source: DataSource) -> Quantized:
             f"{path} does not fit {subject.info.arch}: {' '.join(str(error).split())[:300]}"
         ) from None
     graph.module.eval()
-    return Quantized(graph, policy, subject, content["metrics"])
+    return Quantized(graph, subject, content["metrics"])
 
 
 def _check_content(content: dict[str, Any], path: Path) -> None:

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from mpq.errors import UsageError
 from mpq.graph.fold_bn import scale_outputs
 from mpq.graph.ir import QuantGraph
-from mpq.policy import LayerChoice, Policy
+from mpq.layers import LayerChoice
+from mpq.policy import Policy
 from mpq.ptq.pairs import Link, links
 from mpq.quant.operation import LayerOp
 

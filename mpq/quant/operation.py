@@ -133,17 +133,6 @@ class LayerOp:
         )
         return subpixel.interleave(out, axes, x.shape[2:])
 
-    def no_integers(self) -> str:
-        """Why there is no integer form of the operation, or an empty string."""
-        if self.kind != "conv_transpose":
-            return ""
-        if self.groups > 1:
-            return "a transposed convolution in groups has no integer form (docs/speed.md)"
-        strided = any(s > 1 for s in self.stride)
-        if strided and any(d > 1 for d in self.dilation):
-            return "no integer kernel for a transposed convolution with both stride and dilation"
-        return ""
-
 
 def integer_bias(bias: Tensor, scale: Tensor) -> Tensor:
     """The int32 bias with scale `s_x * s_w` that integer kernels add to the accumulator."""
