@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from common import UNIFORM, accuracy_of, answers, setting, uniform
 
-from mpq.analyze import allocate, build_policy, score_layers
+from mpq.analyze import Scoring, Search, build_policy, score_layers
 from mpq.analyze.sensitivity import Sensitivity
 from mpq.data import Normalization, load_arrays
 from mpq.export import float_to_onnx, to_onnx
@@ -119,7 +119,7 @@ class Bench:
         constraints = Constraints(effective_bits=float(budget))
         if acts:  # without a price, an activation would never be narrow
             constraints = Constraints(effective_bits=float(budget), max_bops=self._bops(budget))
-        chosen = allocate(sensitivity, constraints)
+        chosen = Search(sensitivity).allocate(constraints)
         spent = {"score_s": scored - start, "solve_s": time.process_time() - scored}
         policy = build_policy(chosen, sensitivity, constraints=constraints, **named)
         return policy, {k: round(v, 3) for k, v in spent.items()}
@@ -134,7 +134,9 @@ class Bench:
         if key not in self.scores:
             images = self.subject.sample(self.options.samples, seed, "scoring")
             graph = self.subject.graph()
-            self.scores[key] = score_layers(graph, images, bits=bits, act_bits=acts, seed=seed)
+            self.scores[key] = score_layers(
+                graph, images, how=Scoring(bits=bits, act_bits=acts, seed=seed)
+            )
         return self.scores[key]
 
     def file(self, configuration: str, seed: int) -> tuple[Path, dict[str, Any]]:

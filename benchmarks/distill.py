@@ -27,7 +27,7 @@ import torch
 from common import UNIFORM, accuracy_of, answers, setting, uniform
 
 from mpq.allocator import keep_freed
-from mpq.analyze import allocate, build_policy, score_layers
+from mpq.analyze import Scoring, Search, build_policy, score_layers
 from mpq.checkpoint import save_model
 from mpq.cli.training import recipe_from
 from mpq.data import Normalization, load_arrays, sample_indices
@@ -58,8 +58,8 @@ def policy_for(configuration: str, subject: Subject) -> Policy:
     bits, budget = MIXED[configuration]
     constraints = Constraints(effective_bits=budget)
     images = subject.sample(512, 0, "scoring")
-    sensitivity = score_layers(subject.graph(), images, bits=bits)
-    chosen = allocate(sensitivity, constraints)
+    sensitivity = score_layers(subject.graph(), images, how=Scoring(bits=bits))
+    chosen = Search(sensitivity).allocate(constraints)
     return build_policy(chosen, sensitivity, constraints=constraints, **named)
 
 

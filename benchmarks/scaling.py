@@ -46,7 +46,7 @@ def scored(depth: int, widths: int, images: int, size: int, arch: str | None) ->
     import torch
 
     from mpq import zoo
-    from mpq.analyze import allocate, score_layers
+    from mpq.analyze import Scoring, Search, score_layers
     from mpq.graph.passes import to_float
     from mpq.policy import Constraints
     from mpq.zoo.resnet import cifar_resnet
@@ -57,10 +57,10 @@ def scored(depth: int, widths: int, images: int, size: int, arch: str | None) ->
     _normalize_by(net, batch[:16])
     graph = to_float(net.eval(), batch[:2])
     before, start, wall = peak_mb(), time.process_time(), time.perf_counter()
-    scores = score_layers(graph, batch, bits=WIDTHS[:widths])
+    scores = score_layers(graph, batch, how=Scoring(bits=WIDTHS[:widths]))
     spent = time.process_time() - start
     start = time.process_time()
-    allocate(scores, Constraints(effective_bits=4.8))
+    Search(scores).allocate(Constraints(effective_bits=4.8))
     return {
         "network": arch or f"resnet{depth}",
         "layers": len(graph.layers),
@@ -106,7 +106,7 @@ def made_up(layers: int, widths: int, seed: int = 0) -> Any:
 
 def searched(layers: int, widths: int) -> dict[str, Any]:
     """Search a made-up network under three constraints."""
-    from mpq.analyze import allocate, candidates, cost
+    from mpq.analyze import Search, candidates, cost
     from mpq.layers import Widths
     from mpq.policy import Constraints
     from mpq.target import ONNXRUNTIME_CPU
@@ -119,7 +119,7 @@ def searched(layers: int, widths: int) -> dict[str, Any]:
         max_bops=0.9 * cost.bitops(scores.layers, middle) / 1e9,
     )
     start, wall = time.process_time(), time.perf_counter()
-    found = allocate(scores, constraints, pairs=candidates(WIDTHS[:widths]))
+    found = Search(scores, widths=candidates(WIDTHS[:widths])).allocate(constraints)
     return {
         "layers": layers,
         "widths": widths,

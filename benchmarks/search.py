@@ -27,7 +27,7 @@ from common import HALF
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from mpq.analyze import allocate, candidates, score_layers
+from mpq.analyze import Scoring, Search, candidates, score_layers
 from mpq.analyze.cost import effective_bits
 from mpq.analyze.sensitivity import Sensitivity
 from mpq.data import Normalization
@@ -74,7 +74,7 @@ def rivals(scores: Sensitivity, budget: float, args: argparse.Namespace) -> dict
     """The policies of one budget, by name; the search's own first."""
     pairs, act = candidates(args.bits, (args.act_bits,)), args.act_bits
     largest = [i.name for i in sorted(scores.layers, key=lambda i: -i.params)]
-    found = allocate(scores, Constraints(effective_bits=budget), pairs=pairs)
+    found = Search(scores, widths=pairs).allocate(Constraints(effective_bits=budget))
     named = {"search": found.widths}
     named["size"] = filled(scores, args.bits, act, budget, largest)
     rng = random.Random(args.seed)
@@ -176,10 +176,7 @@ def main() -> None:
         graph,
         images,
         labels,
-        bits=args.bits,
-        act_bits=(args.act_bits,),
-        metric=args.metric,
-        rounding=args.rounding,
+        Scoring(tuple(args.bits), (args.act_bits,), args.metric, rounding=args.rounding),
     )
     print(f"scoring: {time.process_time() - start:.1f} s of CPU")
     judge = Judge(subject, graph, args)

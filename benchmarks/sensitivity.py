@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mpq.analyze import candidates, score_layers
+from mpq.analyze import Scoring, candidates, score_layers
 from mpq.analyze.cost import effective_bits
 from mpq.analyze.perturb import perturb
 from mpq.analyze.score import METRICS
@@ -76,11 +76,13 @@ def predictors(
         scores = score_layers(
             qg,
             *train,
-            bits=(16, 8, 4),
-            act_bits=(8, 4),
-            metric=metric,
-            seed=args.seed,
-            rounding=args.rounding,
+            how=Scoring(
+                bits=(16, 8, 4),
+                act_bits=(8, 4),
+                metric=metric,
+                seed=args.seed,
+                rounding=args.rounding,
+            ),
         )
         seconds[metric] = round(time.process_time() - start, 2)
         print(f"{metric}: {seconds[metric]:.2f} s of CPU", flush=True)

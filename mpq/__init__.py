@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from mpq.analyze import allocate, build_policy, pareto_front, score_layers
+    from mpq.analyze import Scoring, Search, build_policy, score_layers
     from mpq.graph.ir import QuantGraph
     from mpq.graph.norms import absorb_norms, attach_norms
     from mpq.graph.passes import freeze, prepare, to_float
@@ -32,16 +32,16 @@ _HOME = {
     "QuantSpec": "mpq.spec",
     "Recipe": "mpq.train.recipe",
     "Run": "mpq.rundir",
+    "Scoring": "mpq.analyze",
+    "Search": "mpq.analyze",
     "TrainingData": "mpq.train.plan",
     "TrainingPlan": "mpq.train.plan",
     "absorb_norms": "mpq.graph.norms",
-    "allocate": "mpq.analyze",
     "attach_norms": "mpq.graph.norms",
     "build_policy": "mpq.analyze",
     "calibrate": "mpq.ptq",
     "fit": "mpq.train.loop",
     "freeze": "mpq.graph.passes",
-    "pareto_front": "mpq.analyze",
     "prepare": "mpq.graph.passes",
     "quantize_graph": "mpq.ptq",
     "score_layers": "mpq.analyze",
@@ -55,16 +55,16 @@ __all__ = [
     "QuantSpec",
     "Recipe",
     "Run",
+    "Scoring",
+    "Search",
     "TrainingData",
     "TrainingPlan",
     "absorb_norms",
-    "allocate",
     "attach_norms",
     "build_policy",
     "calibrate",
     "fit",
     "freeze",
-    "pareto_front",
     "prepare",
     "quantize_graph",
     "score_layers",

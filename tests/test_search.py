@@ -6,17 +6,8 @@ import random
 
 import pytest
 
-from mpq.analyze import (
-    allocate,
-    build_policy,
-    candidates,
-    cost,
-    least_cost,
-    limit_range,
-    locked_widths,
-    pareto_front,
-)
-from mpq.analyze.search import Allocation
+from mpq.analyze import Search, build_policy, candidates, cost, locked_widths
+from mpq.analyze.cost import Allocation
 from mpq.analyze.sensitivity import Row, Sensitivity, by_name
 from mpq.errors import InfeasibleError, PolicyError, UsageError
 from mpq.latency import LatencyProfile, LayerLatency
@@ -102,7 +93,7 @@ def test_allocate_finds_what_brute_force_finds(
         max_bops=(None, cost.bitops(s.layers, uniform) / 1.5e9)[seed % 2],
     )
     expected = brute_force(s, constraints, pairs)
-    found = allocate(s, constraints, target=TARGET, pairs=pairs)
+    found = Search(s, widths=pairs).allocate(constraints)
     assert found.objective == pytest.approx(expected, rel=1e-9)
     assert meets(s, found.widths, constraints)
     assert found.objective == pytest.approx(s.predict(found.widths), rel=1e-12)
@@ -115,8 +106,8 @@ def test_peaks_and_times_bind_as_brute_force_says(
     seed: int, groups: tuple[tuple[str, ...], ...]
 ) -> None:
     s, profile, pairs = problem(seed, groups=groups), times(0), candidates((16, 8, 4), (8, 4))
-    low, high = limit_range(s, Constraints(), "max_activation_mb", pairs=pairs)
-    fast, slow = limit_range(s, Constraints(), "max_latency_ms", pairs=pairs, profile=profile)
+    low, high = Search(s, widths=pairs).range(Constraints(), "max_activation_mb")
+    fast, slow = Search(s, widths=pairs, profile=profile).range(Constraints(), "max_latency_ms")
     constraints = Constraints(
         effective_bits=(7.0, None)[seed % 2],
         max_activation_mb=low + (0.2, 0.05, 0.4, 1.0)[seed] * (high - low),
@@ -124,7 +115,7 @@ def test_peaks_and_times_bind_as_brute_force_says(
     )
     expected = brute_force(s, constraints, pairs)
     assert expected is not None
-    found = allocate(s, constraints, pairs=pairs, profile=profile)
+    found = Search(s, widths=pairs, profile=profile).allocate(constraints)
     assert meets(s, found.widths, constraints)
     assert found.objective == pytest.approx(expected, rel=1e-9)
     assert found.activation_bytes == cost.activation_bytes(s.moments, found.widths)
@@ -136,12 +127,12 @@ def test_ranges_are_what_brute_force_finds() -> None:
     names = [info.name for info in s.layers]
     every = [dict(zip(names, choice, strict=True)) for choice in itertools.product(pairs, repeat=4)]
     peaks = [cost.activation_bytes(s.moments, w) / 1e6 for w in every]
-    assert limit_range(s, Constraints(), "max_activation_mb", pairs=pairs) == (
+    assert Search(s, widths=pairs).range(Constraints(), "max_activation_mb") == (
         min(peaks),
         max(peaks),
     )
     spent = [profile.predict(TARGET.integers(s.layers, w)) for w in every]
-    found = limit_range(s, Constraints(), "max_latency_ms", pairs=pairs, profile=profile)
+    found = Search(s, widths=pairs, profile=profile).range(Constraints(), "max_latency_ms")
     assert found == pytest.approx((min(spent), max(spent)), rel=1e-12)
 
 
@@ -156,26 +147,26 @@ def test_ranges_are_what_brute_force_finds() -> None:
 )
 def test_every_kind_of_budget_tells_its_range(constraints: Constraints, told: str) -> None:
     with pytest.raises(InfeasibleError, match=told):
-        allocate(problem(0), constraints, profile=times(0))
+        Search(problem(0), profile=times(0)).allocate(constraints)
 
 
 def test_a_budget_without_its_basis_says_what_is_missing() -> None:
     with pytest.raises(PolicyError, match="max_latency_ms needs measured times: `mpq profile"):
-        allocate(problem(0), Constraints(max_latency_ms=1))
+        Search(problem(0)).allocate(Constraints(max_latency_ms=1))
     old = dataclasses.replace(problem(0), moments=())
     with pytest.raises(PolicyError, match="max_activation_mb needs the activations"):
-        allocate(old, Constraints(max_activation_mb=1))
+        Search(old).allocate(Constraints(max_activation_mb=1))
     with pytest.raises(UsageError, match="max_drop must be measured on images"):
-        allocate(problem(0), Constraints(max_drop=0.5))
+        Search(problem(0)).allocate(Constraints(max_drop=0.5))
     with pytest.raises(UsageError, match=r"limit must be one of .*did you mean max_bops"):
-        limit_range(problem(0), Constraints(), "max_bop")
+        Search(problem(0)).range(Constraints(), "max_bop")
 
 
 def test_a_large_search_is_exact() -> None:
     """Many layers: a core of the variables proves the optimum."""
     s, pairs = problem(9, 150), candidates((16, 8, 4), (8, 4))
     constraints = Constraints(effective_bits=5.0, max_bops=1.5)
-    found = allocate(s, constraints, pairs=pairs)
+    found = Search(s, widths=pairs).allocate(constraints)
     assert (found.status, found.gap) == ("optimal", 0.0)
     assert meets(s, found.widths, constraints)
     # No single step up is affordable and better, and no exchange of two layers is either.
@@ -186,7 +177,7 @@ def test_a_large_search_is_exact() -> None:
             assert pair == other or worse or not meets(s, changed, constraints)
 
 
-def test_least_cost_halves_its_way_to_the_accuracy() -> None:
+def test_the_least_cost_is_found_by_halves() -> None:
     s, pairs = problem(5), candidates((8, 4))
     measured = []
 
@@ -194,35 +185,31 @@ def test_least_cost_halves_its_way_to_the_accuracy() -> None:
         measured.append(allocation.effective_bits)
         return 8 - allocation.effective_bits  # a point for each bit
 
-    found = least_cost(
-        lambda b: allocate(s, Constraints(effective_bits=b), pairs=pairs),
-        (4.0, 8.0),
-        measure,
-        max_drop=2.0,
-    )
+    search = Search(s, widths=pairs)
+    found = search.least(Constraints(max_drop=2.0), measure)
     best = found[0]
     assert best.drop <= 2.0
     assert best.allocation.effective_bits == min(b for b in measured if b >= 6.0)
     assert len(measured) == len(set(measured)) == len(found)
     with pytest.raises(InfeasibleError, match="max_drop must be at least 3, which"):
-        least_cost(
-            lambda b: allocate(s, Constraints(effective_bits=b), pairs=pairs),
-            (4.0, 8.0),
-            lambda allocation: 3.0,
-            max_drop=2.0,
-        )
+        search.least(Constraints(max_drop=2.0), lambda allocation: 3.0)
+    with pytest.raises(UsageError, match="least needs the max_drop"):
+        search.least(Constraints(), measure)
+    measured.clear()
+    search.least(Constraints(max_drop=2.0, effective_bits=7.0), measure)
+    assert max(measured) <= 7.0
 
 
 @pytest.mark.parametrize("scale", [1e-14, 1e9])
 def test_the_unit_of_the_scores_does_not_matter(scale: float) -> None:
     constraints = Constraints(effective_bits=5.5)
-    small = allocate(problem(3, scale=scale), constraints, target=TARGET)
-    assert small.widths == allocate(problem(3), constraints, target=TARGET).widths
+    small = Search(problem(3, scale=scale)).allocate(constraints)
+    assert small.widths == Search(problem(3)).allocate(constraints).widths
 
 
 def test_allocation_reports_what_its_widths_cost() -> None:
     s = problem(1)
-    found = allocate(s, Constraints(effective_bits=5.5), target=TARGET)
+    found = Search(s).allocate(Constraints(effective_bits=5.5))
     assert found.effective_bits == cost.effective_bits(s.layers, found.widths)
     assert found.bytes == cost.predicted_bytes(s.layers, found.widths, TARGET)
     assert found.weight_bytes == cost.weight_bytes(s.layers, found.widths)
@@ -246,47 +233,43 @@ def test_costs_of_a_hand_made_pair() -> None:
 
 def test_a_budget_at_the_very_edge_is_met() -> None:
     s = problem(0)
-    found = allocate(s, Constraints(effective_bits=4.0), target=TARGET)
+    found = Search(s).allocate(Constraints(effective_bits=4.0))
     assert {pair[0] for pair in found.widths.values()} == {4}
 
 
 def test_a_budget_is_never_exceeded_by_the_tolerance_of_the_solver() -> None:
     s = problem(2)
-    best = allocate(s, Constraints(effective_bits=5.0), target=TARGET)
+    best = Search(s).allocate(Constraints(effective_bits=5.0))
     # Less than what the solver can tell apart, but less.
     budget = best.effective_bits * (1 - 1e-9)
-    found = allocate(s, Constraints(effective_bits=budget), target=TARGET)
+    found = Search(s).allocate(Constraints(effective_bits=budget))
     assert found.effective_bits <= budget
     assert found.objective > best.objective
 
 
 def test_no_budget_takes_the_widest() -> None:
-    found = allocate(problem(0), Constraints(), target=TARGET)
+    found = Search(problem(0)).allocate(Constraints())
     assert set(found.widths.values()) == {(16, 16)}
 
 
 def test_an_infeasible_budget_names_the_achievable_range() -> None:
     pairs = candidates((8, 4))
     with pytest.raises(InfeasibleError, match=r"effective_bits must be in 4\.\.8, got 3\.5"):
-        allocate(problem(0), Constraints(effective_bits=3.5), target=TARGET, pairs=pairs)
+        Search(problem(0), widths=pairs).allocate(Constraints(effective_bits=3.5))
 
 
 def test_budgets_that_exclude_each_other_are_told_apart() -> None:
     s, pairs = problem(0), candidates((8, 4))
     constraints = Constraints(effective_bits=4.5, max_size_mb=1e-4)
     with pytest.raises(InfeasibleError, match=r"max_size_mb must be in .* \(with effective_bits"):
-        allocate(s, constraints, target=TARGET, pairs=pairs)
+        Search(s, widths=pairs).allocate(constraints)
 
 
 def test_locked_layers_keep_their_widths_and_count() -> None:
     s = problem(4)
-    found = allocate(
-        s,
-        Constraints(effective_bits=13),
-        target=TARGET,
-        pairs=candidates((8, 4)),
-        locked={"l2": (None, None), "l3": (2, 8)},
-    )
+    found = Search(
+        s, widths=candidates((8, 4)), locked={"l2": (None, None), "l3": (2, 8)}
+    ).allocate(Constraints(effective_bits=13))
     assert found.widths["l2"] == (None, None)
     assert found.widths["l3"] == (2, 8)
     assert found.effective_bits == cost.effective_bits(s.layers, found.widths) <= 13
@@ -294,19 +277,19 @@ def test_locked_layers_keep_their_widths_and_count() -> None:
 
 def test_a_lock_on_an_unknown_layer_is_refused() -> None:
     with pytest.raises(PolicyError, match=r"one of the network's\. Got 'l9'"):
-        allocate(problem(0), Constraints(), target=TARGET, locked={"l9": (8, 8)})
+        Search(problem(0), locked={"l9": (8, 8)}).allocate(Constraints())
 
 
 def test_locks_that_contradict_a_group_are_refused() -> None:
     s = problem(0, groups=(("l0", "l1"),))
     locked = {"l0": (8, 8), "l1": (8, 4)}
     with pytest.raises(InfeasibleError, match="must agree on its activation width"):
-        allocate(s, Constraints(), target=TARGET, locked=locked)
+        Search(s, locked=locked).allocate(Constraints())
 
 
 def test_a_width_that_was_not_scored_is_refused() -> None:
     with pytest.raises(PolicyError, match=r"scored at \[16, 8, 4\] only"):
-        allocate(problem(0), Constraints(), target=TARGET, pairs=[(6, 8)])
+        Search(problem(0), widths=[(6, 8)]).allocate(Constraints())
 
 
 def test_sixteen_bits_come_as_a_pair() -> None:
@@ -316,8 +299,8 @@ def test_sixteen_bits_come_as_a_pair() -> None:
 
 def test_pareto_front_rises_and_has_no_dominated_point() -> None:
     s, pairs = problem(5), candidates((8, 4))
-    chosen = allocate(s, Constraints(effective_bits=4.8), target=TARGET, pairs=pairs)
-    front = pareto_front(s, Constraints(), target=TARGET, pairs=pairs, also=[chosen])
+    chosen = Search(s, widths=pairs).allocate(Constraints(effective_bits=4.8))
+    front = Search(s, widths=pairs).front(Constraints(), also=[chosen])
     bits = [a.effective_bits for a in front]
     losses = [a.objective for a in front]
     assert bits == sorted(set(bits))
@@ -329,21 +312,21 @@ def test_pareto_front_rises_and_has_no_dominated_point() -> None:
 def test_pareto_front_keeps_the_other_budgets() -> None:
     s, pairs = problem(5), candidates((8, 4))
     half = Constraints(max_size_mb=0.8 * front_bytes(s, pairs) / 1e6)
-    front = pareto_front(s, half, target=TARGET, pairs=pairs)
+    front = Search(s, widths=pairs).front(half)
     assert front
     assert all(a.bytes <= half.max_size_mb * 1e6 for a in front)
 
 
 def test_a_front_may_be_over_another_limit() -> None:
     s, pairs = problem(5), candidates((8, 4), (8, 4))
-    front = pareto_front(s, Constraints(), pairs=pairs, sweep="max_bops")
+    front = Search(s, widths=pairs).front(Constraints(), sweep="max_bops")
     bops = [a.bitops for a in front]
     assert bops == sorted(bops)
     assert bops[0] == cost.bitops(s.layers, {info.name: (4, 4) for info in s.layers})
 
 
 def front_bytes(s: Sensitivity, pairs: list[Widths]) -> int:
-    return max(a.bytes for a in pareto_front(s, Constraints(), target=TARGET, pairs=pairs))
+    return max(a.bytes for a in Search(s, widths=pairs).front(Constraints()))
 
 
 def policy_of(
@@ -363,7 +346,7 @@ def policy_of(
 def test_the_policy_resolves_to_the_allocation() -> None:
     s, constraints = problem(6, groups=(("l1", "l2"),)), Constraints(effective_bits=6)
     pairs = candidates((16, 8, 4), (8, 4))
-    found = allocate(s, constraints, target=TARGET, pairs=pairs)
+    found = Search(s, widths=pairs).allocate(constraints)
     policy = policy_of(s, found, constraints)
     again = Policy.from_yaml(policy.to_yaml())
     assert again == policy
@@ -393,7 +376,7 @@ def test_locked_entries_of_a_base_policy_survive(cpu: str) -> None:
     locked = locked_widths(base, by_name(s.layers))
     assert locked == {"l0": (8, 8), "l1": (8, 4), "l5": (None, None)}
     loose = constraints.replace(effective_bits=20)
-    found = allocate(s, loose, target=TARGET, pairs=candidates((4,)), locked=locked)
+    found = Search(s, widths=candidates((4,)), locked=locked).allocate(loose)
     policy = policy_of(s, found, loose, base)
     assert locked_widths(policy, by_name(s.layers)) == locked
     assert {entry.reason for entry in policy.layers if entry.name in ("l0", "l1")} == {"by hand"}
@@ -405,7 +388,7 @@ def test_reasons_tell_of_the_input_where_there_was_a_choice() -> None:
     s, pairs = problem(6), candidates((8,), (8, 4))
     names = [info.name for info in s.layers]
     limit = cost.bitops(s.layers, dict.fromkeys(names, (8, 4))) * 1.4 / 1e9
-    found = allocate(s, Constraints(max_bops=limit), pairs=pairs)
+    found = Search(s, widths=pairs).allocate(Constraints(max_bops=limit))
     s = dataclasses.replace(s, rows=tuple(r for r in s.rows if r.bits != 16))
     evidence = policy_of(s, found, Constraints(max_bops=limit)).evidence
     for name, (_, act) in found.widths.items():
@@ -420,6 +403,6 @@ def test_reasons_name_the_layer_that_loses_most() -> None:
     ]
     s = dataclasses.replace(s, rows=tuple(rows))
     constraints = Constraints(effective_bits=9)
-    found = allocate(s, constraints, target=TARGET, pairs=candidates((8, 4)))
+    found = Search(s, widths=candidates((8, 4))).allocate(constraints)
     policy = policy_of(s, found, constraints)
     assert policy.evidence["l3"]["reason"].startswith("most loss per byte saved")

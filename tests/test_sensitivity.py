@@ -12,10 +12,11 @@ import torch
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 
-from mpq.analyze import Sensitivity, score_layers
+from mpq.analyze import Scoring, Sensitivity, score_layers
+from mpq.analyze.batches import Batches
 from mpq.analyze.fisher import TEMPERATURE, _direction, fisher_terms
 from mpq.analyze.perturb import Column, Perturbations, perturb
-from mpq.analyze.score import METRICS, Scoring
+from mpq.analyze.score import METRICS
 from mpq.checkpoint import load_model, weights_hash
 from mpq.data import Normalization, open_data, sample_indices
 from mpq.errors import DataError, GraphError, PolicyError, UsageError
@@ -170,7 +171,7 @@ def test_block_terms_are_inner_products_with_the_gradient_of_each_image(
 ) -> None:
     candidates = perturb(graph, images, weight_bits=(8, 4), activation_bits=())
     columns: list[Column] = [(n, "weight", b) for n in LAYERS for b in (8, 4)]
-    terms = fisher_terms(candidates, columns, images, seed=3)
+    terms = fisher_terms(candidates, columns, Batches(images), seed=3)
     logits = graph.module(images)
     v = _direction(logits.detach(), TEMPERATURE, torch.Generator().manual_seed(3))
     for i in range(3):
@@ -202,7 +203,7 @@ def test_the_block_form_is_the_divergence_of_a_small_change() -> None:
     graph = to_float(head_only(head), images[:2])
     candidates = perturb(graph, images, weight_bits=(5,), activation_bits=())
     column: list[Column] = [("head", "weight", 5)]
-    terms = fisher_terms(candidates, column, images, temperature=1.0, batch=500)
+    terms = fisher_terms(candidates, column, Batches(images, size=500), temperature=1.0)
     before = head(images).detach().log_softmax(1)
     noisy = torch.nn.functional.linear(
         images, head.weight + candidates.weights["head", 5], head.bias
@@ -226,23 +227,24 @@ def head_only(head: nn.Linear) -> nn.Module:
 
 
 def test_a_tensor_with_two_readers_is_counted_once(graph: QuantGraph, images: Tensor) -> None:
-    found = score_layers(graph, images, act_bits=(8, 4))
+    found = score_layers(graph, images, how=Scoring(act_bits=(8, 4)))
     assert found.groups == (("deep", "side"),)
     deep, side = (found.score(n, "activation", 4) for n in ("deep", "side"))
     assert deep == side > 0
     candidates = perturb(graph, images, weight_bits=(8,), activation_bits=(4,))
     column: list[Column] = [("deep", "activation", 4)]
-    terms = fisher_terms(candidates, column, images)
+    terms = fisher_terms(candidates, column, Batches(images))
     whole = float(terms.scores()[0])
     assert deep + side == pytest.approx(whole, rel=1e-6)
 
 
 def test_a_transposed_convolution_in_groups_reads_floats(graph: QuantGraph, images: Tensor) -> None:
-    assert score_layers(graph, images, act_bits=(4,)).score("up", "activation", 4) > 0.0
+    how = Scoring(act_bits=(4,))
+    assert score_layers(graph, images, how=how).score("up", "activation", 4) > 0.0
     with torch.random.fork_rng():
         torch.manual_seed(0)
         grouped = to_float(Net(up_groups=2).eval(), images)
-    assert score_layers(grouped, images, act_bits=(4,)).score("up", "activation", 4) == 0.0
+    assert score_layers(grouped, images, how=how).score("up", "activation", 4) == 0.0
 
 
 # -- analyze -----------------------------------------------------------------------------------
@@ -254,10 +256,10 @@ def test_every_metric_scores_every_candidate(
 ) -> None:
     before = weights_hash(graph.module.state_dict())
     seen: list[tuple[int, int]] = []
+    how = Scoring(bits=(16, 8, 4, 2), act_bits=(8, 4), metric=metric, batch=10)  # type: ignore[arg-type]
     found = score_layers(
-        graph, images, LABELS, bits=(16, 8, 4, 2), act_bits=(8, 4), metric=metric,  # type: ignore[arg-type]
-        batch=10, progress=lambda done, total: seen.append((done, total)),
-    )  # fmt: skip
+        graph, images, LABELS, how, progress=lambda done, total: seen.append((done, total))
+    )
     assert [info.name for info in found.layers] == LAYERS
     assert len(found.rows) == len(LAYERS) * (4 + 3)
     for name in LAYERS:
@@ -275,9 +277,9 @@ def test_every_metric_scores_every_candidate(
 
 
 def test_scores_repeat_with_the_seed_and_differ_without(graph: QuantGraph, images: Tensor) -> None:
-    first, again = score_layers(graph, images, seed=4), score_layers(graph, images, seed=4)
+    first, again = (score_layers(graph, images, how=Scoring(seed=4)) for _ in range(2))
     assert first == again
-    other = score_layers(graph, images, seed=5)
+    other = score_layers(graph, images, how=Scoring(seed=5))
     assert other.rows != first.rows
     assert other.key != first.key
 
@@ -285,7 +287,9 @@ def test_scores_repeat_with_the_seed_and_differ_without(graph: QuantGraph, image
 def test_one_at_a_time_is_the_true_divergence(
     net: nn.Module, graph: QuantGraph, images: Tensor
 ) -> None:
-    found = score_layers(graph, images, bits=(3,), metric="kl", batch=9, rounding="nearest")
+    found = score_layers(
+        graph, images, how=Scoring(bits=(3,), metric="kl", batch=9, rounding="nearest")
+    )
     reference = net(images).detach().log_softmax(1)
     for name in LAYERS:
         changed = graph.copy()
@@ -304,7 +308,7 @@ def test_the_loss_of_one_candidate_is_the_true_increase(
     net: nn.Module, graph: QuantGraph, images: Tensor
 ) -> None:
     found = score_layers(
-        graph, images, LABELS, bits=(2,), metric="loss", batch=9, rounding="nearest"
+        graph, images, LABELS, Scoring(bits=(2,), metric="loss", batch=9, rounding="nearest")
     )
     cross_entropy = torch.nn.functional.cross_entropy
     for name in LAYERS:
@@ -336,11 +340,11 @@ def test_traces_are_those_of_a_quadratic_model() -> None:
     squared = images.square().sum(1)
     trace = float(((p - p.square()).sum(1) * squared).mean())
     noise = perturb(graph, images, weight_bits=(3,), activation_bits=()).weights["head", 3]
-    found = score_layers(graph, images, labels, bits=(3,), metric="hawq")
+    found = score_layers(graph, images, labels, Scoring(bits=(3,), metric="hawq"))
     expected = trace / 24 * float(noise.square().sum())
     assert found.score("head", "weight", 3) == pytest.approx(expected, rel=0.15)
 
-    fit = score_layers(graph, images, labels, bits=(3,), metric="fit", batch=16)
+    fit = score_layers(graph, images, labels, Scoring(bits=(3,), metric="fit", batch=16))
     y = torch.nn.functional.one_hot(labels, 4)
     grads = torch.stack(
         [
@@ -359,27 +363,20 @@ def test_an_interrupted_scoring_goes_on(
 ) -> None:
     monkeypatch.setattr("mpq.analyze.batches.SAVE_SECONDS", 0.0)
     partial = tmp_path / "cache" / "key.part.npz"
-    whole = score_layers(graph, images, metric=metric, batch=6)  # type: ignore[arg-type]
+    how = Scoring(metric=metric, batch=6)  # type: ignore[arg-type]
+    whole = score_layers(graph, images, how=how)
 
     def stop(done: int, total: int) -> None:
         if done > total // 2:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        score_layers(
-            graph,
-            images,
-            metric=metric,
-            batch=6,
-            partial=partial,
-            progress=stop,  # type: ignore[arg-type]
-        )
+        score_layers(graph, images, how=how, partial=partial, progress=stop)
     assert len(list(partial.parent.iterdir())) == 1
     seen: list[int] = []
     again = score_layers(
-        graph, images, metric=metric, batch=6, partial=partial,  # type: ignore[arg-type]
-        progress=lambda done, total: seen.append(done),
-    )  # fmt: skip
+        graph, images, how=how, partial=partial, progress=lambda done, total: seen.append(done)
+    )
     assert again == whole
     assert seen[0] > seen[-1] // 3  # it did not begin anew
     assert not list(partial.parent.iterdir())
@@ -390,7 +387,7 @@ import sys, torch
 sys.path.insert(0, {tests!r})
 torch.set_num_threads(1)
 from test_sensitivity import Net
-from mpq.analyze import score_layers
+from mpq.analyze import Scoring, score_layers
 from mpq.processes import ranks_of
 from mpq.graph.passes import to_float
 given = torch.load({folder!r} + "/in.pt")
@@ -398,7 +395,7 @@ net = Net().eval()
 net.load_state_dict(given["state"])
 graph, seen = to_float(net, given["images"][:2]), []
 progress = lambda done, total: seen.append(total)
-found = score_layers(graph, given["images"], batch=7, progress=progress)
+found = score_layers(graph, given["images"], how=Scoring(batch=7), progress=progress)
 torch.save((found.to_json(), seen), {folder!r} + "/out%d.pt" % ranks_of()[0])
 """
 
@@ -407,7 +404,7 @@ def test_two_processes_score_as_one(
     net: nn.Module, graph: QuantGraph, images: Tensor, tmp_path: Path
 ) -> None:
     """As `torchrun` and, with several devices or hosts, `accelerate launch` start them."""
-    whole = score_layers(graph, images, metric="fisher", batch=7)
+    whole = score_layers(graph, images, how=Scoring(metric="fisher", batch=7))
     torch.save({"state": net.state_dict(), "images": images}, tmp_path / "in.pt")
     program = tmp_path / "part.py"
     program.write_text(TWO.format(tests=str(Path(__file__).parent), folder=str(tmp_path)))
@@ -422,9 +419,9 @@ def test_two_processes_score_as_one(
 
 def test_labels_are_asked_for(graph: QuantGraph, images: Tensor) -> None:
     with pytest.raises(DataError, match="metric loss needs the label of every image"):
-        score_layers(graph, images, metric="loss")
+        score_layers(graph, images, how=Scoring(metric="loss"))
     with pytest.raises(DataError, match="Got 3 for 24 images"):
-        score_layers(graph, images, LABELS[:3], metric="fit")
+        score_layers(graph, images, LABELS[:3], Scoring(metric="fit"))
 
 
 def test_layers_inside_an_untraceable_module_are_scored(images: Tensor) -> None:
@@ -439,13 +436,13 @@ def test_layers_inside_an_untraceable_module_are_scored(images: Tensor) -> None:
 
     graph = to_float(Whole().eval(), images[:2])
     for metric in ("fisher", "kl"):
-        found = score_layers(graph, images, act_bits=(8, 4), metric=metric)  # type: ignore[arg-type]
+        found = score_layers(graph, images, how=Scoring(act_bits=(8, 4), metric=metric))  # type: ignore[arg-type]
         assert found.score("inner.conv", "weight", 4) > 0
         assert found.score("inner.conv", "activation", 4) > 0
 
 
 def test_weights_alone_can_be_scored_without_images(graph: QuantGraph) -> None:
-    found = score_layers(graph, None, metric="sqnr")
+    found = score_layers(graph, None, how=Scoring(metric="sqnr"))
     assert found.samples == 0
     row = next(r for r in found.rows if (r.layer, r.part, r.bits) == ("head", "weight", 4))
     assert row.sqnr is not None
@@ -462,13 +459,13 @@ def test_images_are_asked_for(graph: QuantGraph) -> None:
 
 def test_an_unknown_metric_names_the_nearest(graph: QuantGraph, images: Tensor) -> None:
     with pytest.raises(UsageError, match="did you mean fisher"):
-        score_layers(graph, images, metric="fischer")  # type: ignore[arg-type]
+        score_layers(graph, images, how=Scoring(metric="fischer"))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("bits", [(), (8, 7)])
 def test_widths_must_exist(bits: tuple[int, ...], graph: QuantGraph, images: Tensor) -> None:
     with pytest.raises(UsageError, match="weight widths must be some of 16 8 6"):
-        score_layers(graph, images, bits=bits)
+        score_layers(graph, images, how=Scoring(bits=bits))
 
 
 @pytest.mark.parametrize("metric", ["fisher", "kl"])
@@ -480,7 +477,7 @@ def test_infinity_names_the_layer_where_it_begins(
     with torch.no_grad():
         graph.module.get_submodule("stem").weight.mul_(100)  # type: ignore[operator]
     with pytest.raises(DataError, match="output or input of layer stem must be finite"):
-        score_layers(graph, images, metric=metric, batch=8)  # type: ignore[arg-type]
+        score_layers(graph, images, how=Scoring(metric=metric, batch=8))  # type: ignore[arg-type]
 
 
 def test_weights_that_are_not_finite_name_the_layer(graph: QuantGraph, images: Tensor) -> None:
@@ -500,7 +497,7 @@ def test_outputs_that_are_not_logits_are_refused(images: Tensor) -> None:
 
 
 def test_json_gives_back_what_was_written(graph: QuantGraph, images: Tensor) -> None:
-    found = score_layers(graph, images, bits=(16, 4))
+    found = score_layers(graph, images, how=Scoring(bits=(16, 4)))
     text = json.dumps({**found.to_json(), "front": [], "chosen": {}}, allow_nan=False)
     assert Sensitivity.from_json(text) == found
 

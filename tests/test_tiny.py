@@ -35,7 +35,9 @@ def test_the_whole_product(tmp_path: Path) -> None:
     assert torch.allclose(graph.module(images), net(images), atol=1e-4)
 
     scores = mpq.score_layers(graph, images)
-    policy = mpq.build_policy(mpq.allocate(scores, mpq.Constraints(effective_bits=6)), scores)
+    policy = mpq.build_policy(
+        mpq.Search(scores).allocate(mpq.Constraints(effective_bits=6)), scores
+    )
     assert mpq.Policy.from_yaml(policy.to_yaml()) == policy
     widths = {c.weight_bits for c in policy.resolve(list(graph.layers)).values()}
     assert widths == {8, 4}

@@ -7,7 +7,7 @@ import torch
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 
-from mpq.analyze import score_layers
+from mpq.analyze import Scoring, score_layers
 from mpq.analyze.perturb import perturb
 from mpq.analyze.validate import Simulator, random_widths, spearman, validate
 from mpq.checkpoint import weights_hash
@@ -47,7 +47,7 @@ FLOAT = {"stem": (None, None), "block.a": (None, None), "block.b": (None, None)}
 
 
 def test_one_layer_alone_costs_its_kl(graph: QuantGraph, images: Tensor) -> None:
-    scores = score_layers(graph, images, bits=(8, 3), act_bits=(4,), metric="kl")
+    scores = score_layers(graph, images, how=Scoring(bits=(8, 3), act_bits=(4,), metric="kl"))
     simulator = Simulator(
         perturb(graph, images, weight_bits=(3,), activation_bits=(4,)), images, None
     )
@@ -81,13 +81,12 @@ def test_the_labels_are_measured_too(graph: QuantGraph, images: Tensor) -> None:
 
 def test_a_validation_ranks_random_policies(graph: QuantGraph, images: Tensor) -> None:
     before = weights_hash(graph.module.state_dict())
-    scores = score_layers(graph, images[:24], bits=(8, 4), act_bits=(8, 4))
+    scores = score_layers(graph, images[:24], how=Scoring(bits=(8, 4), act_bits=(8, 4)))
     pairs = [(8, 8), (4, 8), (8, 4), (4, 4)]
     seen: list[tuple[int, int]] = []
-    found = validate(
-        graph, scores, pairs, scored=images[:24], images=images[24:], labels=None, count=20,
-        progress=lambda done, total: seen.append((done, total)),
-    )  # fmt: skip
+    noise = perturb(graph, images[:24], weight_bits=(8, 4), activation_bits=(8, 4))
+    simulator, tell = Simulator(noise, images[24:], None), lambda *done: seen.append(done)
+    found = validate(simulator, scores, pairs, count=20, progress=tell)
     assert len(found.truths) == 20
     assert seen[-1] == (20, 20)
     assert found.rho > 0.5
@@ -101,7 +100,7 @@ def test_a_validation_ranks_random_policies(graph: QuantGraph, images: Tensor) -
 
 
 def test_random_policies_differ_and_respect_groups(graph: QuantGraph, images: Tensor) -> None:
-    scores = score_layers(graph, images, act_bits=(8, 4))
+    scores = score_layers(graph, images, how=Scoring(act_bits=(8, 4)))
     assert scores.groups == (("block.a", "block.b"),)
     drawn = random_widths(scores, [(8, 8), (4, 8), (8, 4), (4, 4)], count=40, seed=3)
     assert len({tuple(w.items()) for w in drawn}) == len(drawn) == 40

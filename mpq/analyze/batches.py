@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -35,59 +35,65 @@ class Batch:
         index: number of the batch; random draws depend on it and on the seed alone.
         images: `[n, C, H, W]`.
         labels: `[n]`, where there are any.
-        tick: to be called after each step of work, as often as `over_batches` was told.
+        tick: to be called after each step of work, as often as `Batches.rows` was told.
     """
 
     index: int
     images: Tensor
     labels: Tensor | None
-    tick: Callable[[], None] = field(default=lambda: None)
+    tick: Callable[[], None]
 
 
-def over_batches(
-    measure: Callable[[Batch], Rows],
-    images: Tensor,
-    labels: Tensor | None,
-    *,
-    batch: int,
-    ticks: int = 1,
-    partial: Path | None = None,
-    progress: Progress | None = None,
-) -> Rows:
-    """The rows of all images, `[N, columns]` float64.
+@dataclass(frozen=True)
+class Batches:
+    """Images to go through, some at a time.
 
     Args:
-        measure: rows `[n, columns]` of a batch.
-        images: `[N, C, H, W]`.
+        images: `[N, C, H, W]`, normalised.
         labels: `[N]` or None.
-        batch: images at a time.
-        ticks: how often `measure` calls `tick`.
+        size: images at a time; bounds the memory.
         partial: where to keep what is done, to go on from there after an interruption; the name
             must say what is measured (a key), and the file goes when all is done.
         progress: told (done, total) of this process's share.
     """
-    rank, ranks = ranks_of()
-    mine = range(rank, -(-len(images) // batch), ranks)
-    store = _Store(partial.with_suffix(f".{rank}of{ranks}.npz") if partial else None)
-    total = sum(len(images[i * batch : (i + 1) * batch]) for i in mine) * ticks
-    count = sum(len(rows) for rows in store.done.values()) * ticks
-    for index in mine:
-        if index in store.done:
-            continue
-        part = slice(index * batch, (index + 1) * batch)
-        size = len(images[part])
 
-        def tick(size: int = size) -> None:
+    images: Tensor
+    labels: Tensor | None = None
+    size: int = 64
+    partial: Path | None = None
+    progress: Progress | None = None
+
+    def rows(self, measure: Callable[[Batch], Rows], *, ticks: int = 1) -> Rows:
+        """What `measure` gives for all images, `[N, columns]` float64.
+
+        Args:
+            measure: rows `[n, columns]` of a batch.
+            ticks: how often `measure` calls `tick`.
+        """
+        rank, ranks = ranks_of()
+        mine = range(rank, -(-len(self.images) // self.size), ranks)
+        store = _Store(self.partial and self.partial.with_suffix(f".{rank}of{ranks}.npz"))
+        total = sum(len(self._batch(index).images) for index in mine) * ticks
+        count = sum(len(rows) for rows in store.done.values()) * ticks
+
+        def tick(images: int) -> None:
             nonlocal count
-            count += size
-            if progress:
-                progress(count, total)
+            count += images
+            if self.progress:
+                self.progress(count, total)
 
-        some = None if labels is None else labels[part]
-        store.add(index, measure(Batch(index, images[part], some, tick)))
-    rows = gather(store.done)
-    store.remove()
-    return np.concatenate([rows[i] for i in sorted(rows)])
+        for index in mine:
+            if index not in store.done:
+                store.add(index, measure(self._batch(index, tick)))
+        rows = gather(store.done)
+        store.remove()
+        return np.concatenate([rows[i] for i in sorted(rows)])
+
+    def _batch(self, index: int, tick: Callable[[int], None] = lambda _: None) -> Batch:
+        part = slice(index * self.size, (index + 1) * self.size)
+        images = self.images[part]
+        labels = None if self.labels is None else self.labels[part]
+        return Batch(index, images, labels, lambda: tick(len(images)))
 
 
 def gather(done: dict[int, Rows]) -> dict[int, Rows]:

@@ -6,12 +6,55 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 from mpq.layers import LayerInfo, Moment, Widths, mean_bits
 from mpq.target import Target
 
 SCALE_BYTES = 4
 BIAS_BYTES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Allocation:
+    """A solved configuration.
+
+    Args:
+        widths: (weight bits, activation bits) of each layer, None for float.
+        objective: predicted increase of the loss: the sum of the chosen scores.
+        effective_bits: mean width of the weights.
+        bitops: MACs x weight bits x activation bits, per image.
+        weight_bytes: bytes of the weights alone.
+        bytes: predicted bytes of the exported file.
+        activation_bytes: peak of the activations alive at one time (`activation_bytes`); None
+            where the scores do not know the network's tensors.
+        latency_ms: as the latency profile predicts it; None without one.
+        status: `optimal`, as proved by the solver, or `best found` where it ran out of time.
+        gap: relative distance to the proved bound.
+    """
+
+    widths: dict[str, Widths]
+    objective: float
+    effective_bits: float
+    bitops: float
+    weight_bytes: int
+    bytes: int
+    activation_bytes: int | None = None
+    latency_ms: float | None = None
+    status: str = "optimal"
+    gap: float = 0.0
+
+    def to_json(self) -> dict[str, object]:
+        """An entry of `front` in `sensitivity.json`."""
+        return {
+            "widths": {name: list(pair) for name, pair in self.widths.items()},
+            "effective_bits": self.effective_bits,
+            "bytes": self.bytes,
+            "bitops": self.bitops,
+            "activation_bytes": self.activation_bytes,
+            "latency_ms": self.latency_ms,
+            "predicted_drop": self.objective,
+        }
 
 
 def effective_bits(layers: Iterable[LayerInfo], widths: Mapping[str, Widths]) -> float:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from mpq.analyze.search import Allocation
+from mpq.analyze.cost import Allocation
 from mpq.errors import InfeasibleError
 from mpq.layers import Widths
 
@@ -33,7 +33,7 @@ def least_cost(
     *,
     max_drop: float,
     steps: int = STEPS,
-    told: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> list[Measured]:
     """Find the cheapest configuration whose measured drop is at most `max_drop`.
 
@@ -47,7 +47,7 @@ def least_cost(
             measured once.
         max_drop: what is allowed.
         steps: halvings of the interval.
-        told: called with (steps done, steps).
+        progress: called with (steps done, steps).
 
     Returns:
         All that was measured, the answer first, then in the order of measuring.
@@ -76,8 +76,8 @@ def least_cost(
         )
     cheapest = holds(low)
     for step in range(0 if cheapest else steps):
-        if told:
-            told(step, steps)
+        if progress:
+            progress(step, steps)
         middle = (low + high) / 2
         found = holds(middle)
         best, low, high = (best, middle, high) if found is None else (found, low, middle)

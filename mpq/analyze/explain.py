@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mpq.analyze.search import Allocation
+from mpq.analyze.cost import Allocation
 from mpq.analyze.sensitivity import PARTS, Sensitivity
 from mpq.layers import LayerInfo, Widths
 from mpq.policy import (
@@ -39,7 +39,7 @@ class _Trade:
 
 
 def locked_widths(policy: Policy, layers: Mapping[str, LayerInfo]) -> dict[str, Widths]:
-    """Widths of the layers that a policy locks, for `allocate`.
+    """Widths of the layers that a policy locks, for `Search`.
 
     Raises:
         PolicyError: the policy does not fit the layers.

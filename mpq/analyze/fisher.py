@@ -25,12 +25,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from mpq.analyze.batches import Batch, Progress, Rows, over_batches
+from mpq.analyze.batches import Batch, Batches, Rows
 from mpq.analyze.perturb import Column, Perturbations
 from mpq.analyze.watch import Watch, require_finite
 from mpq.errors import GraphError
@@ -60,25 +59,19 @@ class FisherTerms:
 def fisher_terms(
     candidates: Perturbations,
     columns: Sequence[Column],
-    images: Tensor,
+    batches: Batches,
     *,
     seed: int = 0,
-    batch: int = 64,
     temperature: float = TEMPERATURE,
-    partial: Path | None = None,
-    progress: Progress | None = None,
 ) -> FisherTerms:
     """`u` and `e` of every image and candidate.
 
     Args:
         candidates: what quantization would do to each tensor.
         columns: candidates to score.
-        images: `[N, C, H, W]`, normalised.
+        batches: the images.
         seed: of the random signs.
-        batch: images per pass; bounds the memory.
         temperature: >= 1, softens the predicted probabilities.
-        partial: as in `over_batches`.
-        progress: called with (images done, images).
 
     Raises:
         GraphError: the network's output is not `[N, classes]` with at least two classes.
@@ -95,8 +88,7 @@ def fisher_terms(
         part.tick()
         return recorder.terms.numpy()
 
-    rows = over_batches(measure, images, None, batch=batch, partial=partial, progress=progress)
-    both = torch.from_numpy(rows)
+    both = torch.from_numpy(batches.rows(measure))
     return FisherTerms(both[:, : len(columns)], both[:, len(columns) :])
 
 

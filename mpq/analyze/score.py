@@ -11,19 +11,17 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
 
-import torch
 from torch import Tensor
 
-from mpq.analyze.batches import Progress
-from mpq.analyze.fisher import FisherTerms, fisher_terms
+from mpq.analyze.batches import Batches, Progress
+from mpq.analyze.fisher import fisher_terms
 from mpq.analyze.perturb import Column, Perturbations, Rounding, perturb
-from mpq.analyze.sensitivity import PARTS, Row, Sensitivity
+from mpq.analyze.sensitivity import Part, Row, Sensitivity
 from mpq.analyze.single import single_scores
 from mpq.analyze.traces import trace_scores
 from mpq.checkpoint import weights_hash
@@ -33,15 +31,12 @@ from mpq.graph.ir import QuantGraph
 from mpq.graph.liveness import moments
 from mpq.spec import WIDTHS
 
-logger = logging.getLogger(__name__)
 Metric = Literal["fisher", "gradient", "kl", "loss", "fit", "hawq", "sqnr"]
 METRICS: tuple[Metric, ...] = get_args(Metric)
 LABELLED = ("loss", "fit", "hawq")
 """Metrics that look at the true labels."""
 MAX_BATCH, PASS_BYTES, BYTES_PER_ELEMENT = 64, 1_500_000_000, 12
 """Images per pass; memory of a pass; what one output of a layer costs with what follows it."""
-TRACE_BATCH = 16
-"""Images that a trace is taken from at a time, at most."""
 VERSION = 3
 """Part of the key: raise it when scoring or the file changes."""
 
@@ -55,8 +50,11 @@ class Scoring:
         act_bits: activation widths besides.
         metric: what is measured.
         seed: of the random draws.
-        batch: images per pass; None: as many as `PASS_BYTES` hold, 64 at most.
-        rounding: how weights are rounded (`perturb`).
+        batch: images per pass; None: as many as fit into about 1.5 GB, 64 at most.
+        rounding: how weights are rounded: `feedback` as `mpq ptq` does, or to the `nearest`.
+
+    Raises:
+        UsageError: an unknown metric or width.
     """
 
     bits: tuple[int, ...] = (8, 4)
@@ -65,6 +63,26 @@ class Scoring:
     seed: int = 0
     batch: int | None = None
     rounding: Rounding = "nearest"
+
+    def __post_init__(self) -> None:
+        if self.metric not in METRICS:
+            raise UsageError(
+                f"the metric must be one of {', '.join(METRICS)}. Got {self.metric!r}"
+                f"{nearest(self.metric, METRICS)}"
+            )
+        for name, widths in (("weight widths", self.bits), ("activation widths", self.act_bits)):
+            if not widths or set(widths) - set(WIDTHS):
+                known = " ".join(map(str, sorted(WIDTHS, reverse=True)))
+                raise UsageError(f"{name} must be some of {known}. Got {list(widths)} instead.")
+
+    @property
+    def widths(self) -> dict[Part, list[int]]:
+        """Widths to score, widest first."""
+        wide = {16} & set(self.bits)
+        return {
+            "weight": sorted(set(self.bits), reverse=True),
+            "activation": sorted({*self.act_bits, *wide}, reverse=True),
+        }
 
     def batch_for(self, qg: QuantGraph) -> int:
         """Images per pass: a backward pass keeps the outputs of all layers and what follows."""
@@ -89,13 +107,8 @@ def score_layers(
     qg: QuantGraph,
     images: Tensor | None,
     labels: Tensor | None = None,
+    how: Scoring | None = None,
     *,
-    bits: Sequence[int] = (8, 4),
-    act_bits: Sequence[int] = (8,),
-    metric: Metric = "fisher",
-    seed: int = 0,
-    batch: int | None = None,
-    rounding: Rounding = "nearest",
     partial: Path | None = None,
     progress: Progress | None = None,
 ) -> Sensitivity:
@@ -107,121 +120,47 @@ def score_layers(
         qg: a graph in stage `float` (`mpq.graph.passes.to_float`); it is not changed.
         images: `[N, C, H, W]`, normalised as the network wants it; only `sqnr` can do without.
         labels: `[N]` class ids, for `loss`, `fit` and `hawq`.
-        bits: weight widths; 16 brings 16-bit activations with it.
-        act_bits: activation widths besides.
-        metric: how to score.
-        seed: of the random draws.
-        batch: images per pass; None: what fits into about 1.5 GB, 64 at most.
-        rounding: how weights are rounded: `feedback` as `mpq ptq` does, or to the `nearest`.
-        partial: a file to keep what is done in, and to go on from (see `over_batches`).
+        how: metric, widths and all else; None: `Scoring()`.
+        partial: a file to keep what is done in, and to go on from (see `Batches`).
         progress: called with (done, total).
 
     Raises:
-        UsageError: an unknown metric or width.
         DataError: no images or labels where the metric needs them, or NaN or infinity inside the
             network.
         GraphError: the network does not fit the metric.
     """
-    weight_bits, activation_bits = _check(bits, act_bits, metric, images, labels)
-    how = Scoring(tuple(bits), tuple(act_bits), metric, seed, batch, rounding)
+    how = how or Scoring()
+    _check_images(how.metric, images, labels)
     size = how.batch_for(qg)
     columns: list[Column] = [
-        (name, part, width)
+        (name, part, bits)
         for name in qg.layers
-        for part, widths in zip(PARTS, (weight_bits, activation_bits), strict=True)
-        for width in widths
+        for part, widths in how.widths.items()
+        for bits in widths
     ]
     candidates = perturb(
         qg,
         images,
-        weight_bits=weight_bits,
-        activation_bits=activation_bits,
-        rounding=rounding,
+        weight_bits=how.widths["weight"],
+        activation_bits=how.widths["activation"],
+        rounding=how.rounding,
         batch=size,
     )
-    scores = _score(
-        candidates, columns, images, labels, replace(how, batch=size), partial, progress
-    )
-    rows = zip(columns, scores, strict=True)
+    batches = None if images is None else Batches(images, labels, size, partial, progress)
+    scores = zip(columns, _score(candidates, columns, batches, how), strict=True)
     return Sensitivity(
-        rows=tuple(Row(*c, score=s, sqnr=candidates.sqnr(c)) for c, s in rows),
+        rows=tuple(Row(*c, score=s, sqnr=candidates.sqnr(c)) for c, s in scores),
         layers=tuple(qg.layers.values()),
         groups=tuple(tuple(group) for group in reading_groups(qg)),
-        metric=metric,
+        metric=how.metric,
         samples=0 if images is None else len(images),
-        seed=seed,
+        seed=how.seed,
         key=how.key(qg, images, labels),
         moments=moments(qg),
     )
 
 
-def _score(
-    candidates: Perturbations,
-    columns: Sequence[Column],
-    images: Tensor | None,
-    labels: Tensor | None,
-    how: Scoring,
-    partial: Path | None,
-    progress: Progress | None,
-) -> list[float]:
-    """Scores in the order of `columns`."""
-    assert how.batch is not None
-    if how.metric == "sqnr" or images is None:
-        return [_noise_share(candidates, column) for column in columns]
-    if how.metric in ("fisher", "gradient"):
-        terms = fisher_terms(
-            candidates,
-            columns,
-            images,
-            seed=how.seed,
-            batch=how.batch,
-            partial=partial,
-            progress=progress,
-        )
-        return _from_fisher(candidates, columns, terms, how.metric)
-    if how.metric in ("fit", "hawq"):
-        assert labels is not None
-        scores = trace_scores(
-            candidates,
-            columns,
-            images,
-            labels,
-            hessian=how.metric == "hawq",
-            seed=how.seed,
-            batch=min(how.batch, TRACE_BATCH),
-            partial=partial,
-            progress=progress,
-        )
-    else:
-        scores = single_scores(
-            candidates,
-            columns,
-            images,
-            labels if how.metric == "loss" else None,
-            batch=how.batch,
-            partial=partial,
-            progress=progress,
-        )
-    return [s / _sharing(candidates, c) for s, c in zip(scores, columns, strict=True)]
-
-
-def _check(
-    bits: Sequence[int],
-    act_bits: Sequence[int],
-    metric: str,
-    images: Tensor | None,
-    labels: Tensor | None,
-) -> tuple[list[int], list[int]]:
-    """Widths to score, weights and activations, widest first."""
-    if metric not in METRICS:
-        raise UsageError(
-            f"the metric must be one of {', '.join(METRICS)}. Got {metric!r}"
-            f"{nearest(metric, METRICS)}"
-        )
-    for name, widths in (("weight widths", bits), ("activation widths", act_bits)):
-        if not widths or set(widths) - set(WIDTHS):
-            known = " ".join(map(str, sorted(WIDTHS, reverse=True)))
-            raise UsageError(f"{name} must be some of {known}. Got {list(widths)} instead.")
+def _check_images(metric: Metric, images: Tensor | None, labels: Tensor | None) -> None:
     if metric != "sqnr" and (images is None or not len(images)):
         raise DataError(
             f"the metric {metric} needs images. Give some with --data, or take --metric sqnr, "
@@ -233,8 +172,24 @@ def _check(
             f"the metric {metric} needs the label of every image. Got {got}. Give labels, or take "
             "the metric fisher or kl, which ask the network itself."
         )
-    wide = {16} & set(bits)
-    return sorted(set(bits), reverse=True), sorted({*act_bits, *wide}, reverse=True)
+
+
+def _score(
+    candidates: Perturbations, columns: Sequence[Column], batches: Batches | None, how: Scoring
+) -> list[float]:
+    """Scores in the order of `columns`."""
+    if batches is None or how.metric == "sqnr":
+        return [_noise_share(candidates, column) for column in columns]
+    if how.metric in ("fisher", "gradient"):
+        block, diagonal = fisher_terms(candidates, columns, batches, seed=how.seed).scores()
+        scores: list[float] = (block if how.metric == "fisher" else diagonal).tolist()
+    elif how.metric in ("fit", "hawq"):
+        hessian = how.metric == "hawq"
+        scores = trace_scores(candidates, columns, batches, hessian=hessian, seed=how.seed)
+    else:
+        labels = batches.labels if how.metric == "loss" else None
+        scores = single_scores(candidates, columns, replace(batches, labels=labels))
+    return [s / _sharing(candidates, c) for s, c in zip(scores, columns, strict=True)]
 
 
 def _sharing(candidates: Perturbations, column: Column) -> int:
@@ -242,15 +197,6 @@ def _sharing(candidates: Perturbations, column: Column) -> int:
     layer, part, _ = column
     tensor = candidates.tensor_of(layer) if part == "activation" else None
     return 1 if tensor is None else len(candidates.readers[tensor])
-
-
-def _from_fisher(
-    candidates: Perturbations, columns: Sequence[Column], terms: FisherTerms, metric: str
-) -> list[float]:
-    sharing = torch.tensor([_sharing(candidates, c) for c in columns], dtype=torch.float64)
-    block, diagonal = terms.scores()
-    scores = diagonal if metric == "gradient" else block
-    return (scores / sharing).tolist()
 
 
 def _noise_share(candidates: Perturbations, column: Column) -> float:

@@ -7,14 +7,13 @@ layer and width. A candidate changes nothing before its own node, so only what f
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from mpq.analyze.batches import Batch, Progress, Rows, over_batches
+from mpq.analyze.batches import Batch, Batches, Rows
 from mpq.analyze.perturb import Column, Perturbations
 from mpq.analyze.watch import Watch, require_finite
 from mpq.numerics import kl_divergence
@@ -24,24 +23,16 @@ from mpq.numerics import kl_divergence
 def single_scores(
     candidates: Perturbations,
     columns: Sequence[Column],
-    images: Tensor,
-    labels: Tensor | None,
-    *,
-    batch: int = 64,
-    partial: Path | None = None,
-    progress: Progress | None = None,
+    batches: Batches,
 ) -> list[float]:
     """What each candidate alone costs, in nats, in the order of `columns`; never below 0.
 
     Args:
         candidates: what quantization would do to each tensor.
         columns: candidates to score.
-        images: `[N, C, H, W]`, normalised.
-        labels: `[N]`: the mean increase of the cross-entropy; None: the mean `KL(p || p_candidate)`
-            from the network's own answers.
-        batch: images per pass; bounds the memory.
-        partial: as in `over_batches`.
-        progress: called with (images and candidates done, in all).
+        batches: images; with labels, the cost is the mean increase of the cross-entropy, without
+            the mean `KL(p || p_candidate)` from the network's own answers. Each candidate counts
+            as progress.
 
     Raises:
         DataError: NaN or infinity, with the layer where it begins.
@@ -60,15 +51,7 @@ def single_scores(
             part.tick()
         return rows.numpy()
 
-    rows = over_batches(
-        measure,
-        images,
-        labels,
-        batch=batch,
-        ticks=len(columns),
-        partial=partial,
-        progress=progress,
-    )
+    rows = batches.rows(measure, ticks=len(columns))
     return [max(float(value), 0.0) for value in rows.mean(0)]
 
 

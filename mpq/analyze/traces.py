@@ -13,43 +13,39 @@ channel; `dW` is what this package's quantizers really do.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import replace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mpq.analyze.batches import Batch, Progress, Rows, over_batches
+from mpq.analyze.batches import Batch, Batches, Rows
 from mpq.analyze.perturb import Column, Perturbations
 from mpq.analyze.watch import Watch, require_finite
 from mpq.quant.operation import LayerOp
+
+TRACE_BATCH = 16
+"""Images that a trace is taken from at a time, at most."""
 
 
 def trace_scores(
     candidates: Perturbations,
     columns: Sequence[Column],
-    images: Tensor,
-    labels: Tensor,
+    batches: Batches,
     *,
     hessian: bool,
     seed: int = 0,
-    batch: int = 16,
-    partial: Path | None = None,
-    progress: Progress | None = None,
 ) -> list[float]:
     """FIT, or HAWQ where `hessian` is set, in the order of `columns`; never below 0.
 
     Args:
         candidates: what quantization would do to each tensor.
         columns: candidates to score.
-        images: `[N, C, H, W]`, normalised.
-        labels: `[N]`; the loss is the cross-entropy.
+        batches: images with labels; the loss is the cross-entropy. The Fisher trace is taken from
+            batch means, so their size matters; at most `TRACE_BATCH`.
         hessian: take the trace of the Hessian rather than of the Fisher matrix.
         seed: of the random signs.
-        batch: images per pass; the Fisher trace is taken from batch means, so it matters.
-        partial: as in `over_batches`.
-        progress: called with (images done, images).
 
     Raises:
         DataError: NaN or infinity, with the layer where it begins.
@@ -68,7 +64,8 @@ def trace_scores(
         part.tick()
         return np.repeat(found[None], len(part.images), axis=0)
 
-    rows = over_batches(measure, images, labels, batch=batch, partial=partial, progress=progress)
+    batches = replace(batches, size=min(batches.size, TRACE_BATCH))
+    rows = batches.rows(measure)
     return [max(float(value), 0.0) for value in rows.mean(0)]
 
 

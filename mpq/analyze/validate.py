@@ -19,10 +19,9 @@ from torch import Tensor
 
 from mpq.analyze import cost
 from mpq.analyze.batches import Progress
-from mpq.analyze.perturb import Perturbations, Rounding, perturb
+from mpq.analyze.perturb import Perturbations
 from mpq.analyze.sensitivity import Sensitivity
 from mpq.analyze.watch import Watch
-from mpq.graph.ir import QuantGraph
 from mpq.layers import Widths
 from mpq.numerics import kl_divergence
 
@@ -125,38 +124,24 @@ def random_widths(
 
 
 def validate(
-    qg: QuantGraph,
+    simulator: Simulator,
     sensitivity: Sensitivity,
     pairs: Sequence[Widths],
     *,
-    scored: Tensor,
-    images: Tensor,
-    labels: Tensor | None,
     count: int = 50,
     seed: int = 0,
-    rounding: Rounding = "nearest",
     progress: Progress | None = None,
 ) -> Validation:
     """Measure random configurations and compare with what the scores say of them.
 
     Args:
-        qg: the graph that was scored, in stage `float`; it is not changed.
+        simulator: of the network that was scored, with other images.
         sensitivity: its scores.
-        pairs: widths to draw from.
-        scored: images that were scored; activation ranges are taken from them again.
-        images: other images `[N, C, H, W]` to measure on.
-        labels: `[N]`, or None.
+        pairs: widths to draw from, all known to the simulator.
         count: number of configurations.
         seed: of the draw.
-        rounding: how weights are rounded, as they were for the scores.
         progress: told (done, count).
     """
-    bits = [sorted({b for b in column if b is not None}) for column in zip(*pairs, strict=True)]
-    simulator = Simulator(
-        perturb(qg, scored, weight_bits=bits[0], activation_bits=bits[1], rounding=rounding),
-        images,
-        labels,
-    )
     truths = []
     drawn = random_widths(sensitivity, pairs, count=count, seed=seed)
     for done, widths in enumerate(drawn, 1):
@@ -165,11 +150,18 @@ def validate(
         truths.append(Truth(widths, effective, sensitivity.predict(widths), kl, loss, top1))
         if progress:
             progress(done, len(drawn))
-    return Validation(sensitivity.metric, len(images), seed, tuple(truths))
+    return Validation(sensitivity.metric, len(simulator.reference), seed, tuple(truths))
 
 
 class Simulator:
-    """Runs the float graph with the perturbations of one configuration after another."""
+    """Runs the float graph with the perturbations of one configuration after another.
+
+    Args:
+        candidates: the perturbations, from images that were scored.
+        images: images to measure on, `[N, C, H, W]`.
+        labels: `[N]`, or None.
+        batch: images per pass.
+    """
 
     def __init__(
         self, candidates: Perturbations, images: Tensor, labels: Tensor | None, batch: int = 100

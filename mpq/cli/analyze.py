@@ -11,18 +11,19 @@ import click
 from mpq import rundir
 from mpq.analyze.limits import LIMITS
 from mpq.analyze.perturb import Rounding
-from mpq.analyze.score import METRICS
+from mpq.analyze.score import METRICS, Metric, Scoring
 from mpq.cli import options, training
 from mpq.cli.budgets import budgets as with_budgets
 from mpq.data import Normalization
 from mpq.latency import LatencyProfile
 from mpq.pipeline.analysis import Analysis, analysis_json, write_analysis
-from mpq.pipeline.analyzing import find_policy
+from mpq.pipeline.analyzing import Analyzing, find_policy
 from mpq.pipeline.subject import DataSource, open_checkpoint
 from mpq.policy import Constraints, Policy
 from mpq.processes import leading
 from mpq.report.grid import counted
 from mpq.report.tables import configurations_table, sensitivity_table
+from mpq.rundir import Run
 
 MINIMIZE = dict(zip(("bits", "size", "bops", "activation", "latency"), LIMITS, strict=True))
 """What `--minimize` calls the limits."""
@@ -72,7 +73,7 @@ def analyze(
     budgets: list[Constraints],
     minimize: str,
     profile_path: Path | None,
-    metric: str,
+    metric: Metric,
     rounding: Rounding,
     num_score: int,
     input_size: int | None,
@@ -99,8 +100,17 @@ def analyze(
     """
     folder = rundir.resolve_out(out, checkpoint.stem)
     rundir.refuse_overwrite(folder / "policy.yaml", force)
-    timed = minimize == "latency" or budgets[0].max_latency_ms is not None
-    profile = _profile(profile_path, folder) if timed or profile_path is not None else None
+    timed = minimize == "latency" or budgets[0].max_latency_ms is not None or profile_path
+    how = Analyzing(
+        Scoring(bits, act_bits, metric, seed, rounding=rounding),
+        samples=num_score,
+        target=target,
+        locked=Policy.load(locked) if locked else None,
+        profile=_profile(profile_path, folder) if timed else None,
+        minimize=MINIMIZE[minimize],
+        rescore=rescore,
+        validate=validate,
+    )
     subject = open_checkpoint(
         checkpoint,
         DataSource(data, data_root),
@@ -114,25 +124,7 @@ def analyze(
         f"{subject.data_name}, normalization {subject.info.normalize or 'unknown'}"
     )
     with options.bars() as tell, options.quiet_c():
-        found = find_policy(
-            subject,
-            budgets,
-            bits=bits,
-            act_bits=act_bits,
-            metric=metric,  # type: ignore[arg-type]
-            rounding=rounding,
-            samples=num_score,
-            seed=seed,
-            target=target,
-            locked=Policy.load(locked) if locked else None,
-            profile=profile,
-            minimize=MINIMIZE[minimize],
-            known=() if rescore else (folder / "sensitivity.json",),
-            rescore=rescore,
-            validate=validate,
-            device=device,
-            progress=tell,
-        )
+        found = find_policy(subject, budgets, how, Run(folder, seed, device, progress=tell))
     if not leading():
         return
     write_analysis(found, folder, force=force)

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from mpq import files, rundir
+from mpq.analyze.cost import Allocation
 from mpq.analyze.drop import Measured
-from mpq.analyze.search import Allocation
 from mpq.analyze.sensitivity import Sensitivity
 from mpq.analyze.validate import Validation
 from mpq.policy import Policy

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-from mpq.analyze.drop import Measured, least_cost
+from mpq.analyze.cost import Allocation
+from mpq.analyze.drop import Measured
 from mpq.analyze.explain import build_policy, locked_widths
-from mpq.analyze.perturb import Rounding
-from mpq.analyze.score import LABELLED, Metric, Scoring
-from mpq.analyze.search import Allocation, allocate, candidates, limit_range, pareto_front
-from mpq.analyze.sensitivity import Sensitivity
-from mpq.analyze.validate import Validation
+from mpq.analyze.perturb import perturb
+from mpq.analyze.score import LABELLED, Scoring
+from mpq.analyze.search import Search, candidates
+from mpq.analyze.validate import Simulator, Validation
 from mpq.analyze.validate import validate as measure_scores
 from mpq.errors import PolicyError, UsageError
 from mpq.graph.ir import QuantGraph
@@ -26,73 +25,62 @@ from mpq.pipeline.dropping import DropMeter
 from mpq.pipeline.scoring import scores_of
 from mpq.pipeline.subject import Subject
 from mpq.policy import Constraints, DataInfo, Policy
+from mpq.rundir import Run
 from mpq.target import Target, get_target
 
 logger = logging.getLogger(__name__)
 DEFAULT_EFFECTIVE_BITS = 4.8
 VALIDATION_IMAGES = 500
-Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Analyzing:
+    """How a network is scored and searched, whatever the budgets.
+
+    Args:
+        scoring: the metric, and the widths to choose from.
+        samples: training images to score on.
+        target: runtime to plan for; None: that of this computer.
+        locked: a policy whose locked entries are kept.
+        profile: measured times, for `max_latency_ms`.
+        minimize: the limit that `max_drop` makes as small as it can, and that the front is over.
+        rescore: score anew whatever there is.
+        validate: random configurations to measure the scores against, on validation images.
+    """
+
+    scoring: Scoring = field(default_factory=Scoring)
+    samples: int = 512
+    target: str | None = None
+    locked: Policy | None = None
+    profile: LatencyProfile | None = None
+    minimize: str = "effective_bits"
+    rescore: bool = False
+    validate: int = 0
 
 
 def find_policy(
     subject: Subject,
     constraints: Constraints | Sequence[Constraints],
-    *,
-    bits: Sequence[int] = (8, 4),
-    act_bits: Sequence[int] = (8,),
-    metric: Metric = "fisher",
-    rounding: Rounding = "nearest",
-    samples: int = 512,
-    seed: int = 0,
-    target: str | None = None,
-    locked: Policy | None = None,
-    profile: LatencyProfile | None = None,
-    minimize: str = "effective_bits",
-    known: Sequence[Path] = (),
-    rescore: bool = False,
-    validate: int = 0,
-    device: str = "cpu",
-    progress: Progress | None = None,
+    how: Analyzing | None = None,
+    run: Run | None = None,
 ) -> Analysis:
     """Score a network's layers once and choose their widths for each budget.
 
     Args:
         subject: the network and its data; without data the metric becomes `sqnr`.
         constraints: budgets; none at all means 4.8 effective bits. Of several, each gets a policy.
-        bits: weight widths to choose from; 16 brings 16-bit activations with it.
-        act_bits: activation widths to choose from.
-        metric: sensitivity metric.
-        rounding: how the weights that are scored are rounded.
-        samples: training images to score on.
-        seed: of the sample and of the scoring.
-        target: runtime to plan for; None: that of this computer.
-        locked: a policy whose locked entries are kept.
-        profile: measured times, for `max_latency_ms`.
-        minimize: the limit that `max_drop` makes as small as it can, and that the front is over.
-        known: sensitivity files to take the scores from where they fit, before the cache.
-        rescore: score anew whatever there is.
-        validate: random configurations to measure the scores against, on validation images.
-        device: where layers are scored and scores validated; `ptq` runs on the CPU.
-        progress: told (phase, done, all).
+        how: all else; None: `Analyzing()`.
+        run: its seed draws the images that are looked at, its folder may hold scores that fit, and
+            its device scores and validates; `ptq` runs on the CPU.
 
     Raises:
         InfeasibleError: no widths meet the budgets.
         PolicyError: widths that the target does not have, locks that do not fit the network.
         DataError: `max_drop` without data.
     """
-    budgets = [constraints] if isinstance(constraints, Constraints) else list(constraints)
-    work = _Work(
-        subject,
-        Scoring(tuple(bits), tuple(act_bits), metric, seed, rounding=rounding),
-        get_target(target),
-        locked,
-        profile,
-        minimize,
-        rescore,
-        device,
-        progress or (lambda phase, done, total: None),
-    )
-    return work.run([_default(c) for c in budgets], samples, known, validate)
+    budgets = [constraints] if isinstance(constraints, Constraints) else constraints
+    work = _Work(subject, how or Analyzing(), run or Run())
+    return work.find([_default(budget) for budget in budgets])
 
 
 def _default(constraints: Constraints) -> Constraints:
@@ -103,191 +91,98 @@ def _default(constraints: Constraints) -> Constraints:
 
 @dataclass(frozen=True)
 class _Work:
-    """The settings of one analysis."""
+    """One analysis."""
 
     subject: Subject
-    how: Scoring
-    target: Target
-    locked: Policy | None
-    profile: LatencyProfile | None
-    minimize: str
-    rescore: bool
-    device: str
-    progress: Progress
+    how: Analyzing
+    run: Run
 
-    def run(
-        self,
-        budgets: Sequence[Constraints],
-        samples: int,
-        known: Sequence[Path],
-        validate: int,
-    ) -> Analysis:
+    def find(self, budgets: Sequence[Constraints]) -> Analysis:
         """Score, search each budget, and the front."""
-        names = _names(budgets)
-        pairs = _pairs(self.how.bits, self.how.act_bits, self.target)
+        how, names, target = self.how, _names(budgets), get_target(self.how.target)
+        widths = _candidates(how.scoring, target)
         graph = self.subject.graph()
-        kept = locked_widths(self.locked, graph.layers) if self.locked else {}
-        how, images, labels = self._images(samples)
-        scores, place = scores_of(
-            graph,
-            images,
-            labels,
-            how,
-            places=known,
-            rescore=self.rescore,
-            progress=lambda done, total: self.progress("scoring", done, total),
-        )
-        search = _Search(scores, self.target, pairs, kept, self.profile, self.minimize)
+        locked = locked_widths(how.locked, graph.layers) if how.locked else {}
+        scoring, images, labels = self._images()
+        scores, place = scores_of(graph, images, labels, scoring, run=self.run, rescore=how.rescore)
+        search = Search(scores, target, widths, locked, how.profile)
         measured: list[Measured] = []
-        found = [self._solve(search, c, graph, measured) for c in budgets]
-        data = DataInfo(name=self.subject.data_name, samples=scores.samples, seed=how.seed)
+        found = [self._solve(search, budget, graph, measured) for budget in budgets]
         drops = {id(m.allocation): m.drop for m in measured}
         choices = [
-            Choice(name, self._policy(c, a, scores, data, drops.get(id(a))), a)
-            for name, c, a in zip(names, budgets, found, strict=True)
+            Choice(name, self._policy(search, budget, one, drops.get(id(one))), one)
+            for name, budget, one in zip(names, budgets, found, strict=True)
         ]
-        front = search.front(budgets[0], found)
-        truth = self._validate(graph, scores, pairs, images, validate) if validate else None
         return Analysis(
             choices=tuple(choices),
             sensitivity=scores,
-            front=front,
-            sweep=self.minimize,
+            front=search.front(budgets[0], sweep=how.minimize, also=found),
+            sweep=how.minimize,
             scores_from=place,
             measured=tuple(measured),
-            validation=truth,
+            validation=self._validate(search, graph, images) if how.validate else None,
         )
 
-    def _validate(
-        self,
-        graph: QuantGraph,
-        scores: Sensitivity,
-        pairs: Sequence[Widths],
-        images: Tensor | None,
-        count: int,
-    ) -> Validation:
-        """Measure random configurations on images that were not scored."""
-        data = self.subject.require_data("--validate")
-        assert images is not None
-        source = data.validation if len(data.validation) else data.compared
-        held, labels = self.subject.labelled(source, VALIDATION_IMAGES, self.how.seed)
-        return measure_scores(
-            graph,
-            scores,
-            pairs,
-            scored=images,
-            images=held.to(self.device),
-            labels=labels.to(self.device),
-            count=count,
-            seed=self.how.seed,
-            rounding=self.how.rounding,
-            progress=lambda done, total: self.progress("validating", done, total),
-        )
-
-    def _images(self, samples: int) -> tuple[Scoring, Tensor | None, Tensor | None]:
+    def _images(self) -> tuple[Scoring, Tensor | None, Tensor | None]:
         """The images to score on; without any, the metric is the one that needs none."""
+        scoring, samples, seed = self.how.scoring, self.how.samples, self.run.seed
         if self.subject.data is None:
-            if self.how.metric != "sqnr":
+            if scoring.metric != "sqnr":
                 logger.warning("without data, layers are scored by the SQNR of their weights")
-            return replace(self.how, metric="sqnr"), None, None
-        if self.how.metric not in LABELLED:
-            images = self.subject.sample(samples, self.how.seed, "scoring")
-            return self.how, images.to(self.device), None
-        images, labels = self.subject.labelled(self.subject.data.train, samples, self.how.seed)
-        return self.how, images.to(self.device), labels
+            return replace(scoring, metric="sqnr"), None, None
+        if scoring.metric not in LABELLED:
+            images = self.subject.sample(samples, seed, "scoring")
+            return scoring, images.to(self.run.device), None
+        images, labels = self.subject.labelled(self.subject.data.train, samples, seed)
+        return scoring, images.to(self.run.device), labels
 
     def _solve(
-        self, search: _Search, budget: Constraints, graph: QuantGraph, measured: list[Measured]
+        self, search: Search, budget: Constraints, graph: QuantGraph, measured: list[Measured]
     ) -> Allocation:
         if budget.max_drop is None:
             return search.allocate(budget)
         meter = DropMeter(self.subject, graph, relative=budget.drop_type == "relative")
         found = search.least(
-            budget, meter.drop, lambda done, total: self.progress("measuring", done, total)
+            budget, meter.drop, minimize=self.how.minimize, progress=self.run.phase("measuring")
         )
         measured += found
         return found[0].allocation
 
     def _policy(
-        self,
-        constraints: Constraints,
-        allocation: Allocation,
-        scores: Sensitivity,
-        data: DataInfo,
-        drop: float | None,
+        self, search: Search, budget: Constraints, found: Allocation, drop: float | None
     ) -> Policy:
+        samples = search.scores.samples
         return build_policy(
-            allocation,
-            scores,
+            found,
+            search.scores,
             model=self.subject.info,
-            data=data,
-            constraints=constraints,
-            target=self.target.name,
-            base=self.locked,
+            data=DataInfo(name=self.subject.data_name, samples=samples, seed=self.run.seed),
+            constraints=budget,
+            target=search.target.name,
+            base=self.how.locked,
             measured_drop=drop,
         )
 
-
-@dataclass(frozen=True)
-class _Search:
-    """The search over one network's scores."""
-
-    scores: Sensitivity
-    target: Target
-    pairs: Sequence[Widths]
-    kept: dict[str, Widths]
-    profile: LatencyProfile | None
-    minimize: str
-
-    def allocate(self, budget: Constraints) -> Allocation:
-        """The best configuration within a budget."""
-        return allocate(
-            self.scores,
-            budget,
-            target=self.target,
-            pairs=self.pairs,
-            locked=self.kept,
-            profile=self.profile,
+    def _validate(self, search: Search, graph: QuantGraph, scored: Tensor | None) -> Validation:
+        """Measure random configurations on images that were not scored."""
+        data, how, run = self.subject.require_data("--validate"), self.how.scoring, self.run
+        assert search.widths is not None
+        split = data.validation if len(data.validation) else data.compared
+        images, labels = self.subject.labelled(split, VALIDATION_IMAGES, run.seed)
+        noise = perturb(
+            graph,
+            scored,
+            weight_bits=how.widths["weight"],
+            activation_bits=how.widths["activation"],
+            rounding=how.rounding,
         )
-
-    def least(
-        self,
-        budget: Constraints,
-        measure: Callable[[Allocation], float],
-        told: Callable[[int, int], None],
-    ) -> list[Measured]:
-        """The cheapest configuration that holds an accuracy, and all that was measured for it."""
-        assert budget.max_drop is not None
-        rest = budget.without()
-        span = limit_range(
-            self.scores,
-            rest,
-            self.minimize,
-            target=self.target,
-            pairs=self.pairs,
-            locked=self.kept,
-            profile=self.profile,
-        )
-        cap = budget.budgets().get(self.minimize)
-        return least_cost(
-            lambda value: self.allocate(rest.with_limit(self.minimize, value)),
-            span if cap is None else (min(span[0], cap), min(span[1], cap)),
-            measure,
-            max_drop=budget.max_drop,
-            told=told,
-        )
-
-    def front(self, budget: Constraints, also: Sequence[Allocation]) -> list[Allocation]:
-        """The Pareto front through the configurations that were chosen."""
-        return pareto_front(
-            self.scores,
-            budget,
-            target=self.target,
-            pairs=self.pairs,
-            locked=self.kept,
-            profile=self.profile,
-            sweep=self.minimize,
-            also=also,
+        return measure_scores(
+            Simulator(noise, images.to(run.device), labels.to(run.device)),
+            search.scores,
+            search.widths,
+            count=self.how.validate,
+            seed=run.seed,
+            progress=run.phase("validating"),
         )
 
 
@@ -299,13 +194,14 @@ def _names(budgets: Sequence[Constraints]) -> list[str]:
     return ["policy.yaml", *named]
 
 
-def _pairs(bits: Sequence[int], act_bits: Sequence[int], target: Target) -> list[Widths]:
-    """The candidates, known to the target before any work is done for them."""
-    pairs = candidates(bits, act_bits)
+def _candidates(scoring: Scoring, target: Target) -> list[Widths]:
+    """The pairs of widths, known to the target before any work is done for them."""
+    pairs = candidates(scoring.bits, scoring.act_bits)
     if not pairs:
         raise PolicyError(
             f"--bits and --act-bits must give a pair of widths, and 16-bit weights go with 16-bit "
-            f"activations only. Got {list(bits)} and {list(act_bits)}. Try --bits 8,4 --act-bits 8."
+            f"activations only. Got {list(scoring.bits)} and {list(scoring.act_bits)}. Try "
+            "--bits 8,4 --act-bits 8."
         )
     for pair in pairs:
         target.support(LayerChoice.at("any", *pair))

@@ -12,10 +12,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from mpq import files
+from mpq.analyze.score import Scoring
 from mpq.data import load_arrays
 from mpq.export.bench import BenchRow, bench
 from mpq.pipeline.analysis import write_analysis
-from mpq.pipeline.analyzing import find_policy
+from mpq.pipeline.analyzing import Analyzing, find_policy
 from mpq.pipeline.exporting import export_float, export_run
 from mpq.pipeline.quantizing import Quantized, run_ptq, run_qat, save_quantized
 from mpq.pipeline.subject import DataSource, Subject, open_checkpoint
@@ -131,9 +132,11 @@ def _student(folder: Path, name: str, teacher: Ensemble | None, seed: int, tell:
 def _policies(subject: Subject, folder: Path, seed: int, tell: Tell) -> dict[str, Policy]:
     """The policies by name: two found by analysis, two uniform."""
     tell("scoring layers and searching")
-    mixed = find_policy(subject, Constraints(effective_bits=MIXED), seed=seed)
+    run, how = Run(seed=seed), Analyzing(Scoring(seed=seed))
+    mixed = find_policy(subject, Constraints(effective_bits=MIXED), how, run)
     write_analysis(mixed, folder, force=True)
-    wide = find_policy(subject, Constraints(effective_bits=12.0), bits=(16, 8), seed=seed)
+    how = Analyzing(Scoring((16, 8), seed=seed))
+    wide = find_policy(subject, Constraints(effective_bits=12.0), how, run)
     named = {"model": subject.info, "data": mixed.policy.data}
     return {
         "16": Policy.uniform(16).replace(**named),

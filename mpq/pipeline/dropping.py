@@ -7,8 +7,8 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
+from mpq.analyze.cost import Allocation
 from mpq.analyze.explain import allocation_policy
-from mpq.analyze.search import Allocation
 from mpq.data import sample_indices
 from mpq.graph.ir import QuantGraph
 from mpq.graph.passes import prepare

@@ -17,11 +17,12 @@ from typing import Any
 
 from mpq import files, rundir, zoo
 from mpq.analyze import cost
+from mpq.analyze.score import Scoring
 from mpq.data import Normalization, sample_indices
 from mpq.errors import UsageError
 from mpq.graph.ir import QuantGraph
 from mpq.numerics import kl_divergence
-from mpq.pipeline.analyzing import find_policy
+from mpq.pipeline.analyzing import Analyzing, find_policy
 from mpq.pipeline.quantizing import run_ptq
 from mpq.pipeline.subject import DataSource, Subject, open_checkpoint
 from mpq.pipeline.training import new_subject, run_train, working_folder
@@ -230,7 +231,8 @@ def _policies(subject: Subject, how: Ranking) -> dict[str, Policy]:
     named = {"model": subject.info, "data": data}
     uniform = {form: Policy.uniform(*widths).replace(**named) for form, widths in FORMS.items()}
     budget = Constraints(effective_bits=how.effective_bits)
-    mixed = find_policy(subject, budget, samples=how.samples, seed=how.seed).policy
+    asked = Analyzing(Scoring(seed=how.seed), samples=how.samples)
+    mixed = find_policy(subject, budget, asked, Run(seed=how.seed)).policy
     return {**uniform, MIXED: mixed}
 
 

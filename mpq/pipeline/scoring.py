@@ -8,17 +8,16 @@ again. What an interrupted scoring has done lies there too, and the next one goe
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 
 from torch import Tensor
 
 from mpq import files, rundir
-from mpq.analyze.batches import Progress
 from mpq.analyze.score import Scoring, score_layers
 from mpq.analyze.sensitivity import Sensitivity
 from mpq.errors import PolicyError
 from mpq.graph.ir import QuantGraph
+from mpq.rundir import Run
 
 logger = logging.getLogger(__name__)
 KEPT = ".scores"
@@ -31,9 +30,8 @@ def scores_of(
     labels: Tensor | None,
     how: Scoring,
     *,
-    places: Sequence[Path] = (),
+    run: Run,
     rescore: bool = False,
-    progress: Progress | None = None,
 ) -> tuple[Sensitivity, Path | None]:
     """The scores, and the file that they were found in (None where they were made now).
 
@@ -42,33 +40,21 @@ def scores_of(
         images: normalized; None for data-free scores.
         labels: of the images, for the metrics that compare with them.
         how: how to score.
-        places: sensitivity files to look into before the cache.
-        rescore: look into none of them.
-        progress: told (done, all).
+        run: its `sensitivity.json` is looked into before the cache.
+        rescore: look into neither.
 
     Raises:
         As `mpq.analyze.score_layers`.
     """
     key = how.key(graph, images, labels)
     kept = rundir.RUNS / KEPT / f"{key}.json"
-    for place in () if rescore else (*places, kept):
+    own = () if run.folder is None else (run.folder / "sensitivity.json",)
+    for place in () if rescore else (*own, kept):
         found = _read(place, key)
         if found is not None:
             return found, place
     partial = kept.with_suffix(".part.npz")
-    made = score_layers(
-        graph,
-        images,
-        labels,
-        bits=how.bits,
-        act_bits=how.act_bits,
-        metric=how.metric,
-        seed=how.seed,
-        batch=how.batch,
-        rounding=how.rounding,
-        partial=partial,
-        progress=progress,
-    )
+    made = score_layers(graph, images, labels, how, partial=partial, progress=run.phase("scoring"))
     _keep(made, kept)
     return made, None
 
