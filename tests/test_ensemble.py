@@ -47,15 +47,14 @@ LABELS = torch.arange(B) % C
 
 
 @pytest.mark.parametrize("name", WEIGHTINGS)
-@pytest.mark.parametrize("scale", [0.0, 1.0, 1e4])
 @pytest.mark.parametrize("labels", [LABELS, F.one_hot(LABELS, C).float(), None])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_weights_are_a_distribution_over_members(name, scale, labels, dtype):
-    w = WEIGHTINGS[name](teachers(scale).to(dtype), student(scale).to(dtype), labels, 0.3)
-    assert w.shape == (K, B)
-    assert w.dtype == torch.float32
-    assert w.min() >= 0
-    torch.testing.assert_close(w.sum(0), torch.ones(B), atol=1e-5, rtol=0)
+def test_weights_are_a_distribution_over_members(name, labels):
+    for scale, dtype in itertools.product((0.0, 1.0, 1e4), (torch.float32, torch.bfloat16)):
+        w = WEIGHTINGS[name](teachers(scale).to(dtype), student(scale).to(dtype), labels, 0.3)
+        assert w.shape == (K, B)
+        assert w.dtype == torch.float32
+        assert w.min() >= 0, (scale, dtype)
+        torch.testing.assert_close(w.sum(0), torch.ones(B), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("name", WEIGHTINGS)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -35,17 +37,16 @@ LOSSES = {
 
 
 @pytest.mark.parametrize("name", LOSSES)
-@pytest.mark.parametrize("temperature", [0.1, 1.0, 4.0, 100.0])
-@pytest.mark.parametrize("scale", [0.0, 1.0, 1e4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_finite_value_and_gradient(name, temperature, scale, dtype):
-    student = logits(0, scale=scale).clamp(-1e4, 1e4).to(dtype).requires_grad_()
-    teacher = logits(1, scale=scale).clamp(-1e4, 1e4).to(dtype)
-    loss = LOSSES[name](student, teacher, temperature)
-    loss.backward()
-    assert loss.dtype == torch.float32
-    assert torch.isfinite(loss)
-    assert torch.isfinite(student.grad).all()
+def test_finite_value_and_gradient(name, dtype):
+    for temperature, scale in itertools.product((0.1, 1.0, 4.0, 100.0), (0.0, 1.0, 1e4)):
+        student = logits(0, scale=scale).clamp(-1e4, 1e4).to(dtype).requires_grad_()
+        teacher = logits(1, scale=scale).clamp(-1e4, 1e4).to(dtype)
+        loss = LOSSES[name](student, teacher, temperature)
+        loss.backward()
+        assert loss.dtype == torch.float32
+        assert torch.isfinite(loss), (temperature, scale)
+        assert torch.isfinite(student.grad).all(), (temperature, scale)
 
 
 @pytest.mark.parametrize("name", LOSSES)

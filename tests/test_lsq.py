@@ -41,8 +41,15 @@ def example(
     return spec, x.requires_grad_(), scale.requires_grad_(), zero
 
 
-@pytest.mark.parametrize(("bits", "signed", "granularity", "axis"), CASES)
-def test_gradients_equal_the_reference(bits: int, signed: bool, granularity: str, axis: int):
+@pytest.mark.parametrize("bits", [2, 4, 8, 16])
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+def test_gradients_equal_the_reference(bits: int, granularity: str, axis: int):
+    for signed in (True, False):
+        check_gradients(bits, signed, granularity, axis)
+
+
+def check_gradients(bits: int, signed: bool, granularity: str, axis: int) -> None:
     spec, x, scale, zero = example(bits, signed, granularity, axis)
     upstream = torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(1))
     found = learned_fake_quantize(x, scale, zero, spec, axis=axis, count=30)
@@ -59,12 +66,12 @@ def test_gradients_equal_the_reference(bits: int, signed: bool, granularity: str
     assert torch.allclose(ds, ds_expected, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize(("bits", "signed", "granularity", "axis"), CASES)
-def test_forward_is_the_one_formula(bits: int, signed: bool, granularity: str, axis: int):
-    spec, x, scale, zero = example(bits, signed, granularity, axis)
-    x, scale = x.detach().float(), scale.detach().float()
-    found = learned_fake_quantize(x, scale, zero, spec, axis=axis, count=1)
-    assert torch.equal(found, fake_quantize(x, scale, zero, spec, axis))
+def test_forward_is_the_one_formula():
+    for bits, signed, granularity, axis in CASES:
+        spec, x, scale, zero = example(bits, signed, granularity, axis)
+        x, scale = x.detach().float(), scale.detach().float()
+        found = learned_fake_quantize(x, scale, zero, spec, axis=axis, count=1)
+        assert torch.equal(found, fake_quantize(x, scale, zero, spec, axis)), (spec, axis)
 
 
 def test_the_step_gradient_of_clipped_values_is_the_true_derivative():
