@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from mpq.train.loop import fit
     from mpq.train.plan import TrainingData, TrainingPlan
     from mpq.train.recipe import Recipe
+    from mpq.userimport import trusting
 
 __version__ = "0.1.0"
 
@@ -46,6 +47,7 @@ _HOME = {
     "quantize_graph": "mpq.ptq",
     "score_layers": "mpq.analyze",
     "to_float": "mpq.graph.passes",
+    "trusting": "mpq.userimport",
 }
 __all__ = [
     "Constraints",
@@ -69,6 +71,7 @@ __all__ = [
     "quantize_graph",
     "score_layers",
     "to_float",
+    "trusting",
 ]
 
 

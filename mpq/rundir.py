@@ -15,6 +15,7 @@ from pathlib import Path
 
 from mpq.errors import UsageError
 from mpq.files import write_text
+from mpq.userimport import remember_trust, trust_run
 
 REMEMBERED = 100
 RUNS = Path("runs")
@@ -77,6 +78,8 @@ class Run:
 def resolve_out(out: str | Path | None, default_name: str) -> Path:
     """The folder of a run: `out`, or `runs/DEFAULT_NAME`. It is not made yet (see `touch_run`).
 
+    Code that the user has trusted in it before is trusted from here on.
+
     Raises:
         UsageError: something that is no folder has that name, or it is the name of a file.
     """
@@ -90,11 +93,15 @@ def resolve_out(out: str | Path | None, default_name: str) -> Path:
         raise UsageError(
             f"-o must name a run folder, but {folder} is a file. Name another with -o."
         )
+    trust_run(folder)
     return folder
 
 
 def touch_run(folder: Path) -> Path:
-    """Make the folder where it is missing, and note that it is the run used last."""
+    """Make the folder where it is missing, and note that it is the run used last.
+
+    It remembers which code the user has trusted for it.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     here, full = Path.cwd(), folder.resolve()
     # Relative where possible, so that a project folder can be moved with its runs.
@@ -102,6 +109,7 @@ def touch_run(folder: Path) -> Path:
     recent = [told, *(run for run in _recent() if run != told)]
     lines = "".join(f"{run.as_posix()}\n" for run in recent[:REMEMBERED])
     write_text(_pointer(), lines)
+    remember_trust(folder)
     return folder
 
 

@@ -1,5 +1,11 @@
 """Code of the user's own, named `package.module:function` on the command line. No torch here.
 
+A name is also what checkpoints, policies and ONNX files say of themselves, and whoever wrote them
+may be anybody. So a name alone runs nothing: code is imported only if the user has trusted its name
+(`trusting`), on this command line or earlier in the same run (`mpq.trusted`). What is trusted is a
+value that holds for a block, as a working directory does, rather than an argument of all that may
+come to read a file: code that was forgotten on the way is then refused, not run.
+
 Modules are looked for in the working directory first, as `python -m` does and a console script
 does not.
 """
@@ -11,9 +17,81 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from mpq.errors import MpqError, nearest
+from mpq.trusted import is_name, recalled, remember
+
+
+@dataclass(frozen=True)
+class Trust:
+    """Which code may be imported.
+
+    Args:
+        names: `package.module:function`, as the user wrote them.
+        runs: folders whose memory of such names counts.
+    """
+
+    names: frozenset[str] = frozenset()
+    runs: tuple[Path, ...] = ()
+
+    def refusal(self, name: str) -> str | None:
+        """Why the code of that name may not be imported, and what to type; None if it may."""
+        if not is_name(name):
+            return f"code must be named package.module:function. Got {name!r}."
+        if name in self.names:
+            return None
+        known = [found for run in self.runs if (found := recalled(run, name)) is not None]
+        if any(found.unchanged for found in known):
+            return None
+        if known:
+            return (
+                f"{known[0].file} has changed since {name} was trusted, so it is not run again. "
+                f"If that was you, add --trust-code {name}."
+            )
+        return (
+            f"{name} is code that a file asks for and that you have not named, so it is not run. "
+            f"If you know what it does, add --trust-code {name}."
+        )
+
+
+_NOTHING = Trust()
+_trust: ContextVar[Trust] = ContextVar("trust", default=_NOTHING)
+
+
+@contextlib.contextmanager
+def trusting(*names: str) -> Iterator[None]:
+    """Let code of these names be imported while the block runs, beside what is trusted already.
+
+    What is trusted inside the block (`trust`, `trust_run`) is so until it ends.
+    """
+    token = _trust.set(_trust.get())
+    try:
+        trust(*names)
+        yield
+    finally:
+        _trust.reset(token)
+
+
+def trust(*names: str) -> None:
+    """Trust code by name, as `package.module:function`; other names mean no code."""
+    now = _trust.get()
+    _trust.set(Trust(now.names | set(filter(is_name, names)), now.runs))
+
+
+def trust_run(folder: Path) -> None:
+    """Trust what the user has trusted in a run before."""
+    now = _trust.get()
+    _trust.set(Trust(now.names, (*now.runs, folder)))
+
+
+def remember_trust(folder: Path) -> None:
+    """Keep what is trusted in a run, so that its later stages need not be told again."""
+    trust = _trust.get()
+    remember(folder, trust.names, trust.runs)
 
 
 @contextlib.contextmanager
@@ -32,17 +110,21 @@ def import_callable(name: str, option: str, error: type[MpqError]) -> Callable[.
 
     Args:
         name: where it is.
-        option: how the user named it, for messages: `--model`, `--data`.
+        option: how the user names it, for messages: `--model`, `--data`.
         error: what to raise.
 
     Raises:
-        MpqError: as `error`: the module cannot be imported, or has no such callable.
+        MpqError: as `error`: it is not trusted, the module cannot be imported, or has no such
+            callable.
     """
+    refusal = _trust.get().refusal(name)
+    if refusal:
+        raise error(refusal)
     module_name, _, attribute = name.partition(":")
     try:
         with working_directory():
             module = importlib.import_module(module_name)
-    except Exception as reason:  # user code may raise anything
+    except (Exception, SystemExit) as reason:  # user code may raise anything
         raise error(
             f"the module {module_name!r} of {option} {name} must be importable from the working "
             f"directory or the environment. It raised {type(reason).__name__}: {reason}"

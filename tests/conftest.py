@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))  # helpers such as nets.py, in every import mode
 
 torch.set_num_threads(1)
+# The key that seals what a run has been trusted with is the user's own: tests have another.
+os.environ["XDG_STATE_HOME"] = str(Path(tempfile.gettempdir()) / "mpq-tests")
 OTHERS = (
     "PYTEST_CURRENT_TEST",
     "TORCHINDUCTOR_CACHE_DIR",

@@ -28,6 +28,7 @@ from mpq.checkpoint import (
 from mpq.errors import CheckpointError, UsageError
 from mpq.pipeline.subject import DataSource, open_checkpoint
 from mpq.policy import ModelInfo
+from mpq.userimport import trusting
 from mpq.zoo import detection
 
 ROOT = Path(__file__).parent.parent
@@ -160,15 +161,18 @@ def test_nothing_fits_names_the_file(file):
 def test_factory(file, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     arch = "benchmarks.foreign_models:mlperf_tiny_resnet8"
-    network = zoo.build(arch, 5)
-    torch.save(network.state_dict(), file)
-    loaded = load_model(file, arch=arch)
-    assert (loaded.info.arch, loaded.info.classes) == (arch, 5)
-    with pytest.raises(CheckpointError, match=r"must have 10 classes. Its last layer has 5"):
-        load_model(file, arch=arch, classes=10)
-    save_model(file, loaded.module, info=loaded.info, data="digits")
-    images = torch.zeros(1, 3, 32, 32)
-    assert torch.equal(load_model(file).module(images), network(images))
+    with trusting(arch):
+        network = zoo.build(arch, 5)
+        torch.save(network.state_dict(), file)
+        loaded = load_model(file, arch=arch)
+        assert (loaded.info.arch, loaded.info.classes) == (arch, 5)
+        with pytest.raises(CheckpointError, match=r"must have 10 classes. Its last layer has 5"):
+            load_model(file, arch=arch, classes=10)
+        save_model(file, loaded.module, info=loaded.info, data="digits")
+        images = torch.zeros(1, 3, 32, 32)
+        assert torch.equal(load_model(file).module(images), network(images))
+    with pytest.raises(UsageError, match=f"not run. .* add --trust-code {arch}"):
+        load_model(file)
 
 
 def test_weights_are_hashed_and_stripped_of_prefixes_once(network, file, monkeypatch):

@@ -19,6 +19,7 @@ from mpq.data.dataset import ArraySplit, subset
 from mpq.data.images import decode, fit
 from mpq.data.splits import stratified
 from mpq.errors import DataError
+from mpq.userimport import trusting
 
 COLOURS = {"blue": (0, 0, 255), "green": (0, 255, 0), "red": (255, 0, 0)}
 
@@ -432,7 +433,9 @@ text = "not callable"
 def factories(tmp_path, monkeypatch):
     (tmp_path / "my_factories.py").write_text(FACTORIES)
     monkeypatch.delitem(sys.modules, "my_factories", raising=False)
-    yield "my_factories"
+    functions = "grey splits digits planes floats short unknown no_train nothing fails text gray"
+    with trusting(*(f"my_factories:{function}" for function in functions.split())):
+        yield "my_factories"
     sys.modules.pop("my_factories", None)
 
 
@@ -465,10 +468,12 @@ def test_bad_factories(factories, function, message):
 
 
 def test_factory_that_cannot_be_imported(tmp_path):
-    with pytest.raises(DataError, match=r"module 'absent_module' of --data .* must be importable"):
+    absent = pytest.raises(DataError, match=r"module 'absent_module' of --data .* be importable")
+    with trusting("absent_module:make"), absent:
         open_data("absent_module:make")
     (tmp_path / "broken_module.py").write_text("def make(:")
-    with pytest.raises(DataError, match=r"module 'broken_module' of --data .* raised SyntaxError"):
+    broken = pytest.raises(DataError, match=r"'broken_module' of --data .* raised SyntaxError")
+    with trusting("broken_module:make"), broken:
         open_data("broken_module:make")
 
 

@@ -24,7 +24,8 @@ LAYERS = {
     "mpq.files": 1,
     "mpq.processes": 1,
     "mpq.spec": 1,
-    "mpq.userimport": 1,
+    "mpq.trusted": 2,
+    "mpq.userimport": 2,
     "mpq.policy": 2,
     "mpq.target": 2,
     "mpq.latency": 2,
@@ -54,7 +55,7 @@ LAYERS = {
     "mpq.__main__": 9,
 }
 LIGHT = {"mpq.errors", "mpq.spec", "mpq.policy", "mpq.target", "mpq.layers", "mpq.latency",
-         "mpq.data", "mpq.report", "mpq.rundir", "mpq.userimport"}  # fmt: skip
+         "mpq.data", "mpq.report", "mpq.rundir", "mpq.trusted", "mpq.userimport"}  # fmt: skip
 """What is of use where torch is absent."""
 SIBLINGS = {"mpq.analyze", "mpq.ptq", "mpq.train"}
 

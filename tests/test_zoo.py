@@ -9,6 +9,7 @@ from torch import fx, nn
 
 from mpq import zoo
 from mpq.errors import CheckpointError, UsageError
+from mpq.userimport import trusting
 from mpq.zoo.architectures import ARCHITECTURES
 from mpq.zoo.builder import torchvision_names
 from mpq.zoo.detection import WithoutMemory, family_key, recognize, template
@@ -180,7 +181,9 @@ def factories(tmp_path, monkeypatch):
     )
     monkeypatch.chdir(tmp_path)
     before = list(sys.path)
-    yield name
+    functions = ("sized", "numbered", "fixed", "wrapped", "broken", "text", "size")
+    with trusting(*(f"{name}:{function}" for function in functions)):
+        yield name
     assert sys.path == before
     sys.modules.pop(name, None)
 
@@ -202,7 +205,7 @@ def test_factory_may_state_its_input_size(factories):
         ("broken", "must build a network .*RuntimeError: no such luck"),
         ("text", r"must return a torch.nn.Module. Got str"),
         ("size", r"no callable 'size'; did you mean sized\?"),
-        ("", "no callable ''"),
+        ("", r"must be named package\.module:function\. Got 'factories_of_a_user:'"),
     ],
 )
 def test_bad_factory(factories, attribute, message):
@@ -210,10 +213,18 @@ def test_bad_factory(factories, attribute, message):
         zoo.build(f"{factories}:{attribute}", 10)
 
 
-@pytest.mark.parametrize("module", ["no_such_package.module", "", ".relative"])
-def test_factory_in_a_module_that_cannot_be_imported(module):
-    with pytest.raises(UsageError, match="must be importable from the working directory"):
-        zoo.build(f"{module}:net", 10)
+def test_factory_in_a_module_that_cannot_be_imported():
+    name = "no_such_package.module:net"
+    importable = pytest.raises(UsageError, match="must be importable from the working directory")
+    with trusting(name), importable:
+        zoo.build(name, 10)
+
+
+@pytest.mark.parametrize("module", ["", ".relative"])
+def test_factory_in_what_is_no_module(module):
+    name = f"{module}:net"
+    with trusting(name), pytest.raises(UsageError, match=r"must be named package\.module:function"):
+        zoo.build(name, 10)
 
 
 # Detection

@@ -16,6 +16,7 @@ import click
 
 from mpq.allocator import keep_freed
 from mpq.errors import MpqError, UsageError, nearest
+from mpq.userimport import trusting
 
 
 class Entry(NamedTuple):
@@ -116,7 +117,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     keep_freed()
     try:
-        code = cli.main(args=argv, prog_name="mpq", standalone_mode=False)
+        with trusting():
+            code = cli.main(args=argv, prog_name="mpq", standalone_mode=False)
         sys.stdout.flush()
         return code if isinstance(code, int) else 0
     except click.exceptions.NoArgsIsHelpError as error:

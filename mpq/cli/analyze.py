@@ -34,6 +34,7 @@ MINIMIZE = dict(zip(("bits", "size", "bops", "activation", "latency"), LIMITS, s
 @options.model
 @options.data
 @options.data_root
+@options.trust_code
 @options.normalize
 @options.widths("--bits", "8,4", "Weight widths to choose from.")
 @options.widths("--act-bits", "8", "Activation widths to choose from.")

@@ -20,6 +20,7 @@ from mpq.export import peers as peer_tools
 from mpq.export.bench import BenchRow, FileInfo, file_info
 from mpq.export.bench import bench as measure
 from mpq.report.tables import bench_table
+from mpq.userimport import trust_run
 
 Array = NDArray[Any]
 CALIBRATION = 512
@@ -35,6 +36,7 @@ CALIBRATION = 512
 )
 @options.data
 @options.data_root
+@options.trust_code
 @options.normalize
 @options.threads
 @options.batch
@@ -87,6 +89,7 @@ def bench(
     if out is not None:
         out = rundir.resolve_out(out, "")
     paths = list(files) or [out / "model.onnx" if out else options.newest("model.onnx")]
+    trust_run(paths[0].parent)
     reference = float_file or _beside(paths[0])
     folder = out or _run_of(paths[0])
     info = _known([*paths, *([reference] if reference else [])])

@@ -20,6 +20,7 @@ from mpq.report.tables import ensemble_table
 @click.argument("checkpoints", nargs=-1, required=True, type=click.Path(path_type=Path))
 @options.data
 @options.data_root
+@options.trust_code
 @options.normalize
 @options.trust_pickle
 @options.as_json

@@ -36,6 +36,7 @@ from mpq.report.grid import counted
 @options.target("The kind of CPU to certify for.")
 @options.data
 @options.data_root
+@options.trust_code
 @options.seed
 @options.as_json
 @options.force

@@ -30,6 +30,8 @@ from mpq.data import Normalization
 from mpq.processes import leading
 from mpq.spec import WIDTHS
 from mpq.target import TARGETS
+from mpq.trusted import is_name
+from mpq.userimport import trust, trust_run
 from mpq.wide import INT16_FORMS
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -53,6 +55,24 @@ def _normalization(
     ctx: click.Context, param: click.Parameter, value: str | None
 ) -> Normalization | None:
     return None if value is None else Normalization.parse(value)
+
+
+Named = TypeVar("Named", str, tuple[str, ...], None)
+
+
+def named(ctx: click.Context, param: click.Parameter, value: Named) -> Named:
+    """A callback: code that is named on the command line is trusted for this command."""
+    trust(*([value] if isinstance(value, str) else value or ()))
+    return value
+
+
+def _code(ctx: click.Context, param: click.Parameter, names: tuple[str, ...]) -> None:
+    wrong = next((name for name in names if not is_name(name)), None)
+    if wrong is not None:
+        raise click.BadParameter(
+            f"code must be named package.module:function. Got {wrong!r}.", ctx, param
+        )
+    trust(*names)
 
 
 LIST = "BITS,..."
@@ -212,9 +232,9 @@ def in_run(path: Path | None, file: str) -> Path:
     Raises:
         UsageError: no run has one.
     """
-    if path is None:
-        return newest(file)
-    return path / file if path.is_dir() else path
+    found = newest(file) if path is None else path / file if path.is_dir() else path
+    trust_run(found.parent)
+    return found
 
 
 def newest(file: str) -> Path:
@@ -267,6 +287,7 @@ seed = click.option(
 data = click.option(
     "--data",
     metavar="NAME",
+    callback=named,
     help="digits, cifar10, cifar100, a folder, a zip, module:factory, or none.",
 )
 # data_root: Path | None
@@ -313,7 +334,19 @@ trust_pickle = click.option(
 )
 # model: str | None
 model = click.option(
-    "--model", metavar="NAME", help="Architecture: a zoo or torchvision name, or module:factory."
+    "--model",
+    metavar="NAME",
+    callback=named,
+    help="Architecture: a zoo or torchvision name, or module:factory.",
+)
+# no argument: what is trusted, is so for the whole command
+trust_code = click.option(
+    "--trust-code",
+    metavar="MODULE:FUNCTION",
+    multiple=True,
+    expose_value=False,
+    callback=_code,
+    help="Let a file ask for this code of yours; its run remembers it.",
 )
 # normalize: Normalization | None
 normalize = click.option(

@@ -18,6 +18,7 @@ from mpq.report.tables import profile_table
 @click.command()
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @options.model
+@options.trust_code
 @options.trust_pickle
 @click.option("--input-size", metavar="PIXELS", type=click.IntRange(min=8),
               help="Image side, if not the usual one.")  # fmt: skip

@@ -33,6 +33,7 @@ from mpq.wide import Int16Form
 @options.policy
 @options.data
 @options.data_root
+@options.trust_code
 @click.option("--calibration", type=click.Choice(METHODS), default="mse", show_default=True,
               help="How activation ranges are chosen.")  # fmt: skip
 @click.option("--effort", type=click.Choice(EFFORTS), default="good", show_default=True,

@@ -27,6 +27,7 @@ from mpq.wide import Int16Form, take_form
 @training.answers
 @options.data
 @options.data_root
+@options.trust_code
 @training.holdout
 @training.unlabelled
 @training.recipe("qat")

@@ -17,9 +17,11 @@ from mpq.report.ranking import rank_table
 
 
 @click.command("rank")
-@click.argument("candidates", nargs=-1, required=True, metavar="ARCH...|CHECKPOINT...")
+@click.argument("candidates", nargs=-1, required=True, metavar="ARCH...|CHECKPOINT...",
+                callback=options.named)  # fmt: skip
 @options.data
 @options.data_root
+@options.trust_code
 @options.normalize
 @options.limit("--effective-bits", "Mean weight bits of the mixed policy.  [default: 4.8]")
 @click.option("--effort", type=click.Choice(EFFORTS), default="good", show_default=True,

@@ -19,9 +19,10 @@ from mpq.train.plan import TrainingPlan
 
 
 @click.command()
-@click.argument("arch")
+@click.argument("arch", callback=options.named)
 @options.data
 @options.data_root
+@options.trust_code
 @training.holdout
 @training.unlabelled
 @options.normalize

@@ -61,6 +61,7 @@ holdout = click.option(
 unlabelled = click.option(
     "--unlabelled",
     metavar="NAME",
+    callback=options.named,
     help="More images to distil from, named as --data is; their labels do not count.",
 )
 # epochs: int | None

@@ -27,6 +27,7 @@ from mpq.report.tables import exact_table, verify_table
               help="Test images.  [default: 1000, with --exact 4]")  # fmt: skip
 @options.data
 @options.data_root
+@options.trust_code
 @options.seed
 @options.as_json
 def verify(

@@ -12,10 +12,11 @@ from mpq.data.cifar import CIFAR, batches_in, open_batches, open_cifar_images
 from mpq.data.containers import Folder
 from mpq.data.dataset import DataSet, Split
 from mpq.data.digits import open_digits
-from mpq.data.factory import is_factory, open_factory
+from mpq.data.factory import open_factory
 from mpq.data.folders import archive_name, open_folders
 from mpq.data.splits import Splits, divide
 from mpq.errors import DataError, nearest
+from mpq.trusted import is_name
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +78,7 @@ def _open(name: str, root: str | Path | None, size: tuple[int, int] | None) -> S
         )
     if name == "digits":
         return open_digits(size)
-    if is_factory(name) and not Path(name).exists():
+    if is_name(name) and not Path(name).exists():
         return open_factory(name, size)
     places = search_places(root)
     if name in CIFAR:

@@ -5,7 +5,6 @@ It returns a `DataSet`, a pair `(images, labels)`, or a mapping of split names t
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,13 +15,6 @@ from mpq.data.folders import SPLITS
 from mpq.data.splits import Splits
 from mpq.errors import DataError, nearest
 from mpq.userimport import import_callable, working_directory
-
-_FORM = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
-
-
-def is_factory(name: str) -> bool:
-    """Whether a data name has the form `package.module:factory`."""
-    return _FORM.fullmatch(name) is not None
 
 
 def open_factory(name: str, size: tuple[int, int] | None) -> Splits | DataSet:
@@ -63,7 +55,7 @@ def _call(name: str) -> Any:
     try:
         with working_directory():
             return factory()
-    except Exception as error:  # the user's code can fail in any way
+    except (Exception, SystemExit) as error:  # the user's code can fail in any way
         raise DataError(f"data {name} failed with {type(error).__name__}: {error}") from error
 
 

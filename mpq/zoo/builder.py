@@ -102,7 +102,7 @@ def _from_factory(arch: str, classes: int, in_channels: int) -> nn.Module:
     try:
         with working_directory():
             network = factory(**options)
-    except Exception as error:  # user code may raise anything
+    except (Exception, SystemExit) as error:  # user code may raise anything
         given = ", ".join(f"{k}={v}" for k, v in options.items())
         raise UsageError(
             f"the factory {arch} must build a network when called as {arch.split(':')[1]}"

@@ -156,8 +156,11 @@ def recognize_module(module: nn.Module, arch: str | None = None) -> Recognized:
     plain, kind = strip(module.state_dict()), type(module)
     if arch is None and kind.__module__.startswith(("mpq.zoo.", "torchvision.models.")):
         arch, _ = _detect(plain)
-    size = input_size(arch) if arch else (3, *INPUT_SIZE)
-    arch = arch or f"{kind.__module__}:{kind.__qualname__}"
+    own = f"{kind.__module__}:{kind.__qualname__}"
+    if arch in (None, own):  # its code is here already: it came with the file
+        arch, size = own, getattr(kind, "input_size", (3, *INPUT_SIZE))
+    else:
+        size = input_size(arch)
     return Recognized(module.float().eval(), arch, _outputs(plain, arch) or 1, size)
 
 

@@ -1,0 +1,249 @@
+"""Code that a file asks for is run by no command, unless the user has named it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+
+from mpq.checkpoint import load_safe
+from mpq.cli import main
+from mpq.policy import Policy
+
+MINE = """
+import numpy as np
+import torch
+from torch import nn
+
+def tiny(classes=10):
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, 2, 1), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, classes),
+    )
+
+tiny.input_size = (3, 8, 8)
+
+def images():
+    labels = np.arange(120) % 10
+    return np.random.default_rng(0).integers(0, 256, (120, 8, 8, 3), np.uint8), labels
+"""
+EVIL = """
+from pathlib import Path
+Path("RAN").touch()
+from mine import tiny, images
+"""
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A run over code of the user's own, which is named once, and then never again."""
+    folder = tmp_path_factory.mktemp("project")
+    (folder / "mine.py").write_text(MINE)
+    (folder / "evil.py").write_text(EVIL)
+    before, state = Path.cwd(), os.environ.get("XDG_STATE_HOME")
+    os.chdir(folder)
+    os.environ["XDG_STATE_HOME"] = str(folder / "state")
+    train = ["train", "mine:tiny", "--data", "mine:images", "-o", "model.pth", "--epochs", "1"]
+    named = ["--model", "mine:tiny", "--data", "mine:images"]
+    try:
+        assert main(train) == 0
+        assert main(["analyze", "model.pth", *named, "--num-score", "16", "-o", "r"]) == 0
+        assert main(["ptq", "--policy", "r", "--num-calib", "16", "--effort", "fast"]) == 0
+        assert main(["export", "--onnx", "r", "--verify", "10"]) == 0
+        assert main(["verify", "r", "--images", "10"]) == 0
+        assert main(["bench", "r/model.onnx", "--runs", "2"]) == 0
+        tell = ["ensemble", "model.pth", "-o", "ens.pth", "--trust-code", "mine:tiny"]
+        assert main([*tell, "--data", "mine:images"]) == 0
+    finally:
+        os.chdir(before)
+        os.environ.pop("XDG_STATE_HOME")
+        if state is not None:
+            os.environ["XDG_STATE_HOME"] = state
+    yield folder
+    sys.modules.pop("mine", None)
+
+
+@pytest.fixture
+def here(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A copy of the project, as working directory."""
+    shutil.copytree(project, tmp_path / "p")
+    monkeypatch.chdir(tmp_path / "p")
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "p" / "state"))
+    yield tmp_path / "p"
+    sys.modules.pop("evil", None)
+
+
+def checkpoint(key: str, value: str) -> None:
+    content = load_safe("model.pth")
+    if key == "arch":
+        content["info"]["arch"] = value
+    else:
+        content["data"] = value
+    torch.save(content, "model.pth")
+
+
+def policy(key: str, value: str) -> None:
+    path = Path("r/policy.yaml")
+    path.write_text(_changed(Policy.load(path), key, value).to_yaml())
+
+
+def quantized(key: str, value: str) -> None:
+    content = load_safe("r/quantized.pth")
+    changed = _changed(Policy.from_yaml(content["policy"]), key, value)
+    torch.save({**content, "policy": changed.to_yaml()}, "r/quantized.pth")
+
+
+def _changed(found: Policy, key: str, value: str) -> Policy:
+    if key == "arch":
+        assert found.model is not None
+        return found.replace(model=found.model.replace(arch=value))
+    return found.replace(data=found.data.replace(name=value))
+
+
+def onnx_file(key: str, value: str) -> None:
+    model = onnx.load("r/model.onnx")
+    entry = next(p for p in model.metadata_props if p.key == "mpq")
+    told = json.loads(entry.value)
+    if key == "arch":
+        told["policy"]["model"]["arch"] = value
+    else:
+        told["policy"]["data"]["name"] = value
+    entry.value = json.dumps(told)
+    onnx.save(model, "r/model.onnx")
+
+
+def ensemble(key: str, value: str) -> None:
+    content = load_safe("ens.pth")
+    if key == "arch":
+        content["members"][0]["arch"] = value
+    else:
+        content["data"] = value
+    torch.save(content, "ens.pth")
+
+
+TRAIN = "train resnet20 --data digits -o new.pth --epochs 1"
+ATTACKS: list[tuple[Callable[[str, str], None], str, str, bool]] = [
+    # what the file says and where, the command, and whether it can do its work without
+    (checkpoint, "arch", "analyze model.pth --data none -o s", False),
+    (checkpoint, "data", "analyze model.pth --model mine:tiny -o s", False),
+    (checkpoint, "arch", "profile model.pth -o s", False),
+    (checkpoint, "arch", "rank model.pth --data digits -o s", False),
+    (checkpoint, "data", "rank model.pth --trust-code mine:tiny -o s", False),
+    (checkpoint, "arch", "ensemble model.pth --data digits -o e.pth", False),
+    (checkpoint, "data", "ensemble model.pth --trust-code mine:tiny -o e.pth", False),
+    (checkpoint, "arch", f"{TRAIN} --teacher model.pth", False),
+    (checkpoint, "arch", "qat --policy r --teacher model.pth --epochs 1 --force", False),
+    (ensemble, "arch", f"{TRAIN} --teacher ens.pth", False),
+    (ensemble, "arch", "qat --policy r --teacher ens.pth --epochs 1 --force", False),
+    (ensemble, "data", "ensemble ens.pth --trust-code mine:tiny -o e.pth", False),
+    (policy, "arch", "ptq --policy r --force", False),
+    (policy, "data", "ptq --policy r --force", False),
+    (policy, "arch", "qat --policy r --epochs 1 --force", False),
+    (policy, "data", "qat --policy r --epochs 1 --force", False),
+    (policy, "arch", "diff r r", True),
+    (policy, "data", "report r", True),
+    (quantized, "arch", "export --onnx r --force", False),
+    (quantized, "data", "export --onnx r --force", False),
+    (quantized, "arch", "verify r", False),
+    (quantized, "data", "verify r", False),
+    (onnx_file, "data", "bench r/model.onnx --runs 2", False),
+    (onnx_file, "data", "verify r --exact", True),  # on noise
+    (onnx_file, "arch", "certify r/model.onnx", True),
+    (onnx_file, "arch", "bench r/model.onnx --data none --runs 2", True),
+    (onnx_file, "data", "report r", True),
+]
+
+
+@pytest.mark.parametrize(
+    ("attack", "key", "command", "harmless"),
+    [pytest.param(*a, id=f"{a[0].__name__} {a[1]}: {a[2]}") for a in ATTACKS],
+)
+def test_a_file_runs_no_code(
+    here: Path,
+    capsys: pytest.CaptureFixture[str],
+    attack: Callable[[str, str], None],
+    key: str,
+    command: str,
+    harmless: bool,
+) -> None:
+    attack(key, "evil:tiny" if key == "arch" else "evil:images")
+    capsys.readouterr()
+    code = main(command.split())
+    told = capsys.readouterr().err
+    assert not Path("RAN").exists()
+    assert "evil" not in sys.modules
+    assert code == (0 if harmless else 2), told
+    assert harmless or "--trust-code evil:" in told
+    assert "Traceback" not in told
+
+
+@pytest.mark.parametrize("name", ["sys:exit", "os:_exit", "evil:x; rm -rf ~", "../evil:tiny"])
+def test_names_of_what_is_there_already_are_not_called(
+    here: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    checkpoint("arch", name)
+    assert main(["analyze", "model.pth", "--data", "none", "-o", "s"]) == 2
+    told = capsys.readouterr().err
+    typed = f"add --trust-code {name}." in told
+    assert typed == (name in ("sys:exit", "os:_exit"))  # others are no names, and cannot be typed
+    assert not Path("s").exists()
+
+
+def test_code_that_ends_the_process_is_a_failure(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["analyze", "model.pth", "--model", "sys:exit", "--data", "none"]) == 2
+    assert "SystemExit" in capsys.readouterr().err
+
+
+def test_what_is_trusted_once_is_remembered_in_the_run(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    policy("data", "evil:images")
+    ptq = ["ptq", "--policy", "r", "--effort", "fast", "--num-calib", "16", "--force"]
+    assert main(ptq) == 2
+    assert main([*ptq, "--trust-code", "evil:images"]) == 0
+    del sys.modules["evil"]
+    assert main(ptq) == 0  # not asked again
+    assert main(["export", "--onnx", "r", "--force", "--verify", "10"]) == 0
+    Path("evil.py").write_text(EVIL + "# another\n")
+    capsys.readouterr()
+    assert main(ptq) == 2
+    told = capsys.readouterr().err
+    assert "evil.py has changed since evil:images was trusted" in told
+    assert "--trust-code evil:images" in told
+
+
+def test_trust_that_came_with_the_run_counts_for_nothing(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody who makes a run can write any `trusted.json`, but not with this user's seal."""
+    policy("data", "evil:images")
+    told = json.loads(Path("r/trusted.json").read_text())
+    told["evil:images"] = told["mine:images"]
+    Path("r/trusted.json").write_text(json.dumps(told))
+    assert main(["ptq", "--policy", "r", "--force"]) == 2
+    monkeypatch.setenv("XDG_STATE_HOME", "elsewhere")
+    policy("data", "mine:images")
+    capsys.readouterr()
+    assert main(["ptq", "--policy", "r", "--force"]) == 2
+    assert "--trust-code mine:" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[" * 100_000, "[]", '{"mine:images": 3}', '{"mine:images": {}}']
+)
+def test_a_memory_that_is_damaged_is_none(here: Path, text: str) -> None:
+    Path("r/trusted.json").write_text(text)
+    assert main(["ptq", "--policy", "r", "--force"]) == 2
+    named = ["--trust-code", "mine:tiny", "--data", "mine:images"]
+    assert main(["ptq", "--policy", "r", "--force", "--effort", "fast", *named]) == 0
+    assert set(json.loads(Path("r/trusted.json").read_text())) == {"mine:tiny", "mine:images"}
