@@ -25,12 +25,13 @@ from mpq.errors import ExportError
 
 from . import runtime
 from .kernels import KERNELS
+from .operators import MOVES
 
 Array = NDArray[Any]
-MOVES = frozenset({
-    *("Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Slice", "Split", "Pad", "Concat"),
-    *("SpaceToDepth", "DepthToSpace", "Clip", "Relu", "Identity", "Gather", "Expand", "Shape"),
-})  # fmt: skip
+REFERENCED = (MOVES - {"MaxPool"}) | {
+    *("Concat", "SpaceToDepth", "Clip", "Relu", "Identity", "Expand", "Shape"),
+}
+"""What the reference implementation of ONNX evaluates; a MaxPool of floats is a float island."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +140,7 @@ def _check(node: onnx.NodeProto, values: dict[str, Array], opset: int) -> Iterat
     if node.op_type in KERNELS and _supported(node, inputs):
         result = KERNELS[node.op_type](inputs, attributes)
         predicted = result if isinstance(result, list) else [result]
-    elif node.op_type in MOVES and not node.domain:
+    elif node.op_type in REFERENCED and not node.domain:
         predicted = _by_onnx(node, inputs, opset)
     else:
         yield NodeCheck(name, node.op_type, got[0].size, None, reason=_reason(node, inputs))

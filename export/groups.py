@@ -14,6 +14,8 @@ import math
 import numpy as np
 import onnx_ir as ir
 
+from .edit import Writer, own_weight
+
 GATHER = 40.0
 """Nanoseconds to gather one window of one group, whatever its size (docs/speed.md)."""
 MACS = 200.0
@@ -57,34 +59,23 @@ def best_merge(groups: int, outputs: int, terms: int) -> int:
 
 def _grouped_weight(conv: ir.Node) -> ir.Value | None:
     """The integer initializer of a grouped convolution with a spatial kernel, if it is its own."""
-    group = conv.attributes.get("group") if conv.op_type == "Conv" else None
-    value = conv.inputs[1] if group is not None and group.as_int() > 1 else None
-    node = None if value is None else value.producer()
-    if node is None or node.op_type != "DequantizeLinear":
-        return None
-    weight = node.inputs[0]
-    if weight is None or not weight.is_initializer() or len(weight.uses()) != 1:
+    groups = conv.attributes.get_int("group", 1) if conv.op_type == "Conv" else 1
+    weight = own_weight(conv) if groups > 1 else None
+    if weight is None:
         return None
     shape = [d for d in weight.shape or () if isinstance(d, int)]
-    assert group is not None
-    depthwise = shape[1] == 1 and shape[0] == group.as_int()
+    depthwise = shape[1] == 1 and shape[0] == groups
     return None if depthwise or math.prod(shape[2:]) == 1 else weight
 
 
 def _spread(graph: ir.Graph, weight: ir.Value, shape: list[int], groups: int, merge: int) -> None:
     """`[O, I, *K]` -> `[O, merge I, *K]`, zero where output and input are of different groups."""
     user, index = next(iter(weight.uses()))
+    write = Writer(graph, user)
     narrow = [groups // merge, merge, shape[0] // groups, 1, math.prod(shape[1:])]
-    mask = -np.eye(merge, dtype=np.int8).reshape(1, merge, 1, merge, 1)
-
-    def add(op: str, value: ir.Value, name: str, array: np.ndarray) -> ir.Value:
-        constant = ir.val(f"{weight.name}.{name}", const_value=ir.tensor(array))
-        graph.register_initializer(constant)
-        node = ir.node(op, [value, constant])
-        graph.insert_before(user, node)
-        return node.outputs[0]
-
-    blocks = add("Reshape", weight, "narrow", np.array(narrow, np.int64))
-    masked = add("BitwiseAnd", blocks, "mask", mask)  # -1 has every bit
     wide = [shape[0], merge * shape[1], *shape[2:]]
-    user.replace_input_with(index, add("Reshape", masked, "wide", np.array(wide, np.int64)))
+    mask = -np.eye(merge, dtype=np.int8).reshape(1, merge, 1, merge, 1)  # -1 has every bit
+    blocks = write.node("Reshape", weight, write.constant(np.array(narrow, np.int64)))
+    masked = write.node("BitwiseAnd", blocks, write.constant(mask))
+    spread = write.node("Reshape", masked, write.constant(np.array(wide, np.int64)))
+    user.replace_input_with(index, spread)

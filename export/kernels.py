@@ -65,7 +65,7 @@ def accumulate(x: Array, w: Array, attributes: Attributes) -> Array:
     kernel = w.shape[2:]
     x = np.pad(x, [(0, 0), (0, 0), *zip(pads[:rank], pads[rank:], strict=True)])
     extent = [d * (k - 1) + 1 for d, k in zip(dilations, kernel, strict=True)]
-    windows = sliding_window_view(x, extent, axis=tuple(range(2, 2 + rank)))  # type: ignore[call-overload]
+    windows = sliding_window_view(x, extent, axis=tuple(range(2, 2 + rank)))
     steps = (*(slice(None, None, s) for s in strides), *(slice(None, None, d) for d in dilations))
     windows = windows[(slice(None), slice(None), *steps)]
     if group == x.shape[1] == w.shape[0]:
@@ -240,7 +240,7 @@ def _windows(x: Array, attributes: Attributes, fill: Any) -> tuple[Array, Array]
 
     def view(array: Array, value: Any) -> Array:
         padded = np.pad(array, [(0, 0), (0, 0), *edges], constant_values=value)
-        found = sliding_window_view(padded, extent, axis=tuple(range(2, 2 + rank)))  # type: ignore[call-overload]
+        found = sliding_window_view(padded, extent, axis=tuple(range(2, 2 + rank)))
         return np.asarray(found[(slice(None), slice(None), *steps)])
 
     return view(x, fill), view(np.ones((1, 1, *x.shape[2:]), bool), False)

@@ -1,10 +1,9 @@
 """Lower a graph to ONNX: torch's exporter with our translations, then our placement and storage.
 
-    GraphModule -> torch.onnx -> simplify -> tag -> place -> pack -> slim -> set_opset -> ir.Model
+    GraphModule -> torch.onnx -> tie -> simplify -> place -> form -> pack -> slim -> ir.Model
 
-`tag` ties node names to module paths: the matrix node of a layer carries the layer's path, the
-QuantizeLinear of a site the site's. It reads them off the exporter's initializer names, so it runs
-after the rewriting (which replaces nodes) and before the merging (which drops initializers).
+`tie` writes the module path of each layer into the metadata of its matrix node, and that of each
+site into its QuantizeLinear's. Rewriting hands metadata on.
 """
 
 from __future__ import annotations
@@ -25,19 +24,20 @@ from mpq.errors import ExportError
 from mpq.graph.ir import QuantGraph
 from mpq.policy import Policy
 from mpq.quant.fake_quant import FrozenQuant
-from mpq.quant.layer import FrozenLayer
+from mpq.quant.layer import FrozenLayer, IslandLayer
 
+from .edit import LAYER, SITE, Step, run
 from .form import BYTE_SHUFFLE, Form, Int4Format, choose_form
 from .groups import merge_groups
-from .opset import set_opset
-from .pack import pack, weight_names
+from .operators import LAYER_OPS
+from .opset import GELU_BY_ERF, set_opset
+from .pack import pack
 from .pixels import PixelInput, take_pixels
 from .place import place
 from .qdq import TRANSLATIONS
 from .slim import OPSET, slim
-from .upsample import plain_shuffles
+from .upsample import PLAIN_SHUFFLE
 
-LAYER_OPS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul", "MatMulInteger"})
 _KEEP = frozenset({
     *("Mul", "Cast", "Reshape", "Transpose", "Pad", "DequantizeLinear", "QuantizeLinear"),
 })  # fmt: skip
@@ -78,25 +78,31 @@ def lower(qg: QuantGraph, form: Form | None = None, pixels: PixelInput | None = 
             f"only a float or frozen graph can be lowered. Got stage {qg.stage!r}; "
             "call mpq.freeze first."
         )
-    quantizers = [n for n, m in qg.module.named_modules() if isinstance(m, FrozenQuant)]
-    model = _simplify(_export(qg))
-    _tag(model, list(qg.layers), quantizers)
+    model, form = _export(qg), form or form_for(qg)
+    _tie(model, qg)
+    _simplify(model)
     place(model)
     if pixels is not None:
         take_pixels(model, pixels)
-    form = form or form_for(qg)
-    if form.needs < BYTE_SHUFFLE:
-        plain_shuffles(model.graph)
-    if form.int4 != "dq":  # a form for other runtimes, which may not fold what spreads the weights
-        merge_groups(model.graph)
+    run(model, _steps(form))
     pack(model, _widths(qg), form)
-    sites = slim(model, frozenset(qg.layers), frozenset(quantizers))
+    sites = slim(model)
     set_opset(model, form)
     layers = tuple(str(n.name) for n in model.graph if n.name in qg.layers)
     missing = [name for name in qg.layers if name not in layers]
     if missing:
         raise ExportError(f"layers {missing} have no node in the exported graph.")
     return Lowered(model, sites, layers, form, qg.policy)
+
+
+def _steps(form: Form) -> Iterator[Step]:
+    """What a form needs to be rewritten."""
+    if form.needs < BYTE_SHUFFLE:
+        yield PLAIN_SHUFFLE
+    if form.opset < 20:
+        yield GELU_BY_ERF
+    if form.int4 != "dq":  # a form for other runtimes, which may not fold what spreads the weights
+        yield merge_groups
 
 
 def form_for(
@@ -139,6 +145,7 @@ def _export(qg: QuantGraph) -> ir.Model:
             "of the network."
         ) from error
     assert program is not None
+    common.InlinePass()(program.model)
     return program.model
 
 
@@ -158,42 +165,48 @@ def _quiet() -> Iterator[None]:
                 log.setLevel(level)
 
 
-def _simplify(model: ir.Model) -> ir.Model:
+def _tie(model: ir.Model, qg: QuantGraph) -> None:
+    """Note each layer's path in its matrix node, each site's in its QuantizeLinear.
+
+    An initializer has one of the names that its tensor has in the module. Layers that share their
+    weights come in the order in which they run, and so do the nodes.
+    """
+    initializers = model.graph.initializers
+    tensors = qg.module.state_dict(keep_vars=True).items()
+    values = {id(t): initializers[name] for name, t in tensors if name in initializers}
+    for path, module in qg.module.named_modules():
+        scale = values.get(id(module.scale)) if isinstance(module, FrozenQuant) else None
+        for node, _ in () if scale is None else scale.uses():
+            if node.op_type == "QuantizeLinear":
+                node.metadata_props[SITE] = path
+    paths: dict[ir.Value, list[str]] = {}
+    for path in qg.layers:
+        module = qg.module.get_submodule(path)
+        layer = module.layer if isinstance(module, IslandLayer) else module
+        if id(layer.weight) in values:
+            paths.setdefault(values[id(layer.weight)], []).append(path)
+    for weight, owners in paths.items():
+        for index, node in enumerate(_matrix_nodes(weight)):
+            node.metadata_props[LAYER] = owners[min(index, len(owners) - 1)]
+
+
+def _matrix_nodes(weight: ir.Value) -> Iterator[ir.Node]:
+    """The matrix nodes that read a weight, through what decodes and turns it."""
+    for node, _ in weight.uses():
+        if node.op_type in LAYER_OPS:
+            yield node
+        else:
+            for out in node.outputs:
+                yield from _matrix_nodes(out)
+
+
+def _simplify(model: ir.Model) -> None:
     """Fold and rewrite what the exporter leaves, in two rounds, without merging anything."""
     with _quiet():
-        common.InlinePass()(model)
         for _ in range(2):
             fold_constants(model, onnx_shape_inference=True, should_fold=_should_fold)
-            model = rewrite(model)
+            rewrite(model)
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
-    return model
-
-
-def _tag(model: ir.Model, layers: list[str], sites: list[str]) -> None:
-    """Name the matrix node of each layer and the QuantizeLinear of each site by module path."""
-    values = model.graph.initializers
-    for node in model.graph:
-        if node.op_type == "QuantizeLinear" and node.inputs[1] is not None:
-            node.name = str(node.inputs[1].name).removesuffix(".scale")
-    for path in layers:
-        for name in weight_names(path):
-            if name in values:
-                _name_reader(values[name], path)
-    known = {*layers, *sites}
-    for node in model.graph:
-        if node.name not in known:
-            node.name = None
-
-
-def _name_reader(weight: ir.Value, path: str) -> None:
-    """Walk from a weight through its decoding to the matrix node that reads it."""
-    front = [weight]
-    while front:
-        for node, _ in front.pop().uses():
-            if node.op_type in LAYER_OPS:
-                node.name = path
-            else:
-                front.extend(node.outputs)
 
 
 def _should_fold(node: ir.Node) -> bool | None:

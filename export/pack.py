@@ -14,36 +14,29 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from .edit import Writer, stored_weights
 from .form import Form
-from .unpack import Unpacker
+from .unpack import unpack
 
 
 def pack(model: ir.Model, bits: Mapping[str, int], form: Form) -> int:
     """Give each layer's weights their storage form.
 
     Args:
-        model: a placed model, weights as INT8 or INT16 initializers named `<path>.weight`.
+        model: a placed model, weights as INT8 or INT16 initializers.
         bits: weight width of each layer by module path.
         form: which forms the file may use.
 
     Returns:
         The number of weights that changed form.
     """
-    count = 0
-    for path, width in bits.items():
-        if width >= 8:
-            continue
-        for name in weight_names(path):
-            value = model.graph.initializers.get(name)
-            if value is not None:
-                _replace(model.graph, value, width, form)
-                count += 1
-    return count
-
-
-def weight_names(path: str) -> tuple[str, str]:
-    """Initializer names that a layer's weights may have: its own, or that of an island's layer."""
-    return f"{path}.weight", f"{path}.layer.weight"
+    weights = {path: weight for path, weight in stored_weights(model.graph)}
+    narrow = [
+        (weights[path], width) for path, width in bits.items() if width < 8 and path in weights
+    ]
+    for weight, width in narrow:
+        _replace(model.graph, weight, width, form)
+    return len(narrow)
 
 
 def _replace(graph: ir.Graph, weight: ir.Value, bits: int, form: Form) -> None:
@@ -51,17 +44,15 @@ def _replace(graph: ir.Graph, weight: ir.Value, bits: int, form: Form) -> None:
     array = weight.const_value.numpy().astype(np.int8)
     uses = list(weight.uses())
     users = {user for user, _ in uses}
-    first = next(n for n in graph if n in users)
     if bits == 4 and form.int4 == "dq" and not _multiplied(weight):
         _standard_form(graph, weight, array)
         return
-    elif (bits == 4 and form.int4 == "cast") or (bits == 2 and form.int2):
+    write = Writer(graph, next(n for n in graph if n in users))
+    if (bits == 4 and form.int4 == "cast") or (bits == 2 and form.int2):
         stored = _stored(graph, f"{weight.name}.int{bits}", array, bits)
-        cast = ir.node("Cast", [stored], attributes={"to": ir.DataType.INT8})
-        graph.insert_before(first, cast)
-        decoded = cast.outputs[0]
+        decoded = write.node("Cast", stored, to=ir.DataType.INT8)
     else:
-        decoded = Unpacker(graph, first, str(weight.name)).weight(array, bits)
+        decoded = unpack(write, array, bits)
     for user, index in uses:
         user.replace_input_with(index, decoded)
     del graph.initializers[str(weight.name)]

@@ -21,6 +21,8 @@ from numpy.typing import NDArray
 from mpq.data import Normalization
 from mpq.errors import ExportError
 
+from .edit import Writer, take_over
+
 Array = NDArray[np.float32]
 ALL = np.arange(256, dtype=np.uint8)
 
@@ -44,8 +46,8 @@ class PixelInput:
         return np.ascontiguousarray(p.transpose(0, 2, 3, 1))
 
 
-def take_pixels(model: ir.Model, how: PixelInput) -> int:
-    """Make the input of a placed model raw images, in place; return the number of nodes added.
+def take_pixels(model: ir.Model, how: PixelInput) -> None:
+    """Make the input of a placed model raw images, in place.
 
     Raises:
         ExportError: the model does not take RGB images.
@@ -59,24 +61,15 @@ def take_pixels(model: ir.Model, how: PixelInput) -> int:
     n, c, h, w = shape
     order = ir.Shape([n, h, w, c] if how.channels_last else [n, c, h, w])
     new = ir.val("pixels", ir.DataType.UINT8, order)
-    nodes = []
-    value = new
+    write, value = Writer(model.graph, model.graph[0]), new
     if how.channels_last:
-        nodes.append(ir.node("Transpose", [value], attributes={"perm": [0, 3, 1, 2]}))
-        value = nodes[-1].outputs[0]
-    nodes.append(ir.node("Cast", [value], attributes={"to": ir.DataType.FLOAT}))
+        value = write.node("Transpose", value, perm=[0, 3, 1, 2])
+    value = write.node("Cast", value, to=ir.DataType.FLOAT)
     for op, operand in _arithmetic(how.normalize, _quantizer(old)):
-        name = f"pixels.{op.lower()}.{len(nodes)}"
-        constant = ir.val(name, const_value=ir.tensor(operand.reshape(-1, 1, 1)))
-        model.graph.register_initializer(constant)
-        nodes.append(ir.node(op, [nodes[-1].outputs[0], constant]))
-    last = nodes[-1].outputs[0]
-    last.shape, last.type = old.shape, old.type
-    ir.convenience.replace_all_uses_with(old, last)
-    model.graph.insert_before(model.graph[0], nodes)
+        value = write.node(op, value, write.constant(operand.reshape(-1, 1, 1)))
+    take_over(old, value)
     model.graph.inputs[0] = new
     new.name = "input"
-    return len(nodes)
 
 
 def _arithmetic(how: Normalization, quantizer: Grid | None) -> list[tuple[str, Array]]:

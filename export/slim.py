@@ -14,33 +14,32 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes import common
 
+from .edit import LAYER, SITE
+from .operators import LAYER_OPS
+
 OPSET = 21
 _PER_AXIS = {"strides": 1, "dilations": 1, "pads": 0}
 
 
-def slim(model: ir.Model, layers: frozenset[str], sites: frozenset[str]) -> dict[str, str]:
-    """Shrink in place.
-
-    Args:
-        model: a packed model.
-        layers: node names to keep.
-        sites: names of the QuantizeLinear nodes whose output names are asked for.
+def slim(model: ir.Model) -> dict[str, str]:
+    """Shrink a packed model in place.
 
     Returns:
-        site name -> final name of its integer value.
+        site -> final name of its integer value.
     """
+    graph = model.graph
+    layers = {node: node.metadata_props.get(LAYER) for node in graph if node.op_type in LAYER_OPS}
+    sites = {node: node.metadata_props.get(SITE) for node in graph}
     common.ClearMetadataAndDocStringPass()(model)
     common.DeduplicateInitializersPass(size_limit=1 << 30)(model)
     common.CommonSubexpressionEliminationPass()(model)
     common.RemoveUnusedNodesPass()(model)
-    graph = model.graph
     _shorten(graph)
     found: dict[str, str] = {}
     for node in graph:
-        if node.name in sites:
-            found[str(node.name)] = str(_last_integer(node).name)
-        if node.name not in layers:
-            node.name = None
+        node.name = layers.get(node)
+        if site := sites.get(node):  # of several nodes of a site, the last gives its integers
+            found[site] = str(_last_integer(node).name)
         _drop_defaults(node)
         for value in node.outputs:
             if not value.is_graph_output():

@@ -19,6 +19,8 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from .edit import own_weight
+
 MAX_CHANNELS = 4
 """Images. From 16 channels on, rows are long enough as they are."""
 
@@ -75,15 +77,15 @@ def spread(weight: NDArray[Any], rows: Axis, columns: Axis) -> NDArray[Any]:
 
 def _match(conv: ir.Node) -> tuple[ir.Node, ir.Value, Axis, Axis] | None:
     """The QuantizeLinear of the image, the weights, and both axes."""
-    if conv.op_type != "Conv" or _attribute(conv, "strides", (1, 1)) != (2, 2):
+    if conv.op_type != "Conv" or tuple(conv.attributes.get_ints("strides", ())) != (2, 2):
         return None
-    quantize, weight = _image_quantizer(conv.inputs[0]), _stored(conv.inputs[1])
+    quantize, weight = _image_quantizer(conv.inputs[0]), own_weight(conv)
     if quantize is None or weight is None or not _plain(conv):
         return None
     image, kernel = _sizes(quantize.inputs[0]), _sizes(weight)
     if len(image) != 4 or len(kernel) != 4 or image[1] > MAX_CHANNELS:
         return None
-    top, left, bottom, right = _attribute(conv, "pads", (0, 0, 0, 0))
+    top, left, bottom, right = conv.attributes.get_ints("pads", (0, 0, 0, 0))
     rows = Axis.of(image[2], kernel[2], top, bottom)
     columns = Axis.of(image[3], kernel[3], left, right)
     if rows is None or columns is None:
@@ -117,10 +119,13 @@ def _sizes(value: ir.Value | None) -> list[int]:
 
 def _plain(conv: ir.Node) -> bool:
     """Neither grouped nor dilated, with its padding in numbers."""
-    pad = conv.attributes.get("auto_pad")
-    dense = _attribute(conv, "group", (1,)) == (1,)
-    close = set(_attribute(conv, "dilations", (1, 1))) == {1}
-    return dense and close and (pad is None or pad.as_string() == "NOTSET")
+    given = conv.attributes
+    close = set(given.get_ints("dilations", (1, 1))) == {1}
+    return (
+        given.get_int("group", 1) == 1
+        and close
+        and given.get_string("auto_pad", "NOTSET") == "NOTSET"
+    )
 
 
 def _image_quantizer(value: ir.Value | None) -> ir.Node | None:
@@ -133,20 +138,3 @@ def _image_quantizer(value: ir.Value | None) -> ir.Node | None:
             return node
         value = node.inputs[0]
     return None
-
-
-def _stored(value: ir.Value | None) -> ir.Value | None:
-    """The integer initializer behind a convolution's weights, if no other layer shares it."""
-    node = None if value is None else value.producer()
-    if node is None or node.op_type != "DequantizeLinear":
-        return None
-    weight = node.inputs[0]
-    alone = weight is not None and weight.is_initializer() and len(weight.uses()) == 1
-    return weight if alone and weight is not None and len(weight.shape or ()) == 4 else None
-
-
-def _attribute(node: ir.Node, name: str, default: tuple[int, ...]) -> tuple[int, ...]:
-    found = node.attributes.get(name)
-    if found is None:
-        return default
-    return (found.as_int(),) if found.type == ir.AttributeType.INT else tuple(found.as_ints())

@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 
 from mpq.spec import plane_widths
 
+from .edit import Writer
+
 Bytes = NDArray[np.uint8]
 
 
@@ -46,60 +48,35 @@ def decode(planes: list[Bytes], bits: int, shape: tuple[int, ...]) -> NDArray[np
     return (u[:count].astype(np.int32) - (1 << (bits - 1))).astype(np.int8).reshape(shape)
 
 
-class Unpacker:
-    """Writes the nodes that `decode` one weight before a given node.
+def unpack(write: Writer, weights: NDArray[np.int8], bits: int) -> ir.Value:
+    """Write the nodes that `decode` the weights; their output is INT8 once they are folded."""
+    whole, shift = None, 0
+    for width, packed in zip(plane_widths(bits), encode(weights, bits), strict=True):
+        plane = _plane(write, packed, width)
+        if shift:
+            plane = _shift(write, plane, shift, "LEFT")
+        whole = plane if whole is None else write.node("BitwiseOr", whole, plane)
+        shift += width
+    if weights.size % 8:
+        ends = [write.constant(np.array([n], np.int64)) for n in (0, weights.size)]
+        whole = write.node("Slice", whole, *ends)
+    wide = write.node("Cast", whole, to=ir.DataType.INT32)
+    signed = write.node("Sub", wide, write.constant(np.array(1 << (bits - 1), np.int32)))
+    narrow = write.node("Cast", signed, to=ir.DataType.INT8)
+    return write.node("Reshape", narrow, write.constant(np.array(weights.shape, np.int64)))
 
-    Args:
-        graph: where to write.
-        anchor: the node before which the new ones go.
-        name: stem of the new initializers' names.
-    """
 
-    def __init__(self, graph: ir.Graph, anchor: ir.Node, name: str) -> None:
-        self.graph, self.anchor, self.name = graph, anchor, name
-        self.made = 0
+def _plane(write: Writer, plane: Bytes, width: int) -> ir.Value:
+    packed = write.constant(plane)
+    mask = write.constant(np.array((1 << width) - 1, np.uint8))
+    parts = []
+    for k in range(8 // width):
+        part = packed if k == 0 else _shift(write, packed, width * k, "RIGHT")
+        parts.append(write.node("BitwiseAnd", part, mask))
+    return write.node("Concat", *parts, axis=0)
 
-    def constant(self, array: NDArray[np.generic]) -> ir.Value:
-        """An initializer; equal ones of different weights are merged afterwards."""
-        self.made += 1
-        value = ir.val(f"{self.name}.{self.made}", const_value=ir.tensor(array))
-        self.graph.register_initializer(value)
-        return value
 
-    def node(self, op: str, *inputs: ir.Value, **attributes: object) -> ir.Value:
-        """A node with one output."""
-        node = ir.node(op, list(inputs), attributes=attributes)  # type: ignore[arg-type]
-        self.graph.insert_before(self.anchor, node)
-        return node.outputs[0]
-
-    def weight(self, weights: NDArray[np.int8], bits: int) -> ir.Value:
-        """The value that holds the INT8 weights once the runtime has folded its nodes."""
-        whole, shift = None, 0
-        for width, packed in zip(plane_widths(bits), encode(weights, bits), strict=True):
-            plane = self._plane(self.constant(packed), width)
-            if shift:
-                plane = self._shift(plane, shift, "LEFT")
-            whole = plane if whole is None else self.node("BitwiseOr", whole, plane)
-            shift += width
-        assert whole is not None
-        if weights.size % 8:
-            ends = [self.constant(np.array([n], np.int64)) for n in (0, weights.size)]
-            whole = self.node("Slice", whole, *ends)
-        wide = self.node("Cast", whole, to=ir.DataType.INT32)
-        signed = self.node("Sub", wide, self.constant(np.array(1 << (bits - 1), np.int32)))
-        narrow = self.node("Cast", signed, to=ir.DataType.INT8)
-        shape = self.constant(np.array(weights.shape, np.int64))
-        return self.node("Reshape", narrow, shape)
-
-    def _plane(self, packed: ir.Value, width: int) -> ir.Value:
-        mask = self.constant(np.array((1 << width) - 1, np.uint8))
-        parts = []
-        for k in range(8 // width):
-            part = packed if k == 0 else self._shift(packed, width * k, "RIGHT")
-            parts.append(self.node("BitwiseAnd", part, mask))
-        return self.node("Concat", *parts, axis=0)
-
-    def _shift(self, value: ir.Value, by: int, direction: str) -> ir.Value:
-        return self.node(
-            "BitShift", value, self.constant(np.array(by, np.uint8)), direction=direction
-        )
+def _shift(write: Writer, value: ir.Value, by: int, direction: str) -> ir.Value:
+    return write.node(
+        "BitShift", value, write.constant(np.array(by, np.uint8)), direction=direction
+    )

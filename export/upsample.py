@@ -8,10 +8,16 @@ work before the moves, which then run on uint8. Of these, runtimes have DepthToS
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx_ir as ir
+from onnxscript.rewriter import MatchResult, RewriteRule
 
-MOVES = frozenset({"DepthToSpace", "Reshape", "Transpose", "Slice"})
+from .edit import SITE, only_reader, weight_decoding
+
+INTERLEAVES = frozenset({"DepthToSpace", "Reshape", "Transpose", "Slice"})
+"""What the interleaving and cropping of `mpq.quant.subpixel` is exported to."""
 ELEMENTWISE = frozenset({"Relu", "Clip", "QuantizeLinear"})
 
 
@@ -19,10 +25,10 @@ def lift_quantizers(graph: ir.Graph) -> int:
     """Move what follows the moves behind an integer convolution before them; return how many."""
     count = 0
     for conv in list(graph):
-        if conv.op_type != "Conv" or not _integer_weights(conv):
+        if conv.op_type != "Conv" or weight_decoding(conv) is None:
             continue
         head, chain = conv.outputs[0], _moves_behind(conv.outputs[0])
-        while chain and (reader := _only_reader(chain[-1].outputs[0])) is not None:
+        while chain and (reader := only_reader(chain[-1].outputs[0])) is not None:
             if reader.op_type not in ELEMENTWISE:
                 break
             _lift(graph, head, chain, reader)
@@ -31,51 +37,9 @@ def lift_quantizers(graph: ir.Graph) -> int:
     return count
 
 
-def plain_shuffles(graph: ir.Graph) -> int:
-    """Write each DepthToSpace of integers in operations that old runtimes have for them."""
-    count = 0
-    for node in list(graph):
-        x = node.inputs[0] if node.op_type == "DepthToSpace" else None
-        if x is None or x.dtype != ir.DataType.UINT8 or x.shape is None:
-            continue
-        _, channels, height, width = (d if isinstance(d, int) else -1 for d in x.shape)
-        size = node.attributes["blocksize"].as_int()
-        outputs = channels // size**2
-        apart = [0, outputs, size, size, height, width]
-        joined = [0, outputs, height * size, width * size]
-        first = ir.node("Reshape", [x, _constant(graph, apart)])
-        turned = ir.node("Transpose", first.outputs, attributes={"perm": [0, 1, 4, 2, 5, 3]})
-        last = ir.node("Reshape", [turned.outputs[0], _constant(graph, joined)], name=node.name)
-        graph.insert_before(node, [first, turned, last])
-        last.outputs[0].shape, last.outputs[0].type = node.outputs[0].shape, node.outputs[0].type
-        ir.convenience.replace_all_uses_with(node.outputs[0], last.outputs[0])
-        graph.remove(node, safe=True)
-        count += 1
-    return count
-
-
-def _constant(graph: ir.Graph, numbers: list[int]) -> ir.Value:
-    value = ir.val(f"shuffle.{len(graph.initializers)}")
-    value.const_value = ir.tensor(np.array(numbers, np.int64))
-    graph.register_initializer(value)
-    return value
-
-
-def _integer_weights(conv: ir.Node) -> bool:
-    weight = conv.inputs[1]
-    decode = None if weight is None else weight.producer()
-    return decode is not None and decode.op_type == "DequantizeLinear"
-
-
-def _only_reader(value: ir.Value) -> ir.Node | None:
-    uses = list(value.uses())
-    alone = len(uses) == 1 and uses[0][1] == 0 and not value.is_graph_output()
-    return uses[0][0] if alone else None
-
-
 def _moves_behind(value: ir.Value) -> list[ir.Node]:
     chain: list[ir.Node] = []
-    while (reader := _only_reader(value)) is not None and reader.op_type in MOVES:
+    while (reader := only_reader(value)) is not None and reader.op_type in INTERLEAVES:
         chain.append(reader)
         value = reader.outputs[0]
     return chain
@@ -92,5 +56,40 @@ def _lift(graph: ir.Graph, head: ir.Value, chain: list[ir.Node], reader: ir.Node
     out.shape = head.shape
     for move in chain:
         move.outputs[0].type = out.type
-    if reader.name:  # a site: its integers are those behind the moves
-        chain[-1].name, reader.name = reader.name, None
+    if SITE in reader.metadata_props:  # its integers are those behind the moves
+        chain[-1].metadata_props[SITE] = reader.metadata_props.pop(SITE)
+
+
+def _shuffle(op: Any, x: Any) -> Any:
+    return op.DepthToSpace(x, _outputs=["y"])
+
+
+def _is_of_integers(context: Any, x: ir.Value, y: ir.Value) -> MatchResult:
+    result, node = MatchResult(), y.producer()
+    if x.dtype != ir.DataType.UINT8:
+        return result.fail("it moves floats, which every runtime can")
+    if x.shape is None:
+        return result.fail("the shape of its input is not known")
+    if node is None or node.attributes.get_string("mode", "DCR") != "CRD":
+        return result.fail("it takes the channels of a block apart in another order")
+    return result
+
+
+def _reshapes(op: Any, x: ir.Value, y: ir.Value) -> Any:
+    node = y.producer()
+    assert node is not None
+    assert x.shape is not None
+    _, channels, height, width = (d if isinstance(d, int) else -1 for d in x.shape)
+    size = node.attributes["blocksize"].as_int()
+    outputs = channels // size**2
+
+    def shape(name: str, numbers: list[int]) -> Any:
+        return op.initializer(ir.tensor(np.array(numbers, np.int64)), f"{y.name}.{name}")
+
+    apart = op.Reshape(x, shape("apart", [0, outputs, size, size, height, width]))
+    turned = op.Transpose(apart, perm=[0, 1, 4, 2, 5, 3])
+    return op.Reshape(turned, shape("joined", [0, outputs, height * size, width * size]))
+
+
+PLAIN_SHUFFLE = RewriteRule(_shuffle, _reshapes, _is_of_integers, name="PlainShuffle")
+"""DepthToSpace of integers in operations that old runtimes have for them."""

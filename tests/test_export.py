@@ -24,7 +24,6 @@ from mpq.export.certify import certify
 from mpq.export.lower import lower
 from mpq.export.meta import KEY, from_metadata, to_metadata
 from mpq.export.onnx_file import serialize
-from mpq.export.pack import weight_names
 from mpq.export.peers import onnxruntime_dynamic, onnxruntime_static
 from mpq.export.place import place
 from mpq.export.verify import verify
@@ -390,8 +389,9 @@ def test_a_policy_that_cannot_be_read_is_named():
             from_metadata({KEY: text}, "m.onnx")
 
 
-def test_the_float_file_is_the_float_model(tmp_path):
-    net = model("residual")
+@pytest.mark.parametrize("name", ["residual", "shared"])
+def test_the_float_file_is_the_float_model(name, tmp_path):
+    net = model(name)
     path = float_to_onnx(to_float(net, images()), tmp_path / "f.onnx")
     got = runtime.run(runtime.session(path), images(5).numpy())
     with torch.no_grad():
@@ -637,7 +637,6 @@ def test_what_cannot_be_lowered_is_told(tmp_path):
 
 
 def test_names():
-    assert weight_names("a.b") == ("a.b.weight", "a.b.layer.weight")
     assert export.to_onnx is to_onnx
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = export.nothing
