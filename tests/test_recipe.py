@@ -7,11 +7,13 @@ from mpq.train.recipe import Recipe
 
 
 def test_shipped_recipes_load():
-    assert Recipe.names() == ["plain", "qat", "strong"]
-    plain, qat, strong = (Recipe.load(name) for name in Recipe.names())
+    assert Recipe.names() == ["fast", "plain", "qat", "strong"]
+    fast, plain, qat, strong = (Recipe.load(name) for name in Recipe.names())
     assert (plain.lr, plain.weight_decay, plain.trivial) == (0.1, 5e-4, False)
     assert qat.lr < plain.lr / 5
     assert qat.temperature <= 2  # higher ones are known to break low-bit students
+    assert fast.whiten
+    assert fast.alternate
     assert strong.trivial
     assert strong.ema > 0.99
     assert strong.cutmix > 0
@@ -54,7 +56,7 @@ def test_bad_recipes_say_why(tmp_path, text, message):
 
 
 def test_unknown_name_lists_the_known_ones():
-    with pytest.raises(UsageError, match=r"one of plain, qat, strong .*did you mean strong"):
+    with pytest.raises(UsageError, match=r"one of fast, plain, qat, strong .*did you mean strong"):
         Recipe.load("strongg")
 
 

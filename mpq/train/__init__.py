@@ -4,6 +4,7 @@
 - `loop`: `fit`; `engine`: one epoch of it; `resume`, `metrics`: what a run leaves in its folder
 - `progressive`: quantizers that come down from 8 bits in stages
 - `compiled`: the step through torch's compiler
+- `whiten`: a first layer that begins by whitening the images
 - `optim`: parameter groups, schedule, moving average
 - `objective`: the loss of a recipe; `losses`, `weighting`: its parts, as functions over logits
 - `ensemble`: teachers as one module and one file; `evaluate`: logits and accuracy

@@ -57,6 +57,7 @@ def answer_folders(
         identity: all else that decides: data, seed, processes, device.
     """
     names = IMAGE_KEYS + (RAND_KEYS if recipe.rand_operations else ())
+    names += ("alternate",) if recipe.alternate else ()
     images = {name: getattr(recipe, name) for name in names} | dict(identity)
     folders = []
     for member in teacher.members:

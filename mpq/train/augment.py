@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mpq.train.evaluate import to_unit
+from mpq.train.evaluate import send, to_unit
 from mpq.train.randaugment import rand_augment
 from mpq.train.recipe import Recipe
 from mpq.train.trivial import trivial_augment
@@ -57,10 +57,18 @@ def _one_hot(labels: Tensor, classes: int) -> Tensor:
     return F.one_hot(labels.clamp(min=0), classes) * (labels >= 0).unsqueeze(1)
 
 
-def augment(images: Tensor, recipe: Recipe, rng: np.random.Generator) -> Tensor:
-    """All changes within an image: `[B, H, W, 3]` uint8 to `[B, 3, H, W]` float32 in 0..1."""
+def augment(
+    images: Tensor,
+    recipe: Recipe,
+    rng: np.random.Generator,
+    mirrored: Tensor | None = None,
+) -> Tensor:
+    """All changes within an image: `[B, H, W, 3]` uint8 to `[B, 3, H, W]` float32 in 0..1.
+
+    `mirrored` `[B]` says which images are mirrored, in place of what the recipe would draw.
+    """
     if recipe.crop or recipe.flip:
-        images = shift_flip(images, recipe.crop, recipe.flip, rng)
+        images = shift_flip(images, recipe.crop, recipe.flip, rng, mirrored)
     out = to_unit(images)
     if recipe.trivial:
         out = trivial_augment(out, rng)
@@ -73,35 +81,53 @@ def augment(images: Tensor, recipe: Recipe, rng: np.random.Generator) -> Tensor:
     return out
 
 
-def shift_flip(images: Tensor, crop: float, flip: bool, rng: np.random.Generator) -> Tensor:
+def shift_flip(
+    images: Tensor,
+    crop: float,
+    flip: bool,
+    rng: np.random.Generator,
+    mirrored: Tensor | None = None,
+) -> Tensor:
     """Shift `[B, H, W, C]` by up to `crop` of a side, zeros moving in; mirror half of the images.
 
     The same as a random crop from the zero-padded image, followed by a random horizontal flip.
+    With `flip`, `mirrored` `[B]` says which images, instead of chance.
     """
     count, height, width, _ = images.shape
-    rows, row_ok = _moved(count, height, round(crop * height), rng)
-    cols, col_ok = _moved(count, width, round(crop * width), rng)
-    if flip:
-        mirrored = rng.random(count) < 0.5
-        cols = np.where(mirrored[:, None], cols[:, ::-1], cols)
-        col_ok = np.where(mirrored[:, None], col_ok[:, ::-1], col_ok)
-    flat = (np.arange(count)[:, None] * height + rows)[:, :, None] * width + cols[:, None, :]
     device = images.device
-    index = torch.from_numpy(flat.reshape(-1)).to(device, non_blocking=True)
-    moved = images.reshape(count * height * width, -1).index_select(0, index).view(images.shape)
+    # What is large is made on the device: only a row and a column of each image travel there.
+    row, row_ok = _moved(count, height, round(crop * height), rng, device)
+    col, col_ok = _moved(count, width, round(crop * width), rng, device)
+    if flip:
+        if mirrored is None:
+            mirrored = send(rng.random(count) < 0.5, device)
+        col = torch.where(mirrored.unsqueeze(1), col.flip(1), col)
+        col_ok = torch.where(mirrored.unsqueeze(1), col_ok.flip(1), col_ok)
+    first = torch.arange(count, device=device).unsqueeze(1) * height
+    flat = ((first + row) * width).unsqueeze(2) + col.unsqueeze(1)
+    moved = images.reshape(count * height * width, -1).index_select(0, flat.flatten())
+    moved = moved.view(images.shape)
     if crop:
-        inside = torch.from_numpy(row_ok[:, :, None] & col_ok[:, None, :])
-        moved *= inside.to(device, non_blocking=True).unsqueeze(3)
+        moved *= (row_ok.unsqueeze(2) & col_ok.unsqueeze(1)).unsqueeze(3)
     return moved
 
 
+def alternating(count: int, seed: int) -> NDArray[np.bool_]:
+    """Which of so many images are mirrored in every even epoch; the others in every odd one.
+
+    So two epochs in a row see both sides of each image (Jordan 2024, arXiv:2404.00498).
+    """
+    return np.random.default_rng([seed % 2**32, count]).random(count) < 0.5
+
+
 def _moved(
-    count: int, side: int, reach: int, rng: np.random.Generator
-) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    count: int, side: int, reach: int, rng: np.random.Generator, device: torch.device
+) -> tuple[Tensor, Tensor]:
     """Source positions `[count, side]` after a shift of -reach..reach, and which lie inside."""
     offset = rng.integers(-reach, reach + 1, size=(count, 1))
     position = np.arange(side) + offset
-    return position.clip(0, side - 1), (position >= 0) & (position < side)
+    inside = (position >= 0) & (position < side)
+    return send(position.clip(0, side - 1), device), send(inside, device)
 
 
 def erase(images: Tensor, probability: float, rng: np.random.Generator) -> Tensor:
@@ -114,7 +140,7 @@ def erase(images: Tensor, probability: float, rng: np.random.Generator) -> Tenso
     ratio = np.exp(rng.uniform(math.log(ERASE_RATIO[0]), math.log(ERASE_RATIO[1]), size=count))
     chosen = rng.random(count) < probability
     box = _boxes(images, np.sqrt(area * ratio), np.sqrt(area / ratio), rng)
-    mask = box & torch.from_numpy(chosen).to(images.device, non_blocking=True).view(-1, 1, 1, 1)
+    mask = box & send(chosen, images.device).view(-1, 1, 1, 1)
     return torch.where(mask, images.mean((2, 3), keepdim=True), images)
 
 
@@ -133,12 +159,12 @@ def mix(
     both = recipe.mixup > 0 and recipe.cutmix > 0
     cut = chosen & ((rng.random(count) < 0.5) if both else recipe.cutmix > 0)
     up = chosen & ~cut
-    partner = torch.from_numpy(rng.permutation(count)).to(device, non_blocking=True)
+    partner = send(rng.permutation(count), device)
     blend = np.where(up, rng.beta(recipe.mixup or 1, recipe.mixup or 1, size=count), 1)
     kept = np.where(cut, rng.beta(recipe.cutmix or 1, recipe.cutmix or 1, size=count), 1)
     side = np.sqrt(1 - kept)
     box = _boxes(images, side, side, rng)  # empty where nothing is cut
-    lam = torch.from_numpy(blend.astype(np.float32)).to(device, non_blocking=True)
+    lam = send(blend.astype(np.float32), device)
     other = images[partner]
     out = torch.lerp(other, images, lam.view(-1, 1, 1, 1))
     out = torch.where(box, other, out)
@@ -152,8 +178,8 @@ def _boxes(
     """Masks `[B, 1, H, W]`: rectangles of these relative sides, centred anywhere, clipped."""
     rows = _span(images.shape[2], tall, rng)
     cols = _span(images.shape[3], wide, rng)
-    mask = rows[:, :, None] & cols[:, None, :]
-    return torch.from_numpy(mask).to(images.device, non_blocking=True).unsqueeze(1)
+    row, col = send(rows, images.device), send(cols, images.device)
+    return (row.unsqueeze(2) & col.unsqueeze(1)).unsqueeze(1)
 
 
 def _span(side: int, length: NDArray[np.float64], rng: np.random.Generator) -> NDArray[np.bool_]:

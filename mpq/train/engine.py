@@ -29,7 +29,7 @@ from mpq.nonfinite import first_nonfinite
 from mpq.processes import leave_at_exit
 from mpq.rundir import Run
 from mpq.train.answers import Answers, answer_folders
-from mpq.train.augment import Targets, augment, epoch_rng, mix
+from mpq.train.augment import Targets, alternating, augment, epoch_rng, mix
 from mpq.train.compiled import compiled
 from mpq.train.evaluate import Images, Labels, as_tensor, normalize_unit, to_unit
 from mpq.train.metrics import Record, Totals
@@ -39,11 +39,15 @@ from mpq.train.oscillation import dampening, strength
 from mpq.train.plan import OnStep, TrainingData, TrainingPlan
 from mpq.train.progressive import Lowering
 from mpq.train.resume import State, fingerprint, structure
+from mpq.train.whiten import whiten_first_layer
 
 logger = logging.getLogger(__name__)
 
 RESIDENT_BYTES = 2**32
 """Images up to this size are kept on the accelerator."""
+
+WHITENED = 2000
+"""Training images whose patches whiten the first layer: two million patches of 32x32 images."""
 
 LOOKED_AT = 256
 """Training images that choose activation ranges when widths change."""
@@ -99,9 +103,17 @@ class Engine:
         resident = self.device if images.nbytes <= RESIDENT_BYTES else torch.device("cpu")
         self.images = as_tensor(images).to(resident)
         self.labels = as_tensor(labels.astype(np.int64)).to(resident)
+        self.sides = torch.from_numpy(alternating(len(images), self.seed)).to(resident)
+        self._mirrored: Tensor | None = None
         self.classes = int(labels.max()) + 1
         self.partial = int(labels.min()) < 0
         self.steps = max(1, len(images) // self.recipe.batch)
+
+    def whiten(self) -> None:
+        """Let the first layer begin as the recipe says; a checkpoint resumed replaces it."""
+        if self.recipe.whiten:
+            images = to_unit(self.images[:WHITENED].to(self.device))
+            whiten_first_layer(self.model, self._input(images))
 
     def _take_network(self) -> None:
         """What a step runs: the model without needless passes, for several processes, compiled."""
@@ -150,6 +162,7 @@ class Engine:
         view = epoch % self.recipe.cycle if self.recipe.cycle else epoch
         order = torch.from_numpy(epoch_rng(self.seed, view).permutation(len(self.images)))
         order = order.to(self.images.device)
+        self._mirrored = self.sides ^ bool(view % 2) if self.recipe.alternate else None
         rng = epoch_rng(self.seed, view, 1 + self.rank)
         torch.manual_seed(int(rng.integers(2**62)))  # for dropout and the like
         first = order[:LOOKED_AT]
@@ -204,7 +217,8 @@ class Engine:
         """Augmented images in 0..1, and their labels, on the device."""
         images = self.images[index].to(self.device, non_blocking=True)
         labels = self.labels[index].to(self.device, non_blocking=True)
-        return mix(augment(images, self.recipe, rng), labels, self.recipe, rng)
+        mirrored = None if self._mirrored is None else self._mirrored[index].to(self.device)
+        return mix(augment(images, self.recipe, rng, mirrored), labels, self.recipe, rng)
 
     def _backward(
         self, images: Tensor, targets: Targets, progress: float, share: float, totals: Totals

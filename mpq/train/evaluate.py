@@ -24,6 +24,14 @@ def as_tensor(values: NDArray[Any]) -> Tensor:
     return torch.from_numpy(values if values.flags.writeable else values.copy())
 
 
+def send(values: NDArray[Any], device: torch.device) -> Tensor:
+    """The array as a tensor there; an accelerator does not wait for it, and is not waited for."""
+    here = torch.from_numpy(values)
+    if device.type != "cuda":
+        return here.to(device)
+    return here.pin_memory().to(device, non_blocking=True)
+
+
 def to_unit(images: Tensor) -> Tensor:
     """Float32 `[B, 3, H, W]` in 0..1 of uint8 `[B, H, W, 3]`."""
     return images.permute(0, 3, 1, 2).contiguous().float().div_(255)

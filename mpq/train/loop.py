@@ -17,7 +17,7 @@ from mpq.rundir import Run
 from mpq.train.engine import Engine
 from mpq.train.evaluate import accuracy, check_images
 from mpq.train.metrics import Record
-from mpq.train.plan import Hooks, TrainingData, TrainingPlan
+from mpq.train.plan import Hooks, Stop, TrainingData, TrainingPlan
 from mpq.train.resume import CHECKPOINT
 
 logger = logging.getLogger(__name__)
@@ -61,7 +61,9 @@ def fit(
         DataError: images or labels that do not fit, or no label where there is no teacher.
         TrainError: a loss that is not finite (names the first module at fault), or a checkpoint of
             another run.
-        UsageError: a device that is not there, or no compiler where the recipe wants one.
+        UsageError: a device that is not there, no compiler where the recipe wants one, or a network
+            whose first layer cannot be whitened.
+        Stop: a hook did.
     """
     run, hooks = run or Run(), hooks or Hooks()
     check_images(*data.train, partial=plan.teacher is not None)
@@ -70,6 +72,7 @@ def fit(
     engine = Engine(model, data, plan, run)
     state = engine.state
     with engine.environment():
+        engine.whiten()
         start = _validate(model, data)
         if hooks.on_start:
             hooks.on_start()
@@ -99,10 +102,16 @@ def _epoch(engine: Engine, data: TrainingData, folder: Path | None, hooks: Hooks
     state.history.append(record)
     state.epoch += 1
     due = state.epoch % recipe.checkpoint_every == 0 or state.epoch == recipe.epochs
-    if engine.main and due and folder is not None:
-        state.save(folder)
-    if hooks.on_epoch:
-        hooks.on_epoch(record)
+    kept = folder if engine.main else None
+    if due and kept is not None:
+        state.save(kept)
+    try:
+        if hooks.on_epoch:
+            hooks.on_epoch(record)
+    except Stop:
+        if not due and kept is not None:
+            state.save(kept)
+        raise
 
 
 def _begin(engine: Engine, run: Run) -> None:

@@ -56,6 +56,13 @@ class TrainingPlan:
     answers: Path | None = None
 
 
+class Stop(Exception):
+    """Raised by `Hooks.on_epoch` to stop a training: it is saved, whatever `checkpoint_every` says.
+
+    The training function raises it on; resumed, it goes on after that epoch.
+    """
+
+
 @dataclass(frozen=True)
 class Hooks:
     """What is called while a training runs.
@@ -63,7 +70,7 @@ class Hooks:
     Args:
         on_start: when all that can be refused has been looked at, before anything is written.
         on_step: after a step.
-        on_epoch: with the record of each epoch, after it has been saved.
+        on_epoch: with the record of each epoch, after it has been saved; may raise `Stop`.
     """
 
     on_start: Callable[[], object] | None = None

@@ -1,8 +1,8 @@
 """`Recipe`: every choice of a training run, from a YAML file that ships with mpq or is the user's.
 
-`plain` is the baseline of papers, `strong` the long recipe for good teachers and students, `qat` a
-short fine-tuning of a prepared model. A recipe is checked as a whole: an unknown key is an error
-that names the nearest one.
+`plain` is the baseline of papers, `strong` the long recipe for good teachers and students, `fast`
+one of minutes for teachers, `qat` a short fine-tuning of a prepared model. A recipe is checked as a
+whole: an unknown key is an error that names the nearest one.
 """
 
 from __future__ import annotations
@@ -88,11 +88,18 @@ class Recipe(BaseModel):
         lt=1,
         description="decay of a moving average of the weights, which is then kept; 0: none",
     )
+    whiten: bool = Field(
+        default=False,
+        description="the first convolution begins by whitening patches of the training images",
+    )
 
     crop: float = Field(
         default=0.125, ge=0, lt=1, description="random shift by up to this fraction of a side"
     )
     flip: bool = Field(default=True, description="mirror half of the images")
+    alternate: bool = Field(
+        default=False, description="with flip: mirror each image in every second epoch"
+    )
     trivial: bool = Field(default=False, description="TrivialAugmentWide")
     rand_operations: int = Field(
         default=0, ge=0, le=14, description="RandAugment: operations per image; 0: off"
@@ -145,6 +152,8 @@ class Recipe(BaseModel):
                 f"{self.epochs} epochs has the policy's widths. Got {self.progressive_epochs:g} "
                 "instead"
             )
+        if self.alternate and not self.flip:
+            raise ValueError("alternate needs flip: set both or neither")
         if self.trivial and self.rand_operations:
             raise ValueError("trivial and rand_operations cannot both be on: choose one")
         if self.label_weight == self.distill_weight == 0:

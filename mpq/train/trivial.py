@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mpq.train.evaluate import send
+
 BINS = 31
 GREY = (0.2989, 0.587, 0.114)
 """Luma weights of RGB."""
@@ -41,9 +43,9 @@ def apply_chosen(
     names = list(OPERATIONS)
     order = np.argsort(choice, kind="stable")
     device = images.device
-    index = torch.from_numpy(order).to(device, non_blocking=True)
-    strengths = torch.from_numpy(strength[order].astype(np.float32)).to(device, non_blocking=True)
-    signs = torch.from_numpy(sign[order].astype(np.float32)).to(device, non_blocking=True)
+    index = send(order, device)
+    strengths = send(strength[order].astype(np.float32), device)
+    signs = send(sign[order].astype(np.float32), device)
     sizes = np.bincount(choice, minlength=len(names)).tolist()
     parts = [torch.split(t, sizes) for t in (images[index], strengths, signs)]  # type: ignore[no-untyped-call]
     groups = zip(names, *parts, strict=True)
