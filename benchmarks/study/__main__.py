@@ -1,0 +1,89 @@
+"""`python -m benchmarks.study PLAN [--only ...] [--time-limit MINUTES] [--device cuda]`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+import torch
+
+from benchmarks.study.check import check
+from benchmarks.study.clock import Clock, TimeUpError
+from benchmarks.study.plan import Plan
+from benchmarks.study.shelf import Shelf
+from benchmarks.study.work import Study
+from mpq.errors import MpqError, UsageError
+
+RESULTS = Path(__file__).parents[1] / "results"
+TIME_UP = 3
+"""Exit code where the limit was reached and more is to be done."""
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("plan_or_check")
+@click.argument("results", required=False, type=click.Path(path_type=Path))
+@click.option("--only", multiple=True, metavar="STAGE", help="Stages, globs or kinds of them.")
+@click.option("--time-limit", type=click.FloatRange(min=0), metavar="MINUTES", help="Stop by then.")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@click.option("--runs", type=click.Path(path_type=Path), help="Stages.  [runs/study/PLAN]")
+@click.option("-o", "--results", "out", type=click.Path(path_type=Path),
+              help="What is kept.  [benchmarks/results/PLAN]")  # fmt: skip
+@click.option("--any-code", is_flag=True, help="Take over stages of another code version.")
+@click.option("--rehearse", type=click.IntRange(min=8), metavar="IMAGES",
+              help="Every stage on so few images, one epoch each.")  # fmt: skip
+@click.option("--threads", type=click.IntRange(min=1), help="Of torch.  [its own choice]")
+def main(
+    plan_or_check: str,
+    results: Path | None,
+    only: tuple[str, ...],
+    time_limit: float | None,
+    device: str,
+    runs: Path | None,
+    out: Path | None,
+    any_code: bool,
+    rehearse: int | None,
+    threads: int | None,
+) -> None:
+    """Make what is missing of a PLAN, or `check RESULTS`: measure what was kept again.
+
+    Exit code 0: all is made, or as it was written. 1: `check` found a difference. 2: a plan, file
+    or option is wrong. 3: the time limit was reached; the same command goes on.
+    """
+    if threads:
+        torch.set_num_threads(threads)
+    try:
+        if plan_or_check == "check":
+            sys.exit(_check(results, only))
+        plan = Plan.load(plan_or_check)
+        plan = plan.rehearsal(rehearse) if rehearse else plan
+        clock = Clock(time_limit)
+        if device == "cuda" and not torch.cuda.is_available():
+            raise UsageError("--device must be cpu here: this torch sees no CUDA device. Got cuda.")
+        shelf = Shelf(runs or Path("runs/study") / plan.name, plan.name, any_code=any_code)
+        kept = out or (shelf.root / "results" if rehearse else RESULTS / plan.name)
+        Study(plan, shelf, kept, device, clock, click.echo).run(only)
+    except TimeUpError:
+        click.echo("the time is up: what is finished is kept, and the same command goes on")
+        sys.exit(TIME_UP)
+    except MpqError as error:
+        click.echo(f"Error: {error}", err=True)
+        sys.exit(2)
+    except OSError as error:
+        click.echo(f"Error: {error}. What was finished is kept; mend it and run again.", err=True)
+        sys.exit(2)
+    click.echo(f"all is made: {kept}")
+
+
+def _check(results: Path | None, only: tuple[str, ...]) -> int:
+    if results is None:
+        raise UsageError("check must be told which results: check benchmarks/results/PLAN.")
+    plan = Plan.load(results / "plan.yaml" if (results / "plan.yaml").is_file() else results.name)
+    wrong = check(results, plan, only=only, tell=click.echo)
+    for text in wrong:
+        click.echo(f"differs: {text}", err=True)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    main()

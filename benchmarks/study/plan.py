@@ -1,0 +1,259 @@
+"""`Plan`: a study as a YAML file, checked as a whole before anything is computed.
+
+A plan names its data, recipes, networks (teachers and students alike), policies and rows. The order
+of the rows is their priority: what a row needs is made just before it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from mpq.errors import UsageError, nearest
+from mpq.policy import Constraints
+from mpq.train.recipe import Recipe
+
+PLANS = Path(__file__).parent / "plans"
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]*$")]
+Method = Literal["float", "ptq", "dynamic", "qat"]
+
+
+class Strict(BaseModel):
+    """A part of a plan: no key but these."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Data(Strict):
+    """Which images: `name` as for `--data`.
+
+    `holdout` training images are kept out to choose by. Where a network saw them all, `choose:
+    first half of test` chooses on the first half of the test images by official index; the figure
+    on the other half then stands beside the one on all. `limit` takes so many training images only
+    (and of the others as many at most): a rehearsal, not a result.
+    """
+
+    name: str
+    holdout: int = Field(default=5000, ge=0)
+    choose: Literal["holdout", "first half of test"] = "holdout"
+    limit: int = Field(default=0, ge=0)
+
+
+class Network(Strict):
+    """A float network: read from `checkpoint`, or trained by `recipe`.
+
+    A relative `checkpoint` lies beside the plan, or in `checkpoints/` of `$MPQ_DATA`. Training
+    begins at random, or from the network `start`; with `teachers` it is distilled.
+    """
+
+    name: Name
+    arch: str | None = None
+    checkpoint: str | None = None
+    normalize: str | None = None
+    start: str | None = None
+    recipe: str | None = None
+    teachers: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.checkpoint is None) == (self.recipe is None):
+            raise ValueError(f"network {self.name} must have a checkpoint or a recipe, not both")
+        if self.recipe and not (self.arch or self.start):
+            raise ValueError(f"network {self.name} must have an arch or a start to train")
+        if self.checkpoint and (self.start or self.teachers):
+            raise ValueError(f"network {self.name} has a checkpoint: start and teachers train")
+        return self
+
+
+class Widths(Strict):
+    """A policy: `uniform` (weight, activation) bits, or what a search finds within a `budget`.
+
+    A uniform policy with activations below 8 bits leaves the image its 8.
+    """
+
+    uniform: tuple[int, int] | None = None
+    bits: tuple[int, ...] = (8, 4)
+    budget: Constraints | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.uniform is None) == (self.budget is None):
+            raise ValueError("a policy must have uniform widths or a budget, not both")
+        return self
+
+
+class Row(Strict):
+    """A line of the table: a network (of several, the one that validation prefers), quantized.
+
+    A `claim` is measured on the test images in the end; other rows on validation images alone.
+    """
+
+    name: Name
+    title: str = ""
+    network: str | tuple[str, ...]
+    policy: str | None = None
+    method: Method = "float"
+    recipe: str | None = None
+    teachers: tuple[str, ...] = ()
+    published: float | None = None
+    claim: bool = True
+    section: str = "table"
+
+    @property
+    def networks(self) -> tuple[str, ...]:
+        """The candidates."""
+        return (self.network,) if isinstance(self.network, str) else self.network
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.method == "float") == (self.policy is not None):
+            raise ValueError(f"row {self.name} must have a policy, unless its method is float")
+        if (self.method == "qat") == (self.recipe is None):
+            raise ValueError(f"row {self.name} must have a recipe if its method is qat, only then")
+        if self.teachers and self.method != "qat":
+            raise ValueError(f"row {self.name} has teachers, but its method {self.method} no use")
+        return self
+
+
+class Rank(Strict):
+    """`mpq rank`: architectures trained alike for a short time, or files, and quantized."""
+
+    candidates: tuple[str, ...]
+    recipe: str
+    effective_bits: float = 4.8
+
+
+class Plan(Strict):
+    """A whole study; with `speed` the time of an epoch of each network is measured first."""
+
+    name: Name
+    about: str = ""
+    data: Data
+    seeds: tuple[int, ...] = (0,)
+    recipes: dict[str, dict[str, Any]] = {}
+    networks: tuple[Network, ...]
+    policies: dict[str, Widths] = {}
+    rows: tuple[Row, ...]
+    rank: Rank | None = None
+    speed: bool = False
+    effort: Literal["fast", "good", "best"] = "good"
+    latency_runs: int = Field(default=100, ge=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        _unique("networks", [n.name for n in self.networks])
+        _unique("rows", [r.name for r in self.rows])
+        known = {n.name for n in self.networks}
+        earlier: set[str] = set()
+        for n in self.networks:
+            used = [*n.teachers, *([n.start] if n.start else [])]
+            _known(f"network {n.name}", used, earlier, "a network above it")
+            _known(f"network {n.name}: recipe", [n.recipe] if n.recipe else [], self.recipes)
+            earlier.add(n.name)
+        for r in self.rows:
+            _known(f"row {r.name}", [*r.networks, *r.teachers], known, "a network")
+            _known(f"row {r.name}: policy", [r.policy] if r.policy else [], self.policies)
+            _known(f"row {r.name}: recipe", [r.recipe] if r.recipe else [], self.recipes)
+        if self.rank:
+            _known("rank: recipe", [self.rank.recipe], self.recipes)
+        for name in self.recipes:
+            self.recipe(name)
+        return self
+
+    def recipe(self, name: str) -> Recipe:
+        """A recipe of the plan: one of mpq's (`base`), with other values."""
+        values = dict(self.recipes[name])
+        return Recipe.load(str(values.pop("base", "plain"))).override(values)
+
+    def network(self, name: str) -> Network:
+        """A network by name."""
+        return next(n for n in self.networks if n.name == name)
+
+    def rehearsal(self, images: int) -> Plan:
+        """The same stages on so few images, one epoch each: to see that all of it runs."""
+        short = {"epochs": 1, "cycle": 0, "progressive_epochs": 0, "warmup_epochs": 0}
+        short |= {"batch": min(64, images), "accumulate": 1, "compile": False}
+        return self.model_copy(
+            update={
+                "name": f"{self.name}-rehearsal",
+                "data": self.data.model_copy(update={"limit": images}),
+                "recipes": {name: values | short for name, values in self.recipes.items()},
+                "latency_runs": 2,
+                "effort": "fast",
+            }
+        )
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Read a plan: a file, or the name of one that comes with the study.
+
+        Raises:
+            UsageError: no such plan, not YAML, an unknown key, a value or a reference that is none.
+        """
+        file = Path(path)
+        if not file.is_file():
+            file = PLANS / f"{file.name.removesuffix('.yaml')}.yaml"
+        if not file.is_file():
+            known = sorted(p.stem for p in PLANS.glob("*.yaml"))
+            raise UsageError(
+                f"the plan must be a YAML file or one of {', '.join(known)}. "
+                f"Got {str(path)!r}{nearest(str(path), known)}"
+            )
+        try:
+            values = yaml.safe_load(file.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise UsageError(
+                f"plan {file} cannot be read: {' '.join(str(error).split())}"
+            ) from None
+        if not isinstance(values, dict):
+            raise UsageError(f"plan {file} must be a mapping. Got {type(values).__name__}.")
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            told = " ".join(_explain(e) for e in error.errors())
+            raise UsageError(f"plan {file}: {told}") from None
+
+
+def checkpoint_file(name: str) -> Path:
+    """Where a checkpoint that a plan names lies.
+
+    Raises:
+        UsageError: in none of the places.
+    """
+    places = [Path(), PLANS, Path(os.environ.get("MPQ_DATA", ".")) / "checkpoints"]
+    found = next((p / name for p in places if (p / name).is_file()), None)
+    if found is None:
+        listed = ", ".join(str(p) for p in places)
+        raise UsageError(f"checkpoint {name} must be a file in one of {listed}. None has it.")
+    return found
+
+
+def _unique(what: str, names: list[str]) -> None:
+    twice = sorted({n for n in names if names.count(n) > 1})
+    if twice:
+        raise ValueError(f"{what} must have different names. Got {twice[0]} twice")
+
+
+def _known(where: str, names: list[str], known: Iterable[str], what: str = "one of these") -> None:
+    listed = sorted(known)
+    for name in names:
+        if name not in listed:
+            raise ValueError(
+                f"{where} names {name!r}, which must be {what}: {', '.join(listed) or 'none'}"
+                f"{nearest(name, listed)}"
+            )
+
+
+def _explain(item: Any) -> str:
+    place = ".".join(str(p) for p in item["loc"])
+    if item["type"] == "extra_forbidden":
+        fields = {f for m in (Plan, Data, Network, Widths, Row, Rank, Constraints)
+                  for f in m.model_fields}  # fmt: skip
+        return f"{place} is not a known key{nearest(str(item['loc'][-1]), sorted(fields))}"
+    message = item["msg"].removeprefix("Value error, ")
+    return f"{place}: {message}." if place else f"{message}."

@@ -1,0 +1,113 @@
+"""A row of the table: a network, quantized as the plan says, exported, and judged on its file."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.study.networks import Job, load_subject
+from benchmarks.study.plan import Row, Widths
+from mpq import files
+from mpq.analyze import cost
+from mpq.analyze.score import Scoring
+from mpq.export.bench import file_bytes, top1
+from mpq.pipeline.analyzing import Analyzing, find_policy
+from mpq.pipeline.exporting import export_float, export_run
+from mpq.pipeline.quantizing import Quantized, run_ptq, run_qat
+from mpq.pipeline.subject import Subject
+from mpq.policy import DataInfo, LayerPolicy, Policy
+from mpq.ptq import PtqSettings
+from mpq.rundir import Run
+from mpq.spec import activation_spec
+
+SCORED = 512
+MODEL, POLICY = "model.onnx", "policy.yaml"
+
+
+def make_row(job: Job, row: Row, *, network: Path, teachers: Sequence[Path]) -> dict[str, Any]:
+    """Make the file of a row from the network in `network`; returns what is known of it."""
+    begun = time.perf_counter()
+    plan, subject = job.plan, load_subject(network, job.plan.data)
+    found: dict[str, Any] = {"row": row.name, "seed": job.seed, "method": row.method}
+    if row.method == "float":
+        path = export_float(subject, job.folder / MODEL)
+    else:
+        assert row.policy is not None
+        policy = _policy(job, plan.policies[row.policy], subject)
+        path, told = _export(_quantize(job, row, policy, subject, teachers), job.folder)
+        found |= told
+    epochs = plan.recipe(row.recipe).epochs if row.recipe else 0
+    return found | {
+        "files": [MODEL] if row.method == "float" else [MODEL, POLICY],
+        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "epochs": epochs,
+        "images_seen": epochs * len(subject.require_data("the study").train),
+        "bytes": file_bytes(path),
+        "validation_top1": measured(path, subject, "validation"),
+        "seconds": round(time.perf_counter() - begun, 1),
+    }
+
+
+def _quantize(
+    job: Job, row: Row, policy: Policy, subject: Subject, teachers: Sequence[Path]
+) -> Quantized:
+    """With training or without, as the row says."""
+    if row.recipe is None:
+        settings = PtqSettings(effort=job.plan.effort, dynamic=row.method == "dynamic")
+        return run_ptq(policy, subject, settings, Run(seed=job.seed))
+    training = job.training(job.plan.recipe(row.recipe), teachers)
+    return run_qat(policy, subject, training, job.run(), job.hooks())
+
+
+def measured(path: Path, subject: Subject, split: str) -> float | None:
+    """Percent of a split that onnxruntime puts in the right class; None of an empty split."""
+    source = getattr(subject.require_data("the study"), split)
+    if not len(source):
+        return None
+    images, labels = subject.arrays(source)
+    return round(top1(path, images, labels, subject.normalize), 3)
+
+
+def _policy(job: Job, widths: Widths, subject: Subject) -> Policy:
+    """The policy of a row, searched once and kept in its folder."""
+    kept, seed = job.folder / POLICY, job.seed
+    if kept.is_file():
+        return Policy.load(kept)
+    if widths.budget is not None:
+        how = Analyzing(Scoring(widths.bits, seed=seed), samples=SCORED)
+        run = Run(seed=seed, device=job.device)
+        found = find_policy(subject, widths.budget, how, run)
+        policy = found.policy
+    else:
+        assert widths.uniform is not None
+        policy = _uniform(widths.uniform, subject, seed)
+    files.write_text(kept, policy.to_yaml())
+    return policy
+
+
+def _uniform(pair: tuple[int, int], subject: Subject, seed: int) -> Policy:
+    """Every layer at these widths; with activations below 8 bits the image keeps its 8."""
+    data = DataInfo(name=subject.data_name, samples=SCORED, seed=seed)
+    update: dict[str, Any] = {"model": subject.info, "data": data}
+    if pair[1] < 8:
+        first = next(iter(subject.graph().layers))
+        image = LayerPolicy(name=first, activation=activation_spec(8), reason="images have 8 bits")
+        update["layers"] = (image,)
+    return Policy.uniform(*pair).replace(**update)
+
+
+def _export(made: Quantized, folder: Path) -> tuple[Path, dict[str, Any]]:
+    result = export_run(made, folder, force=True)
+    files.write_text(folder / POLICY, made.policy.to_yaml())
+    layers = made.graph.layers
+    choices = made.policy.resolve(list(layers))
+    widths = {n: (c.weight_bits, c.activation_bits) for n, c in choices.items()}
+    checked = result.verification
+    return result.path, {
+        "effective_bits": round(cost.effective_bits(layers.values(), widths), 3),
+        "agreement": None if checked is None else checked.top1_agreement,
+        "integer_coverage": round(result.certificate.integer_macs_fraction, 4),
+    }

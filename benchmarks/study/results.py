@@ -1,0 +1,276 @@
+"""Results that stay: rows, table, curves, and the files that they were measured on.
+
+Everything here is written from the stages' `done.json`, again after each stage; a file whose bytes
+are the same is left alone.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import logging
+import math
+import os
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import torch
+import yaml
+from matplotlib.figure import Figure
+
+from benchmarks.study import networks, quantized
+from benchmarks.study.plan import Plan
+from benchmarks.study.shelf import Result, Shelf, claim
+from benchmarks.study.stages import Stage
+from mpq import files
+from mpq.cpu import this_cpu
+from mpq.report.plots import png
+from mpq.target import this_target
+
+logger = logging.getLogger(__name__)
+LARGEST = 12 * 10**6
+"""Bytes of a file that is kept beside the rows."""
+
+COLUMNS = (
+    "row", "title", "section", "network", "method", "policy", "seed", "epochs", "images_seen",
+    "validation_top1", "test_top1", "test_second_half", "test_images", "bytes", "effective_bits",
+    "latency_ms", "latency_ratio", "agreement", "integer_coverage", "published", "date", "machine",
+    "target", "torch", "onnxruntime", "device", "code", "seconds", "file", "sha256", "checkpoint",
+    "key",
+)  # fmt: skip
+"""Of `rows.csv`. Percent, bytes, milliseconds; `epochs` and `images_seen` are those of the network
+and of what followed; `latency_ratio` is times faster than the float file in the same run."""
+
+Line = dict[str, Any]
+
+
+def setting(device: str = "cpu") -> dict[str, str]:
+    """Date, machine and versions."""
+    on = torch.cuda.get_device_name() if device == "cuda" else ""
+    return {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "machine": f"{this_cpu().name}, {os.cpu_count()} cores" + (f", {on}" if on else ""),
+        "target": this_target().name,
+        "torch": torch.__version__,
+        "onnxruntime": onnxruntime.__version__,
+        "device": device,
+    }
+
+
+def write(plan: Plan, shelf: Shelf, kept: Path, stages: Sequence[Stage]) -> None:
+    """Write rows, table, curves and files of all that is finished, whoever made it when.
+
+    Lines of `rows.csv` that belong to this very plan stay, also where their stages are not on this
+    machine.
+    """
+    done = _Finished(plan, shelf, kept, stages)
+    rows = [s for s in stages if s.kind == "row"]
+    kept.mkdir(parents=True, exist_ok=True)
+    claim(kept, plan.name)
+    known = {line["key"]: line for line in read_csv(kept / "rows.csv")}
+    found = {s: done.line(s) if s.name in done.made else known.get(s.key[:10]) for s in rows}
+    lines = [line for line in found.values() if line is not None]
+    if not lines:
+        return
+    told = plan.model_dump(mode="json", exclude_defaults=True)
+    _replace(kept / "plan.yaml", yaml.safe_dump(told, sort_keys=False).encode())
+    _replace(kept / "rows.csv", to_csv(lines).encode())
+    ranked = done.made.get("rank", {}).get("rows", ())
+    _replace(kept / "table.md", table(plan, read_csv(kept / "rows.csv"), ranked).encode())
+    curves = done.curves()
+    _replace(kept / "curves.json", (json.dumps(curves, indent=1) + "\n").encode())
+    files.write_bytes(kept / "curves.png", png(_curve_plot(curves)))
+    files.write_bytes(kept / "sizes.png", png(_size_plot(read_csv(kept / "rows.csv"))))
+
+
+class _Finished:
+    """What the stages of a plan have given so far."""
+
+    def __init__(self, plan: Plan, shelf: Shelf, kept: Path, stages: Sequence[Stage]) -> None:
+        self.plan, self.shelf, self.kept = plan, shelf, kept
+        self.stages = {s.name: s for s in stages}
+        told = {s.name: shelf.told(s) for s in stages}
+        self.made = {name: found for name, found in told.items() if found is not None}
+
+    def line(self, stage: Stage) -> Line:
+        """One line of `rows.csv`, with its files put beside it."""
+        found = self.made[stage.name]
+        row = next(r for r in self.plan.rows if r.name == stage.of)
+        student = self.made[found["network_stage"]]
+        times = self.made.get("latency", {}).get("times", {}).get(row.name, {})
+        tested = self.made.get(f"test-{stage.of}-s{stage.seed}", {})
+        line: Line = dict.fromkeys(COLUMNS)
+        line |= {k: v for k, v in found.items() if k in line}
+        line |= {"title": row.title or row.name, "section": row.section, "policy": row.policy}
+        line |= {"epochs": found["epochs"] + student["epochs"], "published": row.published}
+        line["images_seen"] = found["images_seen"] + student["images_seen"]
+        line |= {"test_top1": tested.get("test_top1"), "test_images": tested.get("n")}
+        line["test_second_half"] = tested.get("test_second_half")
+        line |= {"latency_ms": times.get("ms"), "latency_ratio": times.get("ratio")}
+        return line | {"key": stage.key[:10]} | self._files(stage, found)
+
+    def _files(self, stage: Stage, found: Result) -> Line:
+        """Copies of the model, its policy and the student's checkpoint, as far as small."""
+        line: Line = {}
+        name = f"{stage.of}-s{stage.seed}"
+        folder = self.shelf.folder(stage)
+        if found["method"] != "float":
+            line["file"] = _copy(folder / quantized.MODEL, self.kept / "files" / f"{name}.onnx")
+            _copy(folder / quantized.POLICY, self.kept / "files" / f"{name}.yaml")
+        network = self.stages[found["network_stage"]]
+        source = self.shelf.folder(network) / networks.FILE
+        target = self.kept / "networks" / f"{network.of}-s{network.seed}.pth"
+        return line | {"checkpoint": _copy(source, target)}
+
+    def curves(self) -> dict[str, list[dict[str, Any]]]:
+        """The epochs of every training, by stage."""
+        found = {}
+        for name in self.made:
+            if self.stages[name].kind in ("network", "row"):
+                path = next(self.shelf.folder(self.stages[name]).glob("**/metrics.jsonl"), None)
+                if path is not None:
+                    epochs = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+                    found[name] = [{k: e.get(k) for k in _CURVE} for e in epochs]
+        return found
+
+
+_CURVE = ("epoch", "lr", "train_loss", "train_top1", "val_top1", "seconds")
+
+
+def _copy(source: Path, target: Path) -> str | None:
+    """Put a file there if it is small; returns its name below the results."""
+    if source.is_file():
+        if source.stat().st_size > LARGEST:
+            logger.warning("%s is not kept: %d bytes", source, source.stat().st_size)
+            return None
+        _replace(target, source.read_bytes())
+    elif not target.is_file():
+        return None
+    return f"{target.parent.name}/{target.name}"
+
+
+def _replace(path: Path, content: bytes) -> None:
+    if not path.is_file() or path.read_bytes() != content:
+        files.write_bytes(path, content)
+
+
+def to_csv(lines: Sequence[Line]) -> str:
+    """`rows.csv`."""
+    out = io.StringIO()
+    writer = csv.DictWriter(out, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    return out.getvalue()
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """The lines of `rows.csv`, as text; none where there is no file."""
+    if not path.is_file():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def interval(percent: float, count: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of an accuracy in percent, measured on so many images.
+
+    Source: Wilson, Probable inference, the law of succession, and statistical inference, 1927.
+    """
+    p, z = percent / 100, 1.96
+    middle = p + z * z / (2 * count)
+    reach = z * math.sqrt(p * (1 - p) / count + z * z / (4 * count * count))
+    below, above = (100 * (middle + s * reach) / (1 + z * z / count) for s in (-1, 1))
+    return max(0.0, below), min(100.0, above)
+
+
+def table(plan: Plan, lines: Sequence[Mapping[str, str]], ranked: Sequence[Any] = ()) -> str:
+    """`table.md`: the rows by section, seeds together, beside what was published."""
+    parts = [f"# {plan.name}\n", f"{plan.about.strip()}\n"] if plan.about else [f"# {plan.name}\n"]
+    for section in dict.fromkeys(line["section"] for line in lines):
+        here = [line for line in lines if line["section"] == section]
+        parts += [f"## {section}\n", _HEAD + "".join(_rows_of(here))]
+    if ranked:
+        parts += ["## choice of student\n", _RANK + "".join(map(_ranked, ranked))]
+    return "\n".join(parts)
+
+
+_HEAD = (
+    "| | top-1, test | 95 % interval | validation | published | bytes | effective bits | "
+    "times faster | seeds |\n|---|---:|---:|---:|---:|---:|---:|---:|---:|\n"
+)
+_RANK = "| | float | 8/4 | drop | effective bits | parameters |\n|---|---:|---:|---:|---:|---:|\n"
+
+
+def _rows_of(lines: Sequence[Mapping[str, str]]) -> list[str]:
+    return [
+        _table_row([x for x in lines if x["row"] == name])
+        for name in dict.fromkeys(line["row"] for line in lines)
+    ]
+
+
+def _table_row(seeds: Sequence[Mapping[str, str]]) -> str:
+    """One configuration: means over its seeds, and the interval of all its test images."""
+    first, tested = seeds[0], _mean(seeds, "test_top1")
+    reach = ""
+    if tested is not None:  # seeds share the test images: they do not narrow the interval
+        low, high = interval(tested, int(first["test_images"]))
+        reach = f"{low:.2f} to {high:.2f}"
+    cells = [
+        first["title"],
+        _number(tested),
+        reach,
+        _number(_mean(seeds, "validation_top1")),
+        _number(_mean(seeds[:1], "published")),
+        f"{int(first['bytes']):,}",
+        _number(_mean(seeds, "effective_bits")),
+        _number(_mean(seeds[:1], "latency_ratio")),
+        str(len(seeds)),
+    ]
+    return f"| {' | '.join(cells)} |\n"
+
+
+def _mean(lines: Sequence[Mapping[str, str]], column: str) -> float | None:
+    values = [float(line[column]) for line in lines if line[column]]
+    return sum(values) / len(values) if values else None
+
+
+def _ranked(row: Mapping[str, Any]) -> str:
+    mixed = row["forms"]["mixed"]
+    cells = [row["name"], _number(row["top1"]), _number(mixed["top1"])]
+    cells += [_number(mixed["drop"]), _number(mixed["effective_bits"]), f"{row['params']:,}"]
+    return f"| {' | '.join(cells)} |\n"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def _curve_plot(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
+    figure = Figure(figsize=(8, 5))
+    axes = figure.subplots()
+    for name, epochs in curves.items():
+        key = "val_top1" if epochs and epochs[0]["val_top1"] is not None else "train_top1"
+        values = [np.nan if e[key] is None else e[key] for e in epochs]
+        axes.plot(range(1, len(epochs) + 1), values, label=name)
+    axes.set(xlabel="epoch", ylabel="top-1 in percent, validation")
+    if curves:
+        axes.legend(fontsize=6)
+    return figure
+
+
+def _size_plot(lines: Sequence[Mapping[str, str]]) -> Figure:
+    figure = Figure(figsize=(8, 5))
+    axes = figure.subplots()
+    for line in lines:
+        top1 = line["test_top1"] or line["validation_top1"]
+        if top1:
+            place = int(line["bytes"]) / 1e6, float(top1)
+            axes.plot(*place, "o")
+            axes.annotate(f" {line['title']}", place, fontsize=6)
+    axes.set(xlabel="file in MB", ylabel="top-1 in percent (test where it was read)", xscale="log")
+    return figure

@@ -1,0 +1,134 @@
+"""From a plan to the stages of the work, in order, each with the key of all that it depends on."""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from benchmarks.study.plan import Plan, Row
+from mpq.errors import UsageError, nearest
+
+Kind = Literal["speed", "network", "row", "rank", "latency", "test"]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A piece of work that has a folder of its own.
+
+    Args:
+        kind: what is done.
+        name: of its folder, with the seed: `network-student-s0`.
+        of: the network or row.
+        seed: of everything random.
+        needs: names of the stages before it.
+        key: hash of its part of the plan, of the data, and of the keys of what it needs.
+    """
+
+    kind: Kind
+    name: str
+    of: str
+    seed: int
+    needs: tuple[str, ...]
+    key: str
+
+    @property
+    def folder(self) -> str:
+        """The name of its folder: another plan part has another folder."""
+        return f"{self.name}-{self.key[:10]}"
+
+
+def stages_of(plan: Plan, data: str) -> list[Stage]:
+    """All stages of a plan; `data` tells these images from others."""
+    return _Builder(plan, data).build()
+
+
+class _Builder:
+    """Collects stages, each once and after what it needs."""
+
+    def __init__(self, plan: Plan, data: str) -> None:
+        self.plan, self.data = plan, data
+        self.found: dict[str, Stage] = {}
+
+    def build(self) -> list[Stage]:
+        if self.plan.speed:
+            self.add("speed", "speed", "speed", self.plan.seeds[0], [], {})
+        rows = {seed: [self.row(row, seed) for row in self.plan.rows] for seed in self.plan.seeds}
+        if self.plan.rank:
+            self.add("rank", "rank", "rank", self.plan.seeds[0], [], self.ranking())
+        first = self.plan.seeds[0]
+        claims = [s for row, s in zip(self.plan.rows, rows[first], strict=True) if row.claim]
+        runs = {"runs": self.plan.latency_runs}
+        self.add("latency", "latency", "latency", first, claims, runs)
+        for seed, made in rows.items():
+            for row, stage in zip(self.plan.rows, made, strict=True):
+                if row.claim:
+                    self.add("test", f"test-{row.name}-s{seed}", row.name, seed, [stage], {})
+        return list(self.found.values())
+
+    def network(self, name: str, seed: int) -> str:
+        part = self.plan.network(name)
+        seed = seed if part.recipe else self.plan.seeds[0]  # a file is the same for every seed
+        teachers = [self.network(t, self.plan.seeds[0]) for t in part.teachers]
+        start = [self.network(part.start, seed)] if part.start else []
+        recipe = self.plan.recipe(part.recipe).model_dump() if part.recipe else {}
+        content = {"part": part.model_dump(mode="json"), "recipe": recipe}
+        return self.add(
+            "network", f"network-{name}-s{seed}", name, seed, [*teachers, *start], content
+        )
+
+    def row(self, row: Row, seed: int) -> str:
+        networks = [self.network(n, seed) for n in row.networks]
+        teachers = [self.network(t, self.plan.seeds[0]) for t in row.teachers]
+        widths = self.plan.policies[row.policy].model_dump(mode="json") if row.policy else {}
+        recipe = self.plan.recipe(row.recipe).model_dump() if row.recipe else {}
+        told = {"title", "published", "section", "claim"}  # these change no number
+        content = {"part": row.model_dump(mode="json", exclude=told), "widths": widths}
+        content |= {"recipe": recipe, "effort": self.plan.effort}
+        return self.add(
+            "row", f"row-{row.name}-s{seed}", row.name, seed, [*networks, *teachers], content
+        )
+
+    def ranking(self) -> dict[str, Any]:
+        assert self.plan.rank is not None
+        recipe = self.plan.recipe(self.plan.rank.recipe).model_dump()
+        return {"part": self.plan.rank.model_dump(mode="json"), "recipe": recipe}
+
+    def add(
+        self, kind: Kind, name: str, of: str, seed: int, needs: list[str], content: dict[str, Any]
+    ) -> str:
+        if name not in self.found:
+            keys = [self.found[n].key for n in needs]
+            told = {"data": self.data, "seed": seed, "needs": keys, "kind": kind, **content}
+            key = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+            self.found[name] = Stage(kind, name, of, seed, tuple(dict.fromkeys(needs)), key)
+        return name
+
+
+def select(stages: Sequence[Stage], only: Iterable[str]) -> list[Stage]:
+    """The stages that patterns name (all without any), with everything that they need.
+
+    A pattern is a stage's name or a glob of it, or a kind: `row-w4a8-s0`, `network-*`, `test`.
+
+    Raises:
+        UsageError: a pattern that names no stage.
+    """
+    patterns, by_name = list(only), {s.name: s for s in stages}
+    wanted: set[str] = set() if patterns else set(by_name)
+    for pattern in patterns:
+        found = [
+            s.name for s in stages if pattern == s.kind or fnmatch.fnmatchcase(s.name, pattern)
+        ]
+        if not found:
+            raise UsageError(
+                f"--only must name stages of the plan, or a kind of them. Got {pattern!r}"
+                f"{nearest(pattern, by_name)}"
+            )
+        wanted.update(found)
+    for stage in reversed(stages):
+        if stage.name in wanted:
+            wanted.update(stage.needs)
+    return [s for s in stages if s.name in wanted]

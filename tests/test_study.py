@@ -1,0 +1,337 @@
+"""The study: its plan, its stages, a run that is stopped and goes on, and what it leaves."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.study import parcel, results, shelf  # noqa: E402
+from benchmarks.study.check import check  # noqa: E402
+from benchmarks.study.clock import Clock, TimeUpError  # noqa: E402
+from benchmarks.study.plan import PLANS, Plan  # noqa: E402
+from benchmarks.study.shelf import Shelf  # noqa: E402
+from benchmarks.study.stages import select, stages_of  # noqa: E402
+from benchmarks.study.work import Study  # noqa: E402
+from mpq.errors import UsageError  # noqa: E402
+
+SMALL = """
+name: small
+data: {name: digits, holdout: 64, limit: 64}
+recipes:
+  short: {base: plain, epochs: 2, batch: 32, flip: false, checkpoint_every: 2}
+  taught: {base: plain, epochs: 1, batch: 32, flip: false, cycle: 1}
+  tune: {base: qat, epochs: 1, batch: 32, flip: false}
+networks:
+  - {name: teacher, arch: resnet8_conv, recipe: short}
+  - {name: scratch, arch: resnet8, recipe: short}
+  - {name: taught, arch: resnet8, recipe: taught, teachers: [teacher]}
+policies:
+  w8a8: {uniform: [8, 8]}
+  mixed: {bits: [8, 4], budget: {effective_bits: 5}}
+rows:
+  - {name: float, network: [scratch, taught]}
+  - {name: static, network: taught, policy: w8a8, method: ptq, claim: false, published: 90.5}
+  - {name: mixed, network: taught, policy: mixed, method: qat, recipe: tune, teachers: [teacher]}
+effort: fast
+latency_runs: 1
+"""
+
+
+def write_plan(folder: Path, text: str = SMALL) -> Path:
+    path = folder / "small.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
+    return Plan.load(write_plan(tmp_path_factory.mktemp("plan")))
+
+
+class Ticks:
+    """A clock on which every look takes a second."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        self.now += 1
+        return self.now
+
+
+@pytest.fixture(scope="module")
+def made(plan: Plan, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, list[str]]:
+    """Runs, results, and what was told: the time was up twice, the first time within a training."""
+    folder = tmp_path_factory.mktemp("study")
+    runs, kept, told = folder / "runs", folder / "results", []
+
+    def study(clock: Clock) -> Study:
+        return Study(plan, Shelf(runs, plan.name), kept, "cpu", clock, told.append)
+
+    with pytest.raises(TimeUpError):
+        study(Clock(3 / 60, now=Ticks())).run()
+    with pytest.raises(TimeUpError):
+        study(Clock(12 / 60, now=Ticks())).run()
+    told.append("last call")
+    study(Clock()).run()
+    return runs, kept, told
+
+
+def test_a_stopped_study_goes_on_where_it_was(made: tuple[Path, Path, list[str]]) -> None:
+    _, _, told = made
+    begun = [line.split("] ")[1] for line in told if "] " in line]
+    assert begun.count("network-scratch-s0") == 2
+    epochs = [line for line in told if line.startswith("  epoch")]
+    assert len(epochs) == 2 + 2 + 1 + 1  # each epoch of each training once
+    assert len([line for line in told[told.index("last call") :] if "] " in line]) < len(begun)
+
+
+def test_rows_say_what_was_done_on_what(made: tuple[Path, Path, list[str]]) -> None:
+    _, kept, _ = made
+    rows = {row["row"]: row for row in results.read_csv(kept / "rows.csv")}
+    assert list(rows) == ["float", "static", "mixed"]
+    assert rows["float"]["network"] in ("scratch", "taught")
+    assert rows["static"]["test_top1"] == ""  # no claim: the test images were not read for it
+    assert float(rows["mixed"]["test_top1"]) >= 0
+    assert rows["mixed"]["epochs"] == "2"
+    assert rows["mixed"]["images_seen"] == "128"
+    assert float(rows["mixed"]["effective_bits"]) <= 5
+    assert float(rows["static"]["integer_coverage"]) == 1
+    assert int(rows["static"]["bytes"]) == (kept / rows["static"]["file"]).stat().st_size
+    assert all(row["machine"] and row["torch"] and row["code"] for row in rows.values())
+    table = (kept / "table.md").read_text(encoding="utf-8")
+    assert "| static |" in table
+    assert "| 90.50 |" in table
+    assert set(json.loads((kept / "curves.json").read_text())) >= {"network-teacher-s0"}
+
+
+def test_a_finished_study_does_nothing(plan: Plan, made: tuple[Path, Path, list[str]]) -> None:
+    runs, kept, _ = made
+    before = {p: p.stat().st_mtime_ns for p in runs.rglob("*.pth")}
+    again: list[str] = []
+    Study(plan, Shelf(runs, plan.name), kept, "cpu", Clock(0), again.append).run()
+    assert again == []
+    assert {p: p.stat().st_mtime_ns for p in runs.rglob("*.pth")} == before
+
+
+def test_check_measures_again_and_finds_what_differs(
+    plan: Plan, made: tuple[Path, Path, list[str]], tmp_path: Path
+) -> None:
+    _, kept, _ = made
+    assert check(kept, plan) == []
+    copy = tmp_path / "results"
+    copy.mkdir()
+    for folder in ("files", "networks"):
+        (copy / folder).symlink_to(kept / folder)
+    text = (kept / "rows.csv").read_text(encoding="utf-8")
+    row = next(r for r in results.read_csv(kept / "rows.csv") if r["row"] == "static")
+    (copy / "rows.csv").write_text(text.replace(f",{row['bytes']},", ",1,"), encoding="utf-8")
+    assert check(copy, plan, only=("static",)) == [
+        f"static (seed 0): bytes must be 1. Got {row['bytes']}"
+    ]
+    with pytest.raises(UsageError, match=r"rows must be some of .* Got none-such"):
+        check(kept, plan, only=("none-such",))
+
+
+def test_rows_stay_where_their_stages_are_gone(
+    plan: Plan, made: tuple[Path, Path, list[str]], tmp_path: Path
+) -> None:
+    _, kept, _ = made
+    before = (kept / "rows.csv").read_bytes()
+    with pytest.raises(TimeUpError):
+        Study(plan, Shelf(tmp_path / "bare", plan.name), kept, "cpu", Clock(0), print).run()
+    assert (kept / "rows.csv").read_bytes() == before
+
+
+def test_other_plans_and_other_code_are_refused(
+    plan: Plan, made: tuple[Path, Path, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs, kept, _ = made
+    with pytest.raises(UsageError, match=r"holds the results of plan small, not of other"):
+        Shelf(runs, "other")
+    monkeypatch.setattr(shelf, "code_version", lambda: "0123456789ab")
+    study = Study(plan, Shelf(runs, plan.name), kept, "cpu", Clock(), print)
+    with pytest.raises(UsageError, match=r"made by code version .* this is 0123456789ab.*any-code"):
+        study.run()
+    Study(plan, Shelf(runs, plan.name, any_code=True), kept, "cpu", Clock(0), print).run()
+
+
+def test_a_second_process_is_kept_out(plan: Plan, tmp_path: Path) -> None:
+    place = Shelf(tmp_path / "runs", plan.name)
+    with (
+        place.locked(),
+        pytest.raises(UsageError, match=r"is in use by another run of this study"),
+        Shelf(tmp_path / "runs", plan.name).locked(),
+    ):
+        pass
+
+
+def test_a_full_disk_leaves_what_was_finished(
+    plan: Plan, made: tuple[Path, Path, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs, kept, _ = made
+    next(runs.glob("row-static*/done.json")).unlink()
+
+    def full(*args: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Shelf, "finish", full)
+    study = Study(plan, Shelf(runs, plan.name), kept, "cpu", Clock(), print)
+    with pytest.raises(OSError, match="No space left"):
+        study.run()
+    monkeypatch.undo()
+    study.run()
+    assert next(runs.glob("row-static*/done.json")).is_file()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("effort: fast", "efort: fast"), r"efort is not a known key; did you mean effort"),
+        (("teachers: [teacher]}\npol", "teachers: [techer]}\npol"),
+         r"network taught names 'techer', which must be a network above it.*did you mean"),
+        (("recipe: tune, teachers", "recipe: tunes, teachers"), r"row mixed: recipe names 'tunes'"),
+        (("policy: w8a8, method: ptq", "method: ptq"), r"row static must have a policy"),
+        (("name: static", "name: mixed"), r"rows must have different names. Got mixed twice"),
+        (("epochs: 2,", "epochs: 0,"), r"epochs: Input should be greater than or equal to 1"),
+        (("{uniform: [8, 8]}", "{}"), r"a policy must have uniform widths or a budget"),
+    ],
+)  # fmt: skip
+def test_a_wrong_plan_is_refused(tmp_path: Path, change: tuple[str, str], message: str) -> None:
+    assert change[0] in SMALL
+    with pytest.raises(UsageError, match=message):
+        Plan.load(write_plan(tmp_path, SMALL.replace(*change)))
+
+
+def test_a_teacher_of_other_classes_is_refused_before_any_work(
+    tmp_path: Path, mpq_data: Path
+) -> None:
+    wrong = "checkpoint: resnet20-cifar10.pth, normalize: imagenet"
+    text = SMALL.replace("arch: resnet8_conv, recipe: short", wrong).replace("digits", "cifar100")
+    told: list[str] = []
+    found = Plan.load(write_plan(tmp_path, text))
+    study = Study(found, Shelf(tmp_path / "r", "small"), tmp_path, "cpu", Clock(), told.append)
+    with pytest.raises(UsageError, match=r"network teacher must tell the 100 classes of cifar100"):
+        study.run()
+    assert told == []
+
+
+@pytest.mark.parametrize("path", sorted(PLANS.glob("*.yaml")), ids=lambda p: p.stem)
+def test_the_plans_that_come_with_it_load_and_rehearse(path: Path) -> None:
+    found = Plan.load(path)
+    assert found.name == path.stem
+    stages = stages_of(found, "")
+    assert len({s.folder for s in stages}) == len(stages)
+    short = found.rehearsal(64)
+    assert {short.recipe(name).epochs for name in short.recipes} == {1}
+    assert [s.name for s in stages_of(short, "few")] == [s.name for s in stages]
+
+
+def test_what_a_stage_needs_is_made_before_it(plan: Plan) -> None:
+    stages = stages_of(plan, "")
+    seen: set[str] = set()
+    for stage in stages:
+        assert seen >= set(stage.needs)
+        seen.add(stage.name)
+    names = [s.name for s in select(stages, ["row-static-s0"])]
+    assert names == ["network-teacher-s0", "network-taught-s0", "row-static-s0"]
+    with pytest.raises(UsageError, match=r"Got 'row-statik-s0'; did you mean row-static-s0"):
+        select(stages, ["row-statik-s0"])
+
+
+@pytest.mark.parametrize(
+    ("change", "other"),
+    [
+        (lambda p: {"data": p.data}, []),
+        (lambda p: {"effort": "good"}, ["row-float-s0", "row-static-s0", "row-mixed-s0"]),
+        (lambda p: {"recipes": p.recipes | {"tune": p.recipes["tune"] | {"lr": 1.0}}},
+         ["row-mixed-s0"]),
+    ],
+)  # fmt: skip
+def test_a_change_makes_only_what_depends_on_it_anew(
+    plan: Plan, change: Callable[[Plan], dict[str, Any]], other: list[str]
+) -> None:
+    before = {s.name: s.key for s in stages_of(plan, "")}
+    after = {s.name: s.key for s in stages_of(plan.model_copy(update=change(plan)), "")}
+    changed = [n for n in before if before[n] != after[n] and n.startswith(("network", "row"))]
+    assert changed == other
+
+
+def test_wilson_interval() -> None:
+    low, high = results.interval(50.0, 100)  # by hand: (0.5 + 0.019208 -+ 0.0998) / 1.038416
+    assert (round(low, 1), round(high, 1)) == (40.4, 59.6)
+    assert results.interval(100.0, 10)[1] == 100.0
+
+
+def test_a_stream_in_parts_comes_together_or_says_what_lacks(tmp_path: Path) -> None:
+    source = tmp_path / "file"
+    source.write_bytes(bytes(range(256)) * 100)
+    parts = parcel.write_parts("parcel", [("a/b.bin", source)], tmp_path / "parts", 12_000)
+    assert len(parts) == 3
+    assert max(p.stat().st_size for p in parts) <= 12_000
+    parcel.unpack(parts, tmp_path / "there")
+    assert (tmp_path / "there/a/b.bin").read_bytes() == source.read_bytes()
+    with pytest.raises(UsageError, match=r"the 2 parts of parcel-.* are not all of it"):
+        parcel.unpack(parts[:2], tmp_path / "there")
+
+
+def test_what_is_worth_most_comes_back_first(made: tuple[Path, Path, list[str]]) -> None:
+    runs, _, _ = made
+    entries = parcel.worth(runs)
+    names = [name for name, _ in entries]
+    ends = [Path(name).name for name in names]
+    assert ends.index("done.json") < ends.index("model.onnx") < ends.index("model.pth")
+    assert not any(n.startswith("row-float") and n.endswith("model.onnx") for n in names)
+    assert not any(n.endswith("checkpoint.pth") for n in names)  # all trainings are over
+    taken, left = parcel.within(entries, 60_000)
+    assert taken
+    assert left
+    assert {n for n, _ in taken} | set(left) == set(names)
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> dict[str, str]:
+    """Variables that make this computer the bare machine that takes parts."""
+    return {"STUDY_HOME": str(tmp_path / "there"), "PATH": "/usr/bin:/bin"}
+
+
+def remote(machine: dict[str, str], *args: str) -> subprocess.CompletedProcess[str]:
+    script = ROOT / "benchmarks/study/remote.sh"
+    return subprocess.run(
+        ["bash", script, *args], capture_output=True, text=True, env=machine, cwd=ROOT, check=False
+    )
+
+
+def test_a_part_must_find_the_one_before_it(machine: dict[str, str], tmp_path: Path) -> None:
+    source = tmp_path / "file"
+    source.write_bytes(b"x" * 30_000)
+    first, second, *_ = parcel.write_parts("parcel", [("f", source)], tmp_path / "parts", 12_000)
+    found = remote(machine, "place", str(second))
+    assert found.returncode == 2
+    assert f"{second.name} needs {first.name}" in found.stderr
+    assert "Begin with part 01" in found.stderr
+    assert remote(machine, "place", str(first)).returncode == 0
+    assert remote(machine, "place", str(second)).returncode == 0
+    assert remote(machine, "place", str(source)).returncode == 2
+
+
+def test_the_command_says_what_is_wrong_with_its_input(tmp_path: Path) -> None:
+    for args, message in [
+        (["no-such-plan"], "the plan must be a YAML file or one of cifar10-mobilenet"),
+        (["check", str(tmp_path)], "the plan must be a YAML file"),
+    ]:
+        found = subprocess.run(
+            [sys.executable, "-m", "benchmarks.study", *args],
+            capture_output=True, text=True, cwd=ROOT, check=False,
+        )  # fmt: skip
+        assert found.returncode == 2
+        assert message in found.stderr
