@@ -33,6 +33,12 @@ print(faults() - before)
 """
 
 
+def kept_in_a_process_of_its_own() -> bool:
+    """Whether memory can be kept here; to ask changes the process that does."""
+    code = "import sys; from mpq.allocator import keep_freed; sys.exit(not keep_freed())"
+    return subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
 def faults(mode: str) -> int:
     """Page faults of five steps; in a process of its own, as what is kept is kept for good."""
     done = subprocess.run([sys.executable, "-c", CHILD, mode], capture_output=True, text=True)

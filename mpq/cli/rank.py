@@ -12,8 +12,9 @@ from mpq.cli import options, training
 from mpq.data import Normalization
 from mpq.pipeline.ranking import FILE, PICTURE, Hooks, Ranking, rank
 from mpq.pipeline.subject import DataSource
-from mpq.ptq import EFFORTS
+from mpq.ptq import EFFORTS, Effort
 from mpq.report.ranking import rank_table
+from mpq.rundir import Run
 
 
 @click.command("rank")
@@ -46,7 +47,7 @@ def command(
     data_root: Path | None,
     normalize: Normalization | None,
     effective_bits: float | None,
-    effort: str,
+    effort: Effort,
     recipe: str,
     epochs: int,
     settings: tuple[str, ...],
@@ -73,21 +74,18 @@ def command(
         rundir.refuse_overwrite(folder / FILE, force)
     how = Ranking(
         effective_bits=effective_bits or Ranking.effective_bits,
-        effort=effort,  # type: ignore[arg-type]
+        effort=effort,
         samples=num_calib,
         images=num_val,
         recipe=training.recipe_from(recipe, epochs, settings),
-        seed=seed,
     )
     with training.live(epochs) as training_hooks:
         rows = rank(
             candidates,
             DataSource(data, data_root),
-            folder,
             how,
+            Run(folder, seed, device, resume),
             normalize=normalize,
-            resume=resume,
-            device=device,
             hooks=Hooks(options.say, training_hooks),
         )
     if as_json:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,6 @@ class Ranking:
         samples: training images to score and calibrate on.
         images: validation images to measure on.
         recipe: how candidates that are architectures are trained.
-        seed: of everything.
     """
 
     effective_bits: float = 4.8
@@ -61,11 +60,11 @@ class Ranking:
     samples: int = 512
     images: int = 2000
     recipe: Recipe = field(default_factory=Recipe)
-    seed: int = 0
 
-    def identity(self, data: str | None) -> dict[str, Any]:
+    def identity(self, data: str | None, seed: int) -> dict[str, Any]:
         """What must be equal for a finished row to be kept."""
-        return {"data": data, **asdict(self), "recipe": self.recipe.model_dump(mode="json")}
+        recipe = self.recipe.model_dump(mode="json")
+        return {"data": data, **asdict(self), "recipe": recipe, "seed": seed}
 
 
 @dataclass(frozen=True)
@@ -79,12 +78,10 @@ class Hooks:
 def rank(
     candidates: Sequence[str],
     source: DataSource,
-    folder: Path,
     how: Ranking,
+    run: Run,
     *,
     normalize: Normalization | None = None,
-    resume: bool = False,
-    device: str = "cpu",
     hooks: Hooks | None = None,
 ) -> list[dict[str, Any]]:
     """Measure every candidate; write `rank.json`, `rank.png` and the checkpoints trained.
@@ -92,11 +89,11 @@ def rank(
     Args:
         candidates: checkpoint files, or names of architectures.
         source: the data; `digits` for architectures unless it names others.
-        folder: the run.
         how: budgets, images and training.
+        run: its folder is written to; its seed is that of everything; on its device candidates are
+            trained; to resume is to keep the rows of `rank.json` that were measured alike, and to
+            go on with training.
         normalize: for checkpoints that do not carry it.
-        resume: keep the rows of `rank.json` that were measured alike, and go on with training.
-        device: where to train.
         hooks: who is told what.
 
     Returns:
@@ -108,16 +105,16 @@ def rank(
         UsageError: a candidate that is neither a file nor an architecture, or one named twice.
         CheckpointError, DataError, TrainError: as opening and training do.
     """
-    hooks = hooks or Hooks()
     _check(candidates, source)
-    identity = how.identity(source.data)
-    known = _known(folder / FILE, identity) if resume else {}
+    folder = run.folder or rundir.RUNS / "rank"
+    identity = how.identity(source.data, run.seed)
+    known = _known(folder / FILE, identity) if run.resume else {}
+    bench = _Bench(source, how, replace(run, folder=folder), normalize, hooks or Hooks())
     rows = []
     for place, name in enumerate(candidates):
         if name not in known:
-            hooks.tell(f"{name} ({place + 1} of {len(candidates)})")
-            subject = _open(name, source, folder, how, normalize, resume, device, hooks)
-            known[name] = _measure(name, subject, how, hooks)
+            bench.hooks.tell(f"{name} ({place + 1} of {len(candidates)})")
+            known[name] = bench.measure(name, bench.open(name))
             _write(folder, identity, [known[n] for n in candidates if n in known])
         rows.append(known[name])
     rows = sorted(rows, key=_order)
@@ -165,75 +162,86 @@ def _known(path: Path, identity: Mapping[str, Any]) -> dict[str, dict[str, Any]]
     return rows
 
 
-def _open(
-    name: str,
-    source: DataSource,
-    folder: Path,
-    how: Ranking,
-    normalize: Normalization | None,
-    resume: bool,
-    device: str,
-    hooks: Hooks,
-) -> Subject:
-    """The trained network: from its file, or after a short training."""
-    if Path(name).is_file():
-        return open_checkpoint(Path(name), source, normalize=normalize)
-    written = folder / f"{name.replace(':', '-')}.pth"
-    if not (resume and written.is_file()):
-        subject = new_subject(name, source, normalize=normalize, seed=how.seed)
-        rundir.touch_run(folder)
+@dataclass(frozen=True)
+class _Bench:
+    """Where all candidates are opened and measured alike."""
+
+    source: DataSource
+    how: Ranking
+    run: Run
+    normalize: Normalization | None
+    hooks: Hooks
+
+    def open(self, name: str) -> Subject:
+        """The trained network: from its file, or after a short training."""
+        if Path(name).is_file():
+            return open_checkpoint(Path(name), self.source, normalize=self.normalize)
+        assert self.run.folder is not None
+        written = self.run.folder / f"{name.replace(':', '-')}.pth"
+        if not (self.run.resume and written.is_file()):
+            self._train(name, written)
+        return open_checkpoint(written, self.source, arch=name, normalize=self.normalize)
+
+    def _train(self, name: str, written: Path) -> None:
+        seed = self.run.seed
+        subject = new_subject(name, self.source, normalize=self.normalize, seed=seed)
+        rundir.touch_run(written.parent)
         begun = (working_folder(written) / CHECKPOINT).is_file()
-        run = Run(seed=how.seed, device=device, resume=resume and begun)
-        run_train(subject, plan.TrainingPlan(how.recipe), written, run, hooks.training)
-    return open_checkpoint(written, source, arch=name, normalize=normalize)
+        run = replace(self.run, folder=None, resume=self.run.resume and begun)
+        run_train(subject, plan.TrainingPlan(self.how.recipe), written, run, self.hooks.training)
 
+    def measure(self, name: str, subject: Subject) -> dict[str, Any]:
+        """The row of a candidate."""
+        layers = list(subject.graph().layers.values())
+        meter = _Meter(subject, self.how.images)
+        exact, _ = meter.measure(subject.graph())
+        forms = {}
+        for form, policy in self._policies(subject).items():
+            self.hooks.tell(f"{name} at {form} bits" if form != MIXED else f"{name}, {form}")
+            forms[form] = self._form(policy, subject, meter, exact)
+        saved = FORMS["8"][0] - forms[MIXED]["effective_bits"]
+        lost = forms["8"]["top1"] - forms[MIXED]["top1"]
+        return {
+            "name": name,
+            "arch": subject.info.arch,
+            "data": subject.data_name,
+            "params": sum(layer.params for layer in layers),
+            "macs": sum(layer.macs for layer in layers),
+            "float_bytes": 4 * sum(layer.params for layer in layers),
+            "images": meter.count,
+            "top1": round(exact, 3),
+            "drop_per_bit": round(lost / saved, 3) if saved > 0 else None,
+            "forms": forms,
+        }
 
-def _measure(name: str, subject: Subject, how: Ranking, hooks: Hooks) -> dict[str, Any]:
-    graph = subject.graph()
-    layers = list(graph.layers.values())
-    meter = _Meter(subject, how.images)
-    exact = meter.top1(graph)
-    forms = {}
-    for form, policy in _policies(subject, how).items():
-        hooks.tell(f"{name} at {form} bits" if form != MIXED else f"{name}, {form}")
-        settings = PtqSettings(effort=how.effort)
-        found = run_ptq(policy, subject, settings, Run(seed=how.seed))
+    def _form(
+        self, policy: Policy, subject: Subject, meter: _Meter, exact: float
+    ) -> dict[str, Any]:
+        """What one policy makes of a network whose top-1 in float is `exact`."""
+        settings = PtqSettings(effort=self.how.effort)
+        found = run_ptq(policy, subject, settings, Run(seed=self.run.seed))
+        layers = list(found.graph.layers.values())
         choices = policy.resolve([layer.name for layer in layers])
         widths = {n: (c.weight_bits, c.activation_bits) for n, c in choices.items()}
-        reached = meter.top1(found.graph)
-        forms[form] = {
+        reached, divergence = meter.measure(found.graph)
+        return {
             "effective_bits": round(cost.effective_bits(layers, widths), 3),
             "bytes": cost.predicted_bytes(layers, widths, get_target(policy.target)),
             "bitops": cost.bitops(layers, widths),
             "top1": round(reached, 3),
             "drop": round(exact - reached, 3),
-            "kl": meter.divergence,
+            "kl": divergence,
         }
-    saved = FORMS["8"][0] - forms[MIXED]["effective_bits"]
-    lost = forms["8"]["top1"] - forms[MIXED]["top1"]
-    return {
-        "name": name,
-        "arch": subject.info.arch,
-        "data": subject.data_name,
-        "params": sum(layer.params for layer in layers),
-        "macs": sum(layer.macs for layer in layers),
-        "float_bytes": 4 * sum(layer.params for layer in layers),
-        "images": meter.count,
-        "top1": round(exact, 3),
-        "drop_per_bit": round(lost / saved, 3) if saved > 0 else None,
-        "forms": forms,
-    }
 
-
-def _policies(subject: Subject, how: Ranking) -> dict[str, Policy]:
-    """The policies to compare, uniform and found."""
-    data = DataInfo(name=subject.data_name, samples=how.samples, seed=how.seed)
-    named = {"model": subject.info, "data": data}
-    uniform = {form: Policy.uniform(*widths).replace(**named) for form, widths in FORMS.items()}
-    budget = Constraints(effective_bits=how.effective_bits)
-    asked = Analyzing(Scoring(seed=how.seed), samples=how.samples)
-    mixed = find_policy(subject, budget, asked, Run(seed=how.seed)).policy
-    return {**uniform, MIXED: mixed}
+    def _policies(self, subject: Subject) -> dict[str, Policy]:
+        """The policies to compare, uniform and found."""
+        how, seed = self.how, self.run.seed
+        data = DataInfo(name=subject.data_name, samples=how.samples, seed=seed)
+        named = {"model": subject.info, "data": data}
+        uniform = {form: Policy.uniform(*widths).replace(**named) for form, widths in FORMS.items()}
+        budget = Constraints(effective_bits=how.effective_bits)
+        scoring = Analyzing(Scoring(seed=seed), samples=how.samples)
+        return {**uniform, MIXED: find_policy(subject, budget, scoring, Run(seed=seed)).policy}
 
 
 class _Meter:
@@ -245,14 +253,12 @@ class _Meter:
         self.images, self.labels = subject.read(validation, picked)
         self.subject, self.count = subject, len(picked)
         self.reference = predict(subject.module, self.images, subject.normalize).log_softmax(1)
-        self.divergence = 0.0
 
-    def top1(self, graph: QuantGraph) -> float:
-        """Percent right; `divergence` becomes that of this graph, in nats per image."""
+    def measure(self, graph: QuantGraph) -> tuple[float, float]:
+        """Percent right, and the divergence in nats per image."""
         logits = predict(graph.module, self.images, self.subject.normalize)
         apart = kl_divergence(self.reference, logits.log_softmax(1))
-        self.divergence = max(0.0, float(apart.mean()))
-        return top1(logits, self.labels)
+        return top1(logits, self.labels), max(0.0, float(apart.mean()))
 
 
 def _write(folder: Path, identity: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
