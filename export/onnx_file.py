@@ -15,6 +15,7 @@ from mpq.errors import ExportError
 from mpq.files import write_bytes
 from mpq.graph.ir import QuantGraph
 from mpq.graph.passes import freeze
+from mpq.graph.spec import check
 
 from . import meta, runtime
 from .certify import Certificate, certify
@@ -66,11 +67,13 @@ def to_onnx(
         target: the kind of CPU to certify for; None: that of this computer.
 
     Raises:
+        GraphError: the graph is not what was asked of it.
         UsageError: `min_runtime` and `int4_format` contradict each other.
         ExportError: an operation cannot be lowered, a promise is broken, or the file does not
             answer as the graph does. Nothing is written then.
     """
     frozen = qg if qg.stage == "frozen" else freeze(qg)
+    check(frozen, "frozen")
     form = form_for(frozen, int4_format=int4_format, min_runtime=min_runtime)
     lowered = lower(frozen, form, pixels)
     data = serialize(lowered)

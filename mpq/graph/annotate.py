@@ -21,7 +21,7 @@ import logging
 from torch import fx, nn
 
 from mpq.graph.ir import LayerPlan, QuantGraph, Site
-from mpq.graph.kinds import kind_of
+from mpq.graph.kinds import kind_of, moves
 from mpq.layers import LayerChoice
 from mpq.policy import LayerPolicy, Policy
 from mpq.spec import DYNAMIC, ROUNDED_16, QuantSpec, activation_spec
@@ -102,18 +102,8 @@ class _Annotator:
     # -- questions ---------------------------------------------------------------------------
 
     def moves(self, node: fx.Node) -> bool:
-        """Whether a node only moves or selects values of its first input."""
-        kind = self.kinds[node]
-        if kind not in self.target.moving_ops or not isinstance(node.args[0], fx.Node):
-            return False
-        if kind == "slice":
-            # x[..., ::2] selects values; x[0] does so only where x is what a split returned.
-            return not isinstance(node.args[1], (int, str)) or self.kinds[node.args[0]] == "split"
-        if kind == "pad":
-            value = node.args[3] if len(node.args) > 3 else node.kwargs.get("value")
-            mode = node.args[2] if len(node.args) > 2 else node.kwargs.get("mode", "constant")
-            return mode == "constant" and value in (None, 0, 0.0)
-        return True
+        """Whether a node only moves or selects values of its first input, on this target."""
+        return self.kinds[node] in self.target.moving_ops and moves(node, self.kinds)
 
     def source(self, node: object) -> fx.Node:
         """The tensor whose values a tensor holds, looking through moves."""

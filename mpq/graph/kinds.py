@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from mpq.quant.operation import LAYERS, refuse
+from mpq.target import MOVING_OPS
 
 MODULES: dict[type[nn.Module], str] = {
     nn.ReLU: "relu",
@@ -120,3 +121,18 @@ def kind_of(node: fx.Node, modules: dict[str, nn.Module]) -> str:
     if kind == "other" and getattr(node.target, "__name__", "") == "stochastic_depth":
         return "identity"  # torchvision's: the identity in eval mode
     return kind
+
+
+def moves(node: fx.Node, kinds: Mapping[fx.Node, str]) -> bool:
+    """Whether a node only moves or selects values of its first input, given the kinds of all."""
+    kind = kinds[node]
+    if kind not in MOVING_OPS or not isinstance(node.args[0], fx.Node):
+        return False
+    if kind == "slice":
+        # x[..., ::2] selects values; x[0] does so only where x is what a split returned.
+        return not isinstance(node.args[1], (int, str)) or kinds[node.args[0]] == "split"
+    if kind == "pad":
+        value = node.args[3] if len(node.args) > 3 else node.kwargs.get("value")
+        mode = node.args[2] if len(node.args) > 2 else node.kwargs.get("mode", "constant")
+        return mode == "constant" and value in (None, 0, 0.0)
+    return True

@@ -3,7 +3,7 @@
     trace -> [normalize, fold_bn, describe] -> float -> [annotate, insert] -> prepared -> freeze
 
 The runner, not the passes, checks the stage, lints, recompiles, logs the count, and wraps what goes
-wrong with the name of the pass.
+wrong with the name of the pass. What they leave behind it holds against `mpq.graph.spec`.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from mpq.graph.freeze import freeze as freeze_pass
 from mpq.graph.insert import insert
 from mpq.graph.ir import QuantGraph, Stage
 from mpq.graph.normalize import normalize
+from mpq.graph.spec import check
 from mpq.graph.trace import trace
 from mpq.policy import Policy
 
@@ -40,12 +41,13 @@ def run(qg: QuantGraph, passes: tuple[Pass, ...], *, needs: Stage, gives: Stage)
     """Run passes in order on `qg`, in place.
 
     Raises:
-        GraphError: the graph is in another stage, or a pass fails (its name is in the message).
+        GraphError: the graph is in another stage, a pass fails (its name is in the message), or
+            what the passes leave behind is not what `gives` says.
     """
     if qg.stage != needs:
         raise GraphError(f"these passes need a graph in stage {needs!r}. Got {qg.stage!r} instead.")
-    for one in passes:
-        name = getattr(one, "__name__", None) or getattr(one, "func", one).__name__
+    names = [getattr(one, "__name__", None) or getattr(one, "func", one).__name__ for one in passes]
+    for one, name in zip(passes, names, strict=True):
         try:
             count = one(qg)
             qg.module.graph.lint()
@@ -56,6 +58,10 @@ def run(qg: QuantGraph, passes: tuple[Pass, ...], *, needs: Stage, gives: Stage)
         except Exception as error:
             raise GraphError(f"pass {name} failed: {error}") from error
         logger.info("%s: %d", name, count)
+    try:
+        check(qg, gives)
+    except GraphError as error:
+        raise GraphError(f"after pass {', '.join(names)}: {error}") from None
     qg.stage = gives
     return qg
 
