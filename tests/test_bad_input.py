@@ -21,6 +21,7 @@ from mpq.checkpoint import save_model
 from mpq.cli import main
 from mpq.data import Normalization
 from mpq.policy import ModelInfo
+from mpq.spec import WIDTHS
 from mpq.train.ensemble import Ensemble, Member, save_ensemble
 
 MPQ = [sys.executable, "-c", "import sys; from mpq.cli import main; sys.exit(main())"]
@@ -183,7 +184,7 @@ def test_quantized_files_with_wrong_content(here, fails, change, told):
         ({"layers": [{"name": "conv1", "weigth": "int4/channel"}]}, ["did you mean weight"]),
         ({"layers": [{"name": "layer9.*"}]}, ["'layer9.*'", "matches none of its 20 layers"]),
         ({"layers": [{"name": "conv2", "weight": "int4/channel"}]}, ["did you mean", "conv1"]),
-        ({"layers": [{"name": "conv1", "weight": "int7/channel"}]}, ["must be one of", "Got 7"]),
+        ({"layers": [{"name": "conv1", "weight": "int9/channel"}]}, ["must be one of", "Got 9"]),
         ({"layers": [{"name": "conv1", "weight": "4 bits"}]}, ["'int4/channel'", "'4 bits'"]),
         (
             {"layers": [{"name": "conv1", "activation": "int8/tensor"}]},
@@ -421,9 +422,9 @@ def test_budgets_out_of_reach_are_answered_with_the_range(fails):
     ("command", "told"),
     [
         ("analyze model.pth --metric fishr", ["--metric", "fisher"]),
-        ("analyze model.pth --bits 7", ["--bits", "2, 3, 4, 5, 6, 8, 16", "'7'"]),
+        ("analyze model.pth --bits 9", ["--bits", ", ".join(map(str, WIDTHS)), "'9'"]),
         ("analyze model.pth --bits 8,x", ["--bits", "'x'"]),
-        ("analyze model.pth --act-bits 7 -o a", ["--act-bits", "'7'"]),
+        ("analyze model.pth --act-bits 9 -o a", ["--act-bits", "'9'"]),
         ("analyze model.pth --bits 8 --act-bits 16 -o a", ["--act-bits"]),
         ("analyze model.pth --effective-bits nan", ["--effective-bits", "above 0"]),
         ("analyze model.pth --effective-bits -1", ["--effective-bits", "above 0", "-1"]),

@@ -145,7 +145,7 @@ def test_load_unreadable(tmp_path):
             "layers.0.wieght is not a known key; did you mean weight",
         ),
         ("version: 1\ndefault: {weight: 4}", "default.weight: a number format .* Got '4'"),
-        ("version: 1\ndefault: {weight: int7/channel}", "default.weight: bits must be one of"),
+        ("version: 1\ndefault: {weight: int9/channel}", "default.weight: bits must be one of"),
         ("version: 1\nmodel: {arch: resnet20}", "model.classes is missing"),
         ("version: 1\nmodel: {arch: a, classes: 0}", "greater than or equal to 1. Got 0"),
         ("version: 1\nconstraints: {effective_bits: -1}", "greater than 0. Got -1"),
