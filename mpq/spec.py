@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 Granularity = Literal["tensor", "channel", "dynamic"]
-WIDTHS = (2, 3, 4, 5, 6, 8, 16)
+WIDTHS = (2, 3, 4, 5, 6, 7, 8, 16)
 """The widths of mpq, in bits: the one list of them."""
 _TEXT = re.compile(r"(u?)int(\d+)/(tensor|channel|dynamic)")
 
