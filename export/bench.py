@@ -131,7 +131,7 @@ def bench(
         threads: threads inside an operation.
         batch: images at a time for latency and memory.
         runs: rounds that count; a tenth of them (at least 5) runs before as warm-up.
-        progress: told what is being measured.
+        progress: called with what is being measured.
 
     Raises:
         UsageError: no file, a missing file, a number out of range.
@@ -261,10 +261,10 @@ def _normalizations(
     paths: Sequence[Path], normalize: Normalization | None
 ) -> dict[Path, Normalization | None]:
     """What each file's float input is normalized with, or None where nothing is known."""
-    told = {p: file_info(p).normalize for p in paths}
-    known = [Normalization.parse(text) for text in told.values() if text]
+    given = {p: file_info(p).normalize for p in paths}
+    known = [Normalization.parse(text) for text in given.values() if text]
     other = normalize or (known[0] if known else None)
-    return {p: normalize or (Normalization.parse(t) if t else other) for p, t in told.items()}
+    return {p: normalize or (Normalization.parse(t) if t else other) for p, t in given.items()}
 
 
 def _normalized(images: Array, normalize: Normalization | None, path: Path) -> Array:

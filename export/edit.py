@@ -80,7 +80,7 @@ class Writer:
 
 
 def integers(value: ir.Value | None) -> list[int] | None:
-    """The contents of a constant, which the exporter may have put behind a Reshape."""
+    """The contents of a constant, which the exporter may have passed through a Reshape."""
     node = None if value is None else value.producer()
     if node is not None and node.op_type == "Reshape":
         value = node.inputs[0]

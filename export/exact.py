@@ -4,7 +4,7 @@ The runtime's own optimized graph is walked node by node. Each kernel of `kernel
 runtime's input tensors and must give its output tensor exactly. As the first node reads the images,
 all integers of a file whose nodes all agree are predicted from the file and the images alone.
 Operations that only move values are evaluated by the reference implementation of ONNX. What is left
-(float islands, kernels without a reference) is named, and is no integer of the file's promise.
+(float operations, kernels without a reference) is named, and is no integer of the file's promise.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Array = NDArray[Any]
 REFERENCED = (MOVES - {"MaxPool"}) | {
     *("Concat", "SpaceToDepth", "Clip", "Relu", "Identity", "Expand", "Shape"),
 }
-"""What the reference implementation of ONNX evaluates; a MaxPool of floats is a float island."""
+"""What the reference implementation of ONNX evaluates; a MaxPool of floats is float arithmetic."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +150,7 @@ def _check(node: onnx.NodeProto, values: dict[str, Array], opset: int) -> Iterat
 
 
 def _supported(node: onnx.NodeProto, inputs: list[Array | None]) -> bool:
-    """Kernels are per tensor where the runtime's are; a float max pooling is a float island."""
+    """Kernels are per tensor where the runtime's are; a max pooling of floats has no reference."""
     if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
         scale = inputs[1]
         return len(inputs) > 2 and scale is not None and scale.size == 1

@@ -10,6 +10,8 @@ import onnx
 
 from mpq.layers import Operation
 
+from .operators import MOVES
+
 INTEGER_OPS = frozenset({
     *("QLinearConv", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat"),
     *("ConvInteger", "MatMulInteger", "DynamicQuantizeMatMul"),
@@ -23,10 +25,7 @@ _FOLLOWERS = frozenset({
     *("Relu", "Clip", "Max", "QuantizeLinear"),
     *("Sigmoid", "HardSigmoid", "Tanh", "LeakyRelu"),  # a float Conv takes these along
 })  # fmt: skip
-_MOVES = frozenset({
-    *("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Slice", "Split", "Pad", "Gather"),
-    *("MaxPool", "ReorderInput", "Identity", "SpaceToDepth", "DepthToSpace"),
-})  # fmt: skip
+_MOVES = MOVES | {"ReorderInput", "Identity", "SpaceToDepth"}
 _WIDE = (onnx.TensorProto.UINT16, onnx.TensorProto.INT16)
 _NCHWC = "_nchwc"  # the runtime renames a Conv in its blocked layout: <output>_nchwc
 _SUFFIX = re.compile(r"(_token_\d+|/\w*Fusion\w*/?|_quant)+$")

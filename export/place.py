@@ -3,11 +3,11 @@
 - Local rewrites (`rules.py`), a hard-sigmoid between integers as an addition (`gates.py`).
 - What follows the interleaving of a transposed convolution moves before it (`upsample.py`).
 - Operations that only move values run on 8-bit integers: their DequantizeLinear sinks below them.
-  Of 16 bits runtimes lack some (MaxPool, Pad), and the float layer behind them gains nothing.
+  Of 16 bits runtimes lack some (MaxPool, Pad), and the float layer after them gains nothing.
 - A float layer between quantized neighbours is guarded: onnxruntime would otherwise give it 8-bit
   weights of its own. Its WeightBiasQuantization pass matches a Conv or Gemm whose output reaches a
   QuantizeLinear directly or through Relu or Clip, and its QDQPropagation pass first moves that
-  QuantizeLinear up through moves. A Max behind the layer is outside the pattern.
+  QuantizeLinear up through moves. A Max after the layer is outside the pattern.
 - A strided stem works on blocks of pixels (`stem.py`).
 """
 

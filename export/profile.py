@@ -52,7 +52,7 @@ def profile(
         threads: threads inside an operation.
         batch: images at a time.
         runs: rounds for each file, and runs under the profiler.
-        progress: told what is being done.
+        progress: called with what is being done.
 
     Raises:
         ExportError: the network cannot be exported.

@@ -11,8 +11,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import onnx_ir as ir
-import torch
 from onnxscript import opset21 as op
+
+from mpq.quant import ops
 
 Value = Any
 """A value of the graph under construction; onnxscript gives it no public type."""
@@ -89,9 +90,9 @@ def dynamic_linear(x: Value, weight: Value, scale: Value, bias: Value | None) ->
 
 
 TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
-    torch.ops.mpq.fake_quantize.default: fake_quantize,
-    torch.ops.mpq.dequantize.default: dequantize,
-    torch.ops.mpq.conv.default: conv,
-    torch.ops.mpq.linear.default: linear,
-    torch.ops.mpq.dynamic_linear.default: dynamic_linear,
+    ops.fake_quantize: fake_quantize,
+    ops.dequantize: dequantize,
+    ops.conv: conv,
+    ops.linear: linear,
+    ops.dynamic_linear: dynamic_linear,
 }

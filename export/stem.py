@@ -129,7 +129,7 @@ def _plain(conv: ir.Node) -> bool:
 
 
 def _image_quantizer(value: ir.Value | None) -> ir.Node | None:
-    """The QuantizeLinear behind a convolution's input, if all between belongs to it alone."""
+    """The QuantizeLinear before a convolution's input, if all between belongs to it alone."""
     path = ("DequantizeLinear", "Clip", "QuantizeLinear")
     while value is not None and (node := value.producer()) is not None:
         if node.op_type not in path or len(value.uses()) != 1:

@@ -22,12 +22,12 @@ ELEMENTWISE = frozenset({"Relu", "Clip", "QuantizeLinear"})
 
 
 def lift_quantizers(graph: ir.Graph) -> int:
-    """Move what follows the moves behind an integer convolution before them; return how many."""
+    """Move what follows the interleaving of an integer convolution before it; return how many."""
     count = 0
     for conv in list(graph):
         if conv.op_type != "Conv" or weight_decoding(conv) is None:
             continue
-        head, chain = conv.outputs[0], _moves_behind(conv.outputs[0])
+        head, chain = conv.outputs[0], _interleaving(conv.outputs[0])
         while chain and (reader := only_reader(chain[-1].outputs[0])) is not None:
             if reader.op_type not in ELEMENTWISE:
                 break
@@ -37,7 +37,7 @@ def lift_quantizers(graph: ir.Graph) -> int:
     return count
 
 
-def _moves_behind(value: ir.Value) -> list[ir.Node]:
+def _interleaving(value: ir.Value) -> list[ir.Node]:
     chain: list[ir.Node] = []
     while (reader := only_reader(value)) is not None and reader.op_type in INTERLEAVES:
         chain.append(reader)
@@ -56,7 +56,7 @@ def _lift(graph: ir.Graph, head: ir.Value, chain: list[ir.Node], reader: ir.Node
     out.shape = head.shape
     for move in chain:
         move.outputs[0].type = out.type
-    if SITE in reader.metadata_props:  # its integers are those behind the moves
+    if SITE in reader.metadata_props:  # its integers are those after the interleaving
         chain[-1].metadata_props[SITE] = reader.metadata_props.pop(SITE)
 
 

@@ -6,7 +6,6 @@ import logging
 
 import numpy as np
 import pytest
-from onnx_ir.passes.common import RemoveUnusedNodesPass
 from onnxtext import answer, node, ops, parse
 
 from mpq.export.edit import (
@@ -22,7 +21,6 @@ from mpq.export.edit import (
 )
 from mpq.export.groups import merge_groups
 from mpq.export.operators import MOVES
-from mpq.export.place import guard, sink
 from mpq.export.rules import JOIN_SLICES
 from mpq.target import ONNXRUNTIME_CPU
 
@@ -105,35 +103,3 @@ def test_reasons_are_logged(caplog: pytest.LogCaptureFixture):
     with caplog.at_level(logging.DEBUG, "mpq.export.edit"):
         assert run(model, [JOIN_SLICES, merge_groups]) == 0
     assert "JoinSlices does not apply: both cut axis 0" in caplog.text
-
-
-def test_decoding_sinks_below_what_moves_values():
-    text = """(uint8[1,4,6,6] x) => (float[a,b,c,d] y) {
-        f = DequantizeLinear(x, s, z)
-        p = Pad(f, pads)
-        m = MaxPool<kernel_shape=[2,2]>(p)
-        y = Relu(m)
-    }"""
-    model = parse(text, s=np.float32(0.5), z=np.uint8(7), pads=[0, 0, 1, 1, 0, 0, 1, 1])
-    before = answer(model, x=X.astype(np.uint8))
-    assert sink(model.graph) == 2
-    RemoveUnusedNodesPass()(model)
-    assert ops(model) == ["Pad", "MaxPool", "DequantizeLinear", "Relu"]
-    assert np.array_equal(answer(model, x=X.astype(np.uint8)), before)
-
-
-def test_only_float_layers_before_a_quantizer_are_guarded():
-    text = """(float[1,4,6,6] x) => (uint8[1,8,4,4] y) {
-        w = DequantizeLinear<axis=0>(q, s)
-        c = Conv(x, w)
-        r = Relu(c)
-        y = QuantizeLinear(r, t, z)
-    }"""
-    grid = {"t": np.float32(0.5), "z": np.uint8(0), "f": np.ones((8, 4, 3, 3), np.float32)}
-    integers_of = parse(text, **STORED, **grid)
-    assert guard(integers_of.graph) == 0
-    floats = parse(text.replace("Conv(x, w)", "Conv(x, f)"), **STORED, **grid)
-    before = answer(floats, x=X)
-    assert guard(floats.graph) == 1
-    assert ops(floats) == ["DequantizeLinear", "Conv", "Max", "QuantizeLinear"]
-    assert np.array_equal(answer(floats, x=X), before)
