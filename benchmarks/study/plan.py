@@ -170,6 +170,10 @@ class Plan(Strict):
         values = dict(self.recipes[name])
         return Recipe.load(str(values.pop("base", "plain"))).override(values)
 
+    def code(self) -> list[str]:
+        """The functions that build its networks, `package.module:function`, where it names some."""
+        return [n.arch for n in self.networks if n.arch and ":" in n.arch]
+
     def network(self, name: str) -> Network:
         """A network by name."""
         return next(n for n in self.networks if n.name == name)
