@@ -335,3 +335,29 @@ def test_the_command_says_what_is_wrong_with_its_input(tmp_path: Path) -> None:
         )  # fmt: skip
         assert found.returncode == 2
         assert message in found.stderr
+
+
+RESULTS = sorted((ROOT / "benchmarks/results").glob("*/rows.csv"))
+
+
+@pytest.mark.parametrize("rows", RESULTS, ids=lambda p: p.parent.name)
+def test_the_study_prints_the_tables_of_its_results(rows: Path) -> None:
+    page = (ROOT / "docs/study.md").read_text(encoding="utf-8")
+    marked = page.split(f"<!-- results: {rows.parent.name} -->\n")[1].split("<!-- end -->")[0]
+    table = (rows.parent / "table.md").read_text(encoding="utf-8")
+    assert marked == table[table.index("## ") :].replace("## ", "### ") + "\n"
+    found = Plan.load(rows.parent / "plan.yaml")
+    lines = results.read_csv(rows)
+    assert {row["row"] for row in lines} <= {row.name for row in found.rows}
+    assert table == results.table(found, lines, _ranked(rows.parent))
+
+
+def _ranked(folder: Path) -> Any:
+    path = folder / "rank.json"
+    return json.loads(path.read_text())["rows"] if path.is_file() else ()
+
+
+@pytest.mark.parametrize("rows", RESULTS, ids=lambda p: p.parent.name)
+def test_the_smallest_kept_file_is_as_it_was_measured(rows: Path, mpq_data: Path) -> None:
+    small = min((r for r in results.read_csv(rows) if r["file"]), key=lambda r: int(r["bytes"]))
+    assert check(rows.parent, Plan.load(rows.parent / "plan.yaml"), only=(small["row"],)) == []

@@ -81,6 +81,8 @@ def write(plan: Plan, shelf: Shelf, kept: Path, stages: Sequence[Stage]) -> None
     _replace(kept / "plan.yaml", yaml.safe_dump(told, sort_keys=False).encode())
     _replace(kept / "rows.csv", to_csv(lines).encode())
     ranked = done.made.get("rank", {}).get("rows", ())
+    if ranked:
+        files.write_json(kept / "rank.json", {"rows": ranked})
     _replace(kept / "table.md", table(plan, read_csv(kept / "rows.csv"), ranked).encode())
     curves = done.curves()
     _replace(kept / "curves.json", (json.dumps(curves, indent=1) + "\n").encode())
