@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -22,8 +23,7 @@ TIME_UP = 3
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.argument("plan_or_check")
-@click.argument("results", required=False, type=click.Path(path_type=Path))
+@click.argument("what", nargs=-1, required=True, metavar="PLAN | check RESULTS")
 @click.option("--only", multiple=True, metavar="STAGE", help="Stages, globs or kinds of them.")
 @click.option("--time-limit", type=click.FloatRange(min=0), metavar="MINUTES", help="Stop by then.")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
@@ -33,10 +33,8 @@ TIME_UP = 3
 @click.option("--any-code", is_flag=True, help="Take over stages of another code version.")
 @click.option("--rehearse", type=click.IntRange(min=8), metavar="IMAGES",
               help="Every stage on so few images, one epoch each.")  # fmt: skip
-@click.option("--threads", type=click.IntRange(min=1), help="Of torch.  [its own choice]")
 def main(
-    plan_or_check: str,
-    results: Path | None,
+    what: tuple[str, ...],
     only: tuple[str, ...],
     time_limit: float | None,
     device: str,
@@ -44,19 +42,16 @@ def main(
     out: Path | None,
     any_code: bool,
     rehearse: int | None,
-    threads: int | None,
 ) -> None:
     """Make what is missing of a PLAN, or `check RESULTS`: measure what was kept again.
 
     Exit code 0: all is made, or as it was written. 1: `check` found a difference. 2: a plan, file
     or option is wrong. 3: the time limit was reached; the same command goes on.
     """
-    if threads:
-        torch.set_num_threads(threads)
     try:
-        if plan_or_check == "check":
-            sys.exit(_check(results, only))
-        plan = Plan.load(plan_or_check)
+        if what[0] == "check":
+            sys.exit(_check(what[1:], only))
+        plan = Plan.load(_one(what, "a PLAN, or check RESULTS"))
         plan = plan.rehearsal(rehearse) if rehearse else plan
         clock = Clock(time_limit)
         if device == "cuda" and not torch.cuda.is_available():
@@ -77,9 +72,14 @@ def main(
     click.echo(f"all is made: {kept}")
 
 
-def _check(results: Path | None, only: tuple[str, ...]) -> int:
-    if results is None:
-        raise UsageError("check must be told which results: check benchmarks/results/PLAN.")
+def _one(given: Sequence[str], what: str) -> str:
+    if len(given) != 1:
+        raise UsageError(f"the study must be told {what}. Got {' '.join(given) or 'nothing'}.")
+    return given[0]
+
+
+def _check(given: Sequence[str], only: tuple[str, ...]) -> int:
+    results = Path(_one(given, "which results: check benchmarks/results/PLAN"))
     told = results / "plan.yaml"
     plan = Plan.load(told if told.is_file() else results.name)
     # Results may be anybody's: they run no code but what the plan of that name here asks for.
