@@ -42,6 +42,31 @@ class Latency:
 
 
 @dataclass(frozen=True, slots=True)
+class Timing:
+    """How latency and memory are measured.
+
+    Args:
+        threads: threads inside an operation.
+        batch: images at a time.
+        runs: rounds that count; a tenth of them (at least 5) runs before as warm-up.
+
+    Raises:
+        UsageError: a number out of range.
+    """
+
+    threads: int = 1
+    batch: int = 1
+    runs: int = 200
+
+    def __post_init__(self) -> None:
+        if min(self.threads, self.batch, self.runs) < 1:
+            raise UsageError(
+                "threads, batch and runs must be at least 1. "
+                f"Got {self.threads}, {self.batch} and {self.runs}."
+            )
+
+
+@dataclass(frozen=True, slots=True)
 class BenchRow:
     """One line of `bench.jsonl`.
 
@@ -114,9 +139,7 @@ def bench(
     labels: Array | None = None,
     float_file: Path | None = None,
     normalize: Normalization | None = None,
-    threads: int = 1,
-    batch: int = 1,
-    runs: int = 200,
+    timing: Timing | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> list[BenchRow]:
     """Measure model files against each other and against the float model.
@@ -128,25 +151,22 @@ def bench(
         float_file: what `ratio_to_float` refers to.
         normalize: for every file that takes floats. None: what each file says of itself, else what
             another of the files says.
-        threads: threads inside an operation.
-        batch: images at a time for latency and memory.
-        runs: rounds that count; a tenth of them (at least 5) runs before as warm-up.
+        timing: how latency is measured; None: one thread, one image, 200 rounds.
         progress: called with what is being measured.
 
     Raises:
-        UsageError: no file, a missing file, a number out of range.
+        UsageError: no file, or a missing one.
         DataError: images, labels or normalization that do not fit a file.
     """
-    if min(threads, batch, runs) < 1:
-        raise UsageError(
-            f"threads, batch and runs must be at least 1. Got {threads}, {batch} and {runs}."
-        )
+    timing = timing or Timing()
+    threads, batch = timing.threads, timing.batch
     paths = _unique([*([float_file] if float_file else []), *files])
     say = progress or (lambda _: None)
     scales = _normalizations(paths, normalize)
     top1s = [_measure_top1(p, images, labels, scales[p], say) for p in paths]
     say("latency")
-    times = 1e3 * interleave([runner(p, threads=threads, batch=batch) for p in paths], runs=runs)
+    runners = [runner(p, threads=threads, batch=batch) for p in paths]
+    times = 1e3 * interleave(runners, runs=timing.runs)
     return [
         BenchRow(
             file=str(path),

@@ -169,16 +169,24 @@ def _tie(model: ir.Model, qg: QuantGraph) -> None:
     """Note each layer's path in its matrix node, each site's in its QuantizeLinear.
 
     An initializer has one of the names that its tensor has in the module. Layers that share their
-    weights come in the order in which they run, and so do the nodes.
+    weights come in the order in which they run, and so do the nodes that read them.
     """
     initializers = model.graph.initializers
     tensors = qg.module.state_dict(keep_vars=True).items()
     values = {id(t): initializers[name] for name, t in tensors if name in initializers}
+    _tie_sites(qg, values)
+    _tie_layers(qg, values)
+
+
+def _tie_sites(qg: QuantGraph, values: dict[int, ir.Value]) -> None:
     for path, module in qg.module.named_modules():
         scale = values.get(id(module.scale)) if isinstance(module, FrozenQuant) else None
         for node, _ in () if scale is None else scale.uses():
             if node.op_type == "QuantizeLinear":
                 node.metadata_props[SITE] = path
+
+
+def _tie_layers(qg: QuantGraph, values: dict[int, ir.Value]) -> None:
     paths: dict[ir.Value, list[str]] = {}
     for path in qg.layers:
         module = qg.module.get_submodule(path)

@@ -15,7 +15,7 @@ from mpq.data import Normalization, load_arrays, open_data
 from mpq.errors import DataError, ExportError, UsageError
 from mpq.export import bench as bench_module
 from mpq.export import runtime
-from mpq.export.bench import bench, file_bytes, file_info, interleave, peak_mb, top1
+from mpq.export.bench import Timing, bench, file_bytes, file_info, interleave, peak_mb, top1
 from mpq.export.meta import KEY, to_metadata
 from mpq.export.peers import onnxruntime_dynamic, onnxruntime_static
 from mpq.policy import DataInfo, ModelInfo, Policy
@@ -107,7 +107,11 @@ def test_rows_hold_the_float_model_first_and_what_was_measured(tmp_path, digits,
     model = write_model(tmp_path / "model.onnx", weights, form="nhwc", policy=policy)
     reference = write_model(tmp_path / "float.onnx", weights, policy=policy)
     rows = bench(
-        [model, reference], float_file=reference, images=images, labels=labels, batch=3, runs=20
+        [model, reference],
+        float_file=reference,
+        images=images,
+        labels=labels,
+        timing=Timing(batch=3, runs=20),
     )
     assert [Path(r.file).name for r in rows] == ["float.onnx", "model.onnx"]
     assert [r.bytes for r in rows] == [reference.stat().st_size, model.stat().st_size]
@@ -131,7 +135,7 @@ def test_the_ratio_says_how_many_times_faster(tmp_path):
         return write_model(tmp_path / name, (wide, wide[0]), side=64)
 
     large, small = model("large.onnx", 1000), model("small.onnx", 10)
-    rows = bench([small], float_file=large, images=None, runs=30)
+    rows = bench([small], float_file=large, images=None, timing=Timing(runs=30))
     assert rows[0].latency_ms.median > 5 * rows[1].latency_ms.median
     assert rows[1].ratio_to_float > 5
 
@@ -146,7 +150,7 @@ def test_the_ratio_is_the_median_over_rounds(tmp_path, weights, monkeypatch):
 
 
 def test_without_images_or_float_model_the_rest_is_measured(tmp_path, weights):
-    (row,) = bench([write_model(tmp_path / "m.onnx", weights)], images=None, runs=3)
+    (row,) = bench([write_model(tmp_path / "m.onnx", weights)], images=None, timing=Timing(runs=3))
     assert (row.top1, row.n, row.ratio_to_float) == (None, 0, None)
     assert row.latency_ms.median > 0
 
@@ -203,7 +207,7 @@ def test_a_silent_file_is_normalized_as_its_neighbour(tmp_path, digits, weights)
     _, _, images, labels = digits
     speaks = write_model(tmp_path / "a.onnx", weights, policy=told("none"))
     silent = write_model(tmp_path / "b.onnx", weights)
-    rows = bench([silent, speaks], images=images, labels=labels, runs=1)
+    rows = bench([silent, speaks], images=images, labels=labels, timing=Timing(runs=1))
     assert rows[0].top1 == rows[1].top1 == round(oracle(weights, images, labels), 2)
 
 
@@ -215,7 +219,7 @@ def test_mistakes_are_told(tmp_path, digits, weights):
     with pytest.raises(UsageError, match="at least one model file"):
         bench([], images=None)
     with pytest.raises(UsageError, match=r"at least 1\. Got 1, 0 and 200"):
-        bench([path], images=None, batch=0)
+        Timing(batch=0)
     with pytest.raises(DataError, match=r"does not say how.*--normalize"):
         bench([path], images=images, labels=labels)
     with pytest.raises(DataError, match=r"3x16x16 each\. Got 3x8x16"):

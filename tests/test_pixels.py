@@ -18,7 +18,7 @@ from mpq.data import Normalization
 from mpq.data.normalize import NAMED
 from mpq.errors import ExportError
 from mpq.export import runtime, to_onnx
-from mpq.export.bench import bench, file_info
+from mpq.export.bench import Timing, bench, file_info
 from mpq.export.lower import lower
 from mpq.export.onnx_file import serialize, verify_file
 from mpq.export.pixels import PixelInput
@@ -91,7 +91,7 @@ def test_bench_and_files_that_take_pixels(tmp_path: Path):
     path = to_onnx(quantized(), tmp_path / "p.onnx", pixels=PixelInput(CIFAR)).path
     labels = runtime.run(runtime.session(path), PIXELS).argmax(1).astype(np.int64)
     assert file_info(path).input == (3, 12, 12)
-    (row,) = bench([path], images=PIXELS, labels=labels, runs=2)
+    (row,) = bench([path], images=PIXELS, labels=labels, timing=Timing(runs=2))
     assert row.top1 == 100.0
 
 

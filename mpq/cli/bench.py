@@ -17,7 +17,7 @@ from mpq.cli import options
 from mpq.data import DataSet, Normalization, load_arrays, open_data, sample_indices
 from mpq.errors import UsageError
 from mpq.export import peers as peer_tools
-from mpq.export.bench import BenchRow, FileInfo, file_info
+from mpq.export.bench import BenchRow, FileInfo, Timing, file_info
 from mpq.export.bench import bench as measure
 from mpq.report.tables import bench_table
 from mpq.userimport import trust_run
@@ -106,9 +106,7 @@ def bench(
             images=images,
             labels=labels,
             normalize=normalize,
-            threads=threads,
-            batch=batch,
-            runs=runs,
+            timing=Timing(threads, batch, runs),
             progress=tell,
         )
     _show(rows, as_json, folder)
