@@ -44,6 +44,7 @@ LAYERS = {
     "mpq._torchvision": 3,
     "mpq._torchfile": 3,
     "mpq.quant": 4,
+    "mpq.capture": 4,
     "mpq.graph": 5,
     "mpq.analyze": 6,
     "mpq.ptq": 6,

@@ -20,21 +20,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mpq.capture.network import Network
+from mpq.capture.running import as_written, unchanged
+
 _WINDOWED = ("ShiftedWindowAttention", "ShiftedWindowAttentionV2")
 MAX_LOGIT_SCALE = math.log(100.0)
 
 
-def open_attention(model: nn.Module, example: Tensor) -> int:
-    """Replace the attention modules of `model`, in place; return how many.
+def open_attention(network: Network) -> int:
+    """Replace the attention modules of a network, in place; return how many.
 
     Args:
-        model: in eval mode.
-        example: an input batch `[N, C, H, W]`.
+        network: in eval mode.
     """
+    model = network.module
     found = {n: m for n, m in model.named_modules() if _windowed(m) or _self_attention(m)}
     if not found:
         return 0
-    calls = _calls(model, found, example)
+    calls = _calls(network, found)
     count = 0
     for name, module in found.items():
         args = calls.get(name)
@@ -66,15 +69,14 @@ def _self_attention(module: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def _calls(
-    model: nn.Module, modules: dict[str, nn.Module], example: Tensor
-) -> dict[str, tuple[Any, ...]]:
+def _calls(network: Network, modules: dict[str, nn.Module]) -> dict[str, tuple[Any, ...]]:
     """The arguments of each module's only call; masked or repeated calls are left out."""
     calls: dict[str, list[tuple[Any, ...]]] = {name: [] for name in modules}
 
     def watch(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            plain = all(key == "need_weights" and not value for key, value in kwargs.items())
+            masks = [value for key, value in kwargs.items() if key != "need_weights"]
+            plain = all(value is None or value is False for value in masks)
             calls[name].append(args if plain else ())
 
         return hook
@@ -84,8 +86,9 @@ def _calls(
         for name, module in modules.items()
     ]
     try:
-        model(example[:1])
-    except Exception:  # the passes after this one say what is wrong with the model or the example
+        with unchanged(network.module), as_written():
+            network.module(*network.args, **network.kwargs)
+    except Exception:  # recording says what is wrong with the network or the example
         return {}
     finally:
         for handle in handles:
@@ -102,23 +105,26 @@ def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
 
 
 class SelfAttention(nn.Module):
-    """`nn.MultiheadAttention` of a sequence `[N, L, E]` to itself, without masks and weights."""
+    """`nn.MultiheadAttention` of a sequence `[N, L, E]` to itself, without masks."""
 
     def __init__(self, attention: nn.MultiheadAttention) -> None:
         super().__init__()
         assert attention.in_proj_weight is not None
         self.heads, self.width = attention.num_heads, attention.head_dim
+        self.batch_first = True  # an encoder asks
         self.in_proj = _linear(attention.in_proj_weight, attention.in_proj_bias)
         self.out_proj = _linear(attention.out_proj.weight, attention.out_proj.bias)
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, need_weights: bool = False
-    ) -> tuple[Tensor, None]:
-        """Only `query` is read; the others are the same tensor."""
+        self, query: Tensor, key: Tensor, value: Tensor, need_weights: bool = True, **none: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """Only `query` is read; the others are the same tensor, and no mask is given."""
         qkv = self.in_proj(query).unflatten(-1, (3, self.heads, self.width))
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         weights = torch.softmax((q * self.width**-0.5) @ k.transpose(-2, -1), dim=-1)
-        return self.out_proj((weights @ v).transpose(1, 2).flatten(2)), None
+        return self.out_proj((weights @ v).transpose(1, 2).flatten(2)), (
+            weights.mean(1) if need_weights else None
+        )
 
 
 class WindowAttention(nn.Module):

@@ -1,0 +1,83 @@
+"""`Network`: a module and how it is called."""
+
+from __future__ import annotations
+
+import inspect
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from mpq.errors import GraphError
+
+
+@dataclass(frozen=True, eq=False)
+class Network:
+    """A module with an example call.
+
+    Args:
+        module: any network; it is not changed.
+        args: positional arguments of an example call, any nesting of tensors and plain values.
+        kwargs: its keyword arguments.
+
+    Raises:
+        GraphError: the example does not fit the signature, or holds no tensor.
+    """
+
+    module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        name = type(self.module).__name__
+        if not any(isinstance(v, Tensor) for v in pytree.tree_leaves((self.args, self.kwargs))):
+            raise GraphError(f"the example call of {name} must hold a tensor. Got none.")
+        try:
+            inspect.signature(self.module.forward).bind(*self.args, **self.kwargs)
+        except TypeError as error:
+            signature = f"{name}.forward{inspect.signature(self.module.forward)}"
+            raise GraphError(
+                f"the example call must fit {signature}: {error}. Got {len(self.args)} positional "
+                f"arguments and keywords {list(self.kwargs)}."
+            ) from None
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The values given, by the name of their parameter, in the order of the call."""
+        kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        parameters = inspect.signature(self.module.forward).parameters.values()
+        names = [p.name for p in parameters if p.kind in kinds]
+        names += [f"arg_{i}" for i in range(len(names), len(self.args))]
+        return dict(zip(names, self.args, strict=False)) | self.kwargs
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """The arguments that hold a tensor: what a captured graph takes, in this order."""
+        return {name: value for name, value in self.arguments.items() if holds_tensor(value)}
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """The arguments that hold none, defaults included: a capture keeps them as they are."""
+        bound = inspect.signature(self.module.forward).bind(*self.args, **self.kwargs)
+        bound.apply_defaults()
+        return {name: v for name, v in bound.arguments.items() if not holds_tensor(v) and v != ()}
+
+    @property
+    def batch(self) -> int | None:
+        """The first size that most tensors share; None where none has two dimensions."""
+        leaves = pytree.tree_leaves(self.inputs)
+        sizes = [v.shape[0] for v in leaves if isinstance(v, Tensor) and v.ndim > 1]
+        return Counter(sizes).most_common(1)[0][0] if sizes else None
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Network:
+        """The same call with every tensor changed."""
+        args, kwargs = pytree.tree_map_only(Tensor, change, (self.args, self.kwargs))
+        return Network(self.module, args, kwargs)
+
+
+def holds_tensor(value: Any) -> bool:
+    """Whether a nesting of values holds a tensor."""
+    return any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value))
