@@ -182,8 +182,8 @@ def main() -> None:
     for name in options.models:
         for row in measure(name, options):
             print(json.dumps(row), flush=True)
-    told = {"batch": options.batch, "threads": options.threads, "bf16": options.bf16}
-    print(json.dumps(setting() | told | {"compile": options.compile}))
+    chosen = {"batch": options.batch, "threads": options.threads, "bf16": options.bf16}
+    print(json.dumps(setting() | chosen | {"compile": options.compile}))
 
 
 if __name__ == "__main__":

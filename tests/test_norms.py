@@ -87,9 +87,7 @@ def test_a_norm_that_turns_negative_or_dies_is_mended():
         assert bool(before.isfinite().all())
         absorb_norms(graph)
         assert torch.allclose(graph.module(images), before, atol=1e-4)
-    layers = [m for m in graph.module.modules() if isinstance(m, QuantLayer)]
-    normed = [m for m in layers if m.folded is not None]
-    for layer in normed:
+    for layer in (graph.module.get_submodule(name) for name in graph.folded):
         x_scale = layer.source.step().detach()
         found = layer.constants()
         assert float(found.bias[1]) == pytest.approx(3.0, abs=1.0)
@@ -112,9 +110,9 @@ def test_frozen_norms_use_and_keep_their_statistics():
 def test_only_layers_that_had_a_norm_get_one():
     graph, images = prepared("residual")
     attach_norms(graph, images)
-    for module in graph.module.modules():
+    for name, module in graph.module.named_modules():
         if isinstance(module, QuantLayer):
-            assert (module.norm is not None) == (module.folded is not None)
+            assert (module.norm is not None) == (name in graph.folded)
             assert (module.bias is None) == (module.norm is not None)
     linear = [
         m for m in graph.module.modules() if isinstance(m, QuantLayer) and m.op.kind == "linear"

@@ -20,7 +20,7 @@ from mpq.quant.layer import QuantLayer
 from mpq.quant.operation import LayerOp
 from mpq.quant.ranges import CLIP_RATIOS, best_ratio
 from mpq.quant.rounding import (
-    Moments,
+    Gram,
     input_vectors,
     output_error,
     refine,
@@ -113,7 +113,7 @@ def test_a_search_that_stops_early_finds_what_the_whole_search_finds(bits: int) 
         return output_error(q * (scale * ratio)[..., None] - w, h)
 
     early, count = best_ratio(error), len(tried)
-    assert torch.equal(early, best_ratio(error, hopeless=float("inf")))
+    assert torch.equal(early, best_ratio(error, stop_ratio=float("inf")))
     assert bits < 8 or count < len(CLIP_RATIOS)
 
 
@@ -137,7 +137,7 @@ def test_a_few_input_vectors_are_no_matrix_and_cost_the_same() -> None:
     generator = torch.Generator().manual_seed(0)
     off = torch.randn(2, 5, 64, generator=generator)
     parts = [torch.randn(2, 64, 20, generator=generator) for _ in range(4)]
-    moments = Moments(2, 64)
+    moments = Gram(2, 64)
     for seen, part in enumerate(parts, start=1):
         moments.add(part, part)
         assert (moments._sums is None) == (20 * seen < 64)
@@ -162,11 +162,11 @@ def test_refinement_lowers_the_error_of_every_row(bits: int) -> None:
 def test_the_target_makes_up_for_a_scaled_input() -> None:
     generator = torch.Generator().manual_seed(0)
     w, x = torch.randn(1, 4, 8, generator=generator), torch.randn(1, 8, 4000, generator=generator)
-    moments = Moments(1, 8)
+    moments = Gram(1, 8)
     moments.add(0.8 * x, x)
     wanted = target_weights(w, moments)
     assert torch.allclose(wanted @ (0.8 * x), w @ x, atol=0.25)
-    same = Moments(1, 8)
+    same = Gram(1, 8)
     same.add(x, x)
     assert torch.allclose(target_weights(w, same), w, atol=1e-4)
 

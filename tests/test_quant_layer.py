@@ -222,7 +222,7 @@ def test_a_ceiling_is_kept_by_range_step_and_pass_through(training: bool):
 def test_island_layer(name: str, act: int | None):
     module, x = make(name)
     exact = copy.deepcopy(module)
-    island = IslandLayer(module, weight_spec(8), activation_spec(act) if act else None).eval()
+    island = IslandLayer.of(module, weight_spec(8), activation_spec(act) if act else None).eval()
     quantizers = [m for m in (island.input, island.output) if isinstance(m, FakeQuant)]
     assert len(quantizers) == {("conv2d", 8): 2, ("linear", 8): 1}.get((name, act), 0)
     with torch.no_grad():

@@ -31,7 +31,7 @@ from mpq.policy import Policy
 from mpq.quant.operation import LayerOp
 from mpq.quant.ranges import SEARCHED, activation_range, weight_scales
 from mpq.quant.rounding import (
-    Moments,
+    Gram,
     grouped,
     input_vectors,
     output_error,
@@ -194,7 +194,7 @@ def _weight_noise(graph: QuantGraph, name: str, bits: int, moment: Tensor | None
 @torch.no_grad()
 def _second_moments(graph: QuantGraph, images: Tensor, batch: int) -> dict[str, Tensor]:
     """`X X'` `[G, K, K]` of the inputs of every layer that is a matrix product of moderate size."""
-    found: dict[str, Moments] = {}
+    found: dict[str, Gram] = {}
     places: list[tuple[str, nn.Module]] = []
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
@@ -205,7 +205,7 @@ def _second_moments(graph: QuantGraph, images: Tensor, batch: int) -> dict[str, 
             positions = info.out_elements // info.out_channels * len(images)
             thin = max(1, math.isqrt(positions // MOMENT_COLUMNS))
             vectors = input_vectors(op, weight, args[0], thin=thin).float().cpu()
-            found.setdefault(name, Moments(*vectors.shape[:2])).add(vectors)
+            found.setdefault(name, Gram(*vectors.shape[:2])).add(vectors)
 
         return look
 

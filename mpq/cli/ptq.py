@@ -51,7 +51,7 @@ from mpq.wide import Int16Form
               show_default=True,
               help="Activations to hold in memory; more lie in temporary files.")  # fmt: skip
 @click.option("--dynamic", is_flag=True,
-              help="Linear layers that read floats (behind norms, attention, GELU) take their "
+              help="Linear layers that read floats (after norms, attention, GELU) take their "
               "range at run time: for transformers.")  # fmt: skip
 @options.int16_form
 @options.seed

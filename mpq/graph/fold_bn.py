@@ -19,6 +19,7 @@ from mpq.graph.ir import QuantGraph
 from mpq.graph.kinds import kind_of
 from mpq.graph.shapes import ranks
 from mpq.numerics import per_axis
+from mpq.quant.layer import FloatLayer, float_layer
 from mpq.quant.operation import LayerOp
 
 
@@ -36,10 +37,14 @@ def fold_bn(qg: QuantGraph) -> int:
             continue  # no statistics: it normalizes by the batch and cannot be folded
         if not _foldable(qg, before, modules):
             if isinstance(bn, nn.BatchNorm2d):
-                qg.module.set_submodule(str(node.target), _as_depthwise(bn))
+                layer, factor = _as_depthwise(bn)
+                qg.module.set_submodule(str(node.target), layer)
+                qg.folded[str(node.target)] = factor
                 count += 1
             continue
-        _fold(modules[str(before.target)], bn)
+        name = str(before.target)
+        factor = _fold(float_layer(modules[name]), bn)
+        qg.folded[name] = qg.folded[name] * factor if name in qg.folded else factor
         node.replace_all_uses_with(before)
         qg.module.graph.erase_node(node)
         count += 1
@@ -55,30 +60,29 @@ def _foldable(qg: QuantGraph, before: fx.Node, modules: dict[str, nn.Module]) ->
     return not linear or ranks(qg)[before.name] == 2
 
 
-def _as_depthwise(bn: nn.BatchNorm2d) -> nn.Conv2d:
+def _as_depthwise(bn: nn.BatchNorm2d) -> tuple[nn.Conv2d, Tensor]:
+    """The layer that it is, and the factor of each channel."""
     channels = bn.num_features
     layer = nn.Conv2d(channels, channels, 1, groups=channels, bias=False, device="meta")
     assert bn.running_mean is not None
     layer.weight = nn.Parameter(torch.ones(channels, 1, 1, 1, device=bn.running_mean.device))
-    _fold(layer, bn)
-    return layer
+    return layer, _fold(layer, bn)
 
 
-def _fold(layer: nn.Module, bn: nn.modules.batchnorm._BatchNorm) -> None:
+def _fold(layer: FloatLayer, bn: nn.modules.batchnorm._BatchNorm) -> Tensor:
+    """Fold in place; return what each output channel was multiplied by."""
     mean, var = bn.running_mean, bn.running_var
     assert mean is not None
     assert var is not None
     gamma = torch.ones_like(mean) if bn.weight is None else bn.weight.detach()
     beta = torch.zeros_like(mean) if bn.bias is None else bn.bias.detach()
     factor = gamma.double() / (var.double() + bn.eps).sqrt()
-    weight: Tensor = layer.weight.detach()  # type: ignore[union-attr,operator,assignment]
-    bias: Tensor = torch.zeros_like(mean) if layer.bias is None else layer.bias.detach()  # type: ignore[union-attr,operator,assignment]
+    weight = layer.weight.detach()
+    bias = torch.zeros_like(mean) if layer.bias is None else layer.bias.detach()
     folded = scale_outputs(weight.double(), factor, LayerOp.of(layer))
     layer.weight = nn.Parameter(folded.to(weight.dtype))
     layer.bias = nn.Parameter(((bias.double() - mean) * factor + beta).to(weight.dtype))
-    before = getattr(layer, "folded", None)
-    kept = factor if before is None else factor * before
-    layer.folded = kept.to(weight.dtype)  # type: ignore[assignment]  # `attach_norms` undoes it
+    return factor.to(weight.dtype)
 
 
 def scale_outputs(weight: Tensor, factor: Tensor, op: LayerOp) -> Tensor:

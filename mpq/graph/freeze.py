@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from mpq.errors import GraphError
 from mpq.graph.ir import QuantGraph
-from mpq.quant.fake_quant import FakeQuant, FrozenQuant
+from mpq.quant.fake_quant import FakeQuant
 from mpq.quant.layer import IslandLayer, QuantLayer
 
 
@@ -29,13 +29,9 @@ def freeze(qg: QuantGraph) -> int:
     # Layers first: they read the steps of the quantizers that are replaced after them.
     for kind in (IslandLayer, QuantLayer, FakeQuant):
         for name, module in named:
-            if type(module) is not kind or _inside_island(name, named):
-                continue
-            if isinstance(module, (IslandLayer, QuantLayer)):
+            if isinstance(module, kind) and not _inside_island(name, named):
                 qg.module.set_submodule(name, module.frozen())
-            elif isinstance(module, FakeQuant):
-                qg.module.set_submodule(name, FrozenQuant(module))
-            count += 1
+                count += 1
     qg.module.requires_grad_(False)
     return count
 

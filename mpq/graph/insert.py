@@ -59,5 +59,5 @@ def _replace(
     else:
         rounds = plan.support.integer or plan.choice.exact
         activation = plan.choice.activation if rounds else None
-        new = IslandLayer(layer, spec, activation)
+        new = IslandLayer.of(layer, spec, activation)
     module.set_submodule(name, new)

@@ -63,6 +63,7 @@ class QuantGraph:
         plans: what becomes of each layer, filled by annotation.
         policy: what was asked, set by annotation; what is written of the graph takes it from here.
         islands: module paths of untraceable leaves, with the reason.
+        folded: what folding a batch norm multiplied each output channel by `[C]`, by module path.
         stage: where in the pipeline the graph is; every pass states the stage it needs.
     """
 
@@ -73,6 +74,7 @@ class QuantGraph:
     plans: dict[str, LayerPlan] = field(default_factory=dict)
     policy: Policy | None = None
     islands: dict[str, str] = field(default_factory=dict)
+    folded: dict[str, Tensor] = field(default_factory=dict)
     stage: Stage = "traced"
 
     def copy(self) -> QuantGraph:

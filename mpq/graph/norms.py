@@ -1,4 +1,4 @@
-"""Batch normalization in training: put it back behind the layers it was folded into, and absorb it.
+"""Batch normalization in training: put it back after the layers it was folded into, and absorb it.
 
     prepared (and calibrated) -> attach_norms -> train -> absorb_norms -> prepared
 
@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from mpq.errors import UsageError
 from mpq.graph.ir import QuantGraph
+from mpq.hooks import hooked
 from mpq.quant.layer import QuantLayer
-from mpq.quant.norm import LiveNorm, behind
+from mpq.quant.norm import LiveNorm, unfold_norm
 
 
 @torch.no_grad()
@@ -40,19 +41,14 @@ def attach_norms(qg: QuantGraph, images: Tensor, *, batch: int = 128) -> int:
     if len(images) == 0:
         raise UsageError("norms need at least one image to start from. Got none.")
     qg.module.eval()
-    layers = list(_normalizable(qg.module))
-    moments = [_Moments(layer) for layer in layers]
-    handles = [m.layer.register_forward_hook(m.hook) for m in moments]
-    try:
+    seen = [(_OutputStatistics(layer), factor) for layer, factor in _normalizable(qg)]
+    with hooked(one.layer.register_forward_hook(one.hook) for one, _ in seen):
         for part in torch.split(images, batch):
             qg.module(part)
-    finally:
-        for handle in handles:
-            handle.remove()
-    for m in moments:
-        if m.count:
-            _attach(m.layer, m.mean(), m.var())
-    return sum(m.count > 0 for m in moments)
+    called = [(one, factor) for one, factor in seen if one.count]
+    for one, factor in called:
+        _attach(one.layer, one.mean(), one.var(), factor)
+    return len(called)
 
 
 def absorb_norms(qg: QuantGraph) -> int:
@@ -70,27 +66,29 @@ def freeze_norms(module: nn.Module, frozen: bool) -> None:
             norm.frozen = frozen
 
 
-def _normalizable(module: nn.Module) -> Iterator[QuantLayer]:
-    for layer in module.modules():
-        if not isinstance(layer, QuantLayer) or layer.folded is None or layer.norm is not None:
+def _normalizable(qg: QuantGraph) -> Iterator[tuple[QuantLayer, Tensor]]:
+    """Layers that a norm was folded into, with the factor of each channel."""
+    modules = dict(qg.module.named_modules())
+    for name, factor in qg.folded.items():
+        layer = modules.get(name)
+        if not isinstance(layer, QuantLayer) or layer.norm is not None:
             continue
         per_output = layer.op.kind != "conv_transpose" or layer.op.groups == 1
         if layer.spec.granularity == "channel" and per_output:
-            yield layer
+            yield layer, factor
 
 
-def _attach(layer: QuantLayer, mean: Tensor, var: Tensor) -> None:
+def _attach(layer: QuantLayer, mean: Tensor, var: Tensor, factor: Tensor) -> None:
     assert layer.bias is not None
-    assert layer.folded is not None
-    divisor, norm = behind(mean, var, layer.bias.detach(), layer.folded)
+    divisor, norm = unfold_norm(mean, var, layer.bias.detach(), factor)
     shape = [1] * layer.weight.ndim
     shape[layer.op.axis] = -1
     layer.weight.div_(divisor.reshape(shape))
-    layer.scale.div_(divisor)
     layer.bias, layer.norm = None, norm.train(layer.training)
+    layer.set_scale(layer.scale / divisor)
 
 
-class _Moments:
+class _OutputStatistics:
     """Mean and variance of a layer's output per channel, in float64."""
 
     def __init__(self, layer: QuantLayer) -> None:

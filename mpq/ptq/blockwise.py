@@ -12,18 +12,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from mpq.checkpoint import load_safe, save_atomic
 from mpq.errors import UsageError
 from mpq.ptq.blocks import Block, blocks
-from mpq.ptq.learn import Learning, block_states, learn_block, learnable
-from mpq.ptq.walk import LockStep
+from mpq.ptq.learn import Learning, block_states, copied, learn_block, learnable
+from mpq.ptq.sequential import Finished
+from mpq.ptq.walk import LockStep, Target
 
-FORMAT, VERSION = "mpq/rounding", 1
+FORMAT, VERSION = "mpq/rounding", 2
 PROGRESS = "rounding.pth"
 """The file of finished blocks in a run."""
-State = dict[str, dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -63,14 +61,14 @@ class BlockLearner:
         self.settings, self.progress = settings, progress
         self.path = finished.path if finished else None
         self.identity = {"learning": asdict(settings), **(finished.identity if finished else {})}
-        self.done: list[State] = []
+        self.done: list[Finished] = []
         if finished and finished.resume:
             self.done = _read(finished.path, self.identity)
         self.ratios: dict[str, float] = {}
         self._at, self._total = 0, 0
 
-    def restore(self, block: Block, walk: LockStep) -> State | None:
-        """The state of a block that was done before."""
+    def restore(self, block: Block, walk: LockStep) -> Finished | None:
+        """What a block that was done before came to."""
         if not self._total:
             self._total = len(blocks(walk.module))
         self._at += 1
@@ -79,26 +77,23 @@ class BlockLearner:
         self._tell(self.settings.iterations)
         return self.done[self._at - 1]
 
-    def learn(self, block: Block, walk: LockStep, targets: dict[str, Tensor]) -> None:
+    def learn(self, block: Block, walk: LockStep, targets: Mapping[str, Target]) -> None:
         """Learn a block, and write down what it came to."""
+        ratio = 1.0
         if learnable(block, walk):
-            self.ratios[block.layers[0]] = learn_block(
-                block,
-                walk,
-                targets,
-                self.settings,
-                seed=1000 * self.settings.seed + self._at,
-                tell=self._tell,
-            )
+            seed = 1000 * self.settings.seed + self._at
+            ratio = learn_block(block, walk, targets, self.settings, seed=seed, progress=self._tell)
+            self.ratios[block.layers[0]] = ratio
         self._tell(self.settings.iterations)
-        states = block_states(block, walk)
-        self.done.append({n: {k: v.clone() for k, v in s.items()} for n, s in states.items()})
+        biases = {n: t.bias for n, t in targets.items() if t.bias is not None}
+        states = copied(block_states(block, walk))
+        self.done.append(Finished(states, biases if ratio == 1.0 else {}))
         if self.path is not None:
             content = {
                 "format": FORMAT,
                 "version": VERSION,
                 "identity": self.identity,
-                "blocks": self.done,
+                "blocks": [vars(block) for block in self.done],
             }
             save_atomic(content, self.path)
 
@@ -108,7 +103,7 @@ class BlockLearner:
             self.progress((self._at - 1) * each + steps, self._total * each)
 
 
-def _read(path: Path, identity: Mapping[str, Any]) -> list[State]:
+def _read(path: Path, identity: Mapping[str, Any]) -> list[Finished]:
     content = load_safe(path)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UsageError(f"{path} must hold the finished blocks of `mpq ptq`, but does not.")
@@ -124,5 +119,4 @@ def _read(path: Path, identity: Mapping[str, Any]) -> list[State]:
             f"{path} must be of the same run to be resumed, but {listed}. Use the old settings, "
             "another folder, or start anew with --force."
         )
-    found: list[State] = content["blocks"]
-    return found
+    return [Finished(**block) for block in content["blocks"]]

@@ -24,9 +24,11 @@ from torch import Tensor, nn
 from mpq.errors import UsageError
 from mpq.graph.fold_bn import scale_outputs
 from mpq.graph.ir import QuantGraph
+from mpq.hooks import hooked
 from mpq.layers import LayerChoice
 from mpq.policy import Policy
 from mpq.ptq.pairs import Link, links
+from mpq.quant.layer import float_layer
 from mpq.quant.operation import LayerOp
 
 logger = logging.getLogger(__name__)
@@ -109,13 +111,10 @@ class _Inputs:
         """Look at every batch."""
         parts = torch.split(images, 32)
         modules = [(n, self.qg.module.get_submodule(n)) for n in self.chains]
-        handles = [m.register_forward_pre_hook(self._watch(n, len(parts))) for n, m in modules]
-        try:
+        hooks = (m.register_forward_pre_hook(self._watch(n, len(parts))) for n, m in modules)
+        with hooked(hooks):
             for part in parts:
                 self.qg.module(part)
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _watch(self, name: str, parts: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -135,8 +134,8 @@ def _treat(qg: QuantGraph, link: Link, seen: _Inputs, choice: LayerChoice, worth
     """Rescale one pair if that pays."""
     if link.reason:
         return Pair(link.first, link.second, 1.0, 1.0, link.reason)
-    module = qg.module.get_submodule(link.second)
-    op, weight = LayerOp.of(module), module.weight.detach()  # type: ignore[union-attr,operator]
+    layer = float_layer(qg.module.get_submodule(link.second))
+    op, weight = LayerOp.of(layer), layer.weight.detach()
     high, low = seen.high[link.second], seen.low[link.second]
     ranges = torch.maximum(high, -low)
     spread = float(ranges.max() / ranges.median().clamp(min=1e-12))
@@ -206,12 +205,11 @@ def _columns(op: LayerOp, weight: Tensor, channels: int) -> Tensor:
 
 def _apply(qg: QuantGraph, link: Link, factor: Tensor) -> None:
     """Multiply what writes each channel, divide what reads it."""
-    first, second = qg.module.get_submodule(link.first), qg.module.get_submodule(link.second)
-    written: Tensor = first.weight.detach()  # type: ignore[union-attr,operator,assignment]
+    first, second = (float_layer(qg.module.get_submodule(n)) for n in (link.first, link.second))
+    written, read = first.weight.detach(), second.weight.detach()
     first.weight = nn.Parameter(scale_outputs(written, factor, LayerOp.of(first)))
     if first.bias is not None:
-        first.bias = nn.Parameter(first.bias.detach() * factor)  # type: ignore[union-attr,operator]
-    read: Tensor = second.weight.detach()  # type: ignore[union-attr,operator,assignment]
+        first.bias = nn.Parameter(first.bias.detach() * factor)
     second.weight = nn.Parameter(_scale_inputs(read, 1 / factor, LayerOp.of(second)))
 
 

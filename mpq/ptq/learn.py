@@ -12,16 +12,17 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from mpq.ptq.blocks import Block
-from mpq.ptq.shelf import Kept
 from mpq.ptq.soft import DROP, WIDEST, SoftLayer, SoftQuant
-from mpq.ptq.walk import FLOAT, QUANTIZED, LockStep, evaluate
+from mpq.ptq.store import Stored
+from mpq.ptq.walk import FLOAT, QUANTIZED, LockStep, Target, evaluate
 from mpq.quant.fake_quant import FakeQuant
 from mpq.quant.layer import IslandLayer, QuantLayer
 
@@ -58,7 +59,7 @@ class Learning:
 class _Images:
     """The values of a tensor for every image, whatever batch they lie in."""
 
-    kept: list[Kept]
+    kept: list[Stored]
 
     def rows(self, index: Tensor) -> Tensor:
         """Values of the images `index`."""
@@ -91,21 +92,21 @@ def learnable(block: Block, walk: LockStep) -> bool:
 def learn_block(
     block: Block,
     walk: LockStep,
-    targets: dict[str, Tensor],
+    targets: Mapping[str, Target],
     settings: Learning,
     *,
     seed: int,
-    tell: Callable[[int], None] = lambda _: None,
+    progress: Callable[[int], None] = lambda _: None,
 ) -> float:
     """Learn a block in place and renew the values of its exit.
 
     Args:
         block: a learnable block whose layers are quantized.
         walk: both networks, with the values of the block's entry and exit.
-        targets: real weights by layer path.
+        targets: what the layers stand for, by path.
         settings: how.
         seed: of this block.
-        tell: told the steps done.
+        progress: called with the steps done.
 
     Returns:
         The error of the held-out images after learning over the one before: 1 where learning did
@@ -115,10 +116,10 @@ def learn_block(
     assert block.exit is not None
     generator = torch.Generator().manual_seed(seed)
     work = _Learner(block, walk, settings, generator)
-    before, saved = work.error(), _copied(block_states(block, walk))
+    before, saved = work.error(), copied(block_states(block, walk))
     with torch.enable_grad(), _differentiable(walk.module):
         soft = _soften(block, walk, targets, generator)
-        work.optimize(soft, before, tell)
+        work.optimize(soft, before, progress)
     for module in soft.values():
         module.harden()
     after = work.error()
@@ -128,7 +129,7 @@ def learn_block(
             walk.modules[name].load_state_dict(state)
         return 1.0
     entry = walk.values[QUANTIZED][block.entry]
-    walk.renew(block.exit, [walk.shelf.put(work.run(part.get(), {})) for part in entry])
+    walk.renew(block.exit, [walk.store.put(work.run(part.get(), {})) for part in entry])
     return after / before
 
 
@@ -178,7 +179,7 @@ class _Learner:
             module.train()
         return found
 
-    def optimize(self, soft: Soft, scale: float, tell: Callable[[int], None]) -> None:
+    def optimize(self, soft: Soft, scale: float, progress: Callable[[int], None]) -> None:
         """Descend on the error of the output, in units of `scale`; end at the best point seen.
 
         Steps and biases go first; the integers move from `LATER` on.
@@ -206,7 +207,7 @@ class _Learner:
                 still = id(parameter) in integers and step < begin
                 parameter.grad = None if still else gradient
             optimizer.step()
-            tell(step + 1)
+            progress(step + 1)
             if (step + 1) % max(1, settings.iterations // LOOKS) == 0:
                 now = self.judge(soft)
                 if now < best:
@@ -227,7 +228,7 @@ class _Learner:
 
 
 def _soften(
-    block: Block, walk: LockStep, targets: dict[str, Tensor], generator: torch.Generator
+    block: Block, walk: LockStep, targets: Mapping[str, Target], generator: torch.Generator
 ) -> Soft:
     soft: Soft = {}
     for node in block.nodes:
@@ -235,25 +236,23 @@ def _soften(
             continue
         name, module = str(node.target), walk.modules[str(node.target)]
         if isinstance(module, QuantLayer):
-            soft[name] = SoftLayer(module, targets[name])
+            soft[name] = SoftLayer(module, targets[name].weight)
         elif isinstance(module, FakeQuant):
             soft[name] = SoftQuant(module, generator)
     return soft
 
 
-class _differentiable:  # a context manager, used like a function
+@contextmanager
+def _differentiable(module: nn.Module) -> Iterator[None]:
     """Layers inside islands answer with gradients inside the block."""
-
-    def __init__(self, module: nn.Module) -> None:
-        islands = [m for m in module.modules() if isinstance(m, IslandLayer)]
-        self.parts = [part for island in islands for part in island.modules()]
-
-    def __enter__(self) -> None:
-        for part in self.parts:
-            part.training = True
-
-    def __exit__(self, *_: object) -> None:
-        for part in self.parts:
+    islands = [m for m in module.modules() if isinstance(m, IslandLayer)]
+    parts = [part for island in islands for part in island.modules()]
+    for part in parts:
+        part.training = True
+    try:
+        yield
+    finally:
+        for part in parts:
             part.training = False
 
 
@@ -263,5 +262,6 @@ def block_states(block: Block, walk: LockStep) -> dict[str, dict[str, Tensor]]:
     return {name: walk.modules[name].state_dict() for name in names}
 
 
-def _copied(states: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+def copied(states: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+    """States that later changes of the modules leave alone."""
     return {name: {k: v.clone() for k, v in s.items()} for name, s in states.items()}

@@ -9,7 +9,8 @@ with TensorRT", 2017).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -18,10 +19,11 @@ from torch import Tensor, nn
 
 from mpq.errors import GraphError, UsageError
 from mpq.graph.ir import QuantGraph
+from mpq.hooks import hooked
 from mpq.numerics import choose_qparams, fake_quantize
 from mpq.quant.fake_quant import FakeQuant
 from mpq.quant.layer import QuantLayer
-from mpq.quant.ranges import HOPELESS, best_ratio
+from mpq.quant.ranges import STOP_RATIO, best_ratio
 from mpq.spec import QuantSpec
 
 Method = Literal["minmax", "percentile", "mse", "kl"]
@@ -79,7 +81,7 @@ def calibrate(
         images: normalized `[N, C, H, W]`; a few hundred suffice.
         method: how to choose a range.
         batch: images at a time.
-        progress: told (batches done, batches in all).
+        progress: called with (batches done, batches in all).
 
     Returns:
         The number of quantizers.
@@ -101,35 +103,29 @@ def calibrate(
     qg.module.eval()
     with switched_off(qg.module):
         for look in looks:
-            handles = [m.register_forward_pre_hook(_watch(n, histograms[n], look))
-                       for n, m in sites.items()]  # fmt: skip
-            try:
+            watches = [(m, _watch(n, histograms[n], look)) for n, m in sites.items()]
+            with hooked(m.register_forward_pre_hook(hook) for m, hook in watches):
                 for part in parts:
                     qg.module(part)
                     done += 1
                     if progress:
                         progress(done, total)
-            finally:
-                for handle in handles:
-                    handle.remove()
     for name, quantizer in sites.items():
         low, high = choose_range(histograms[name], quantizer.spec, method)
         quantizer.set_range(torch.tensor(low), torch.tensor(high))
     return len(sites)
 
 
-class switched_off:  # a context manager, used like a function
+@contextmanager
+def switched_off(module: nn.Module) -> Iterator[None]:
     """All quantizers of a module pass floats through inside the block."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.parts = [m for m in module.modules() if isinstance(m, (FakeQuant, QuantLayer))]
-
-    def __enter__(self) -> None:
-        for part in self.parts:
-            part.enabled = False
-
-    def __exit__(self, *_: object) -> None:
-        for part in self.parts:
+    parts = [m for m in module.modules() if isinstance(m, (FakeQuant, QuantLayer))]
+    for part in parts:
+        part.enabled = False
+    try:
+        yield
+    finally:
+        for part in parts:
             part.enabled = True
 
 
@@ -162,10 +158,8 @@ def choose_range(histogram: Histogram, spec: QuantSpec, method: Method) -> tuple
         last = int((share >= 1 - PERCENTILE).nonzero()[0])
         return (float(centers[first]) if low < 0 else low), float(centers[last])
     score = _squared_error if method == "mse" else _divergence
-    hopeless = HOPELESS if method == "mse" else math.inf  # a divergence goes up and down
-    found = best_ratio(
-        lambda r: score(histogram, low * r, high * r, spec), RATIOS, hopeless=hopeless
-    )
+    stop = STOP_RATIO if method == "mse" else math.inf  # a divergence goes up and down
+    found = best_ratio(lambda r: score(histogram, low * r, high * r, spec), RATIOS, stop_ratio=stop)
     best = float(found)
     return low * best, high * best
 

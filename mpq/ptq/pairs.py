@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from mpq.graph.ir import QuantGraph
 from mpq.graph.kinds import kind_of
 from mpq.graph.shapes import shapes
+from mpq.quant.layer import float_layer
 from mpq.quant.operation import LayerOp
 
 HOMOGENEOUS = ("relu", "maxpool", "avgpool", "global_avgpool", "adaptive_avgpool")
@@ -118,14 +119,13 @@ def _below_ceiling(node: fx.Node, modules: dict[str, nn.Module], channels: int) 
     while isinstance(source, fx.Node) and kind_of(source, modules) in ("maxpool", "avgpool"):
         source = source.args[0]
     fixed = torch.ones(channels)
-    layer = modules[str(node.target)]
+    layer = float_layer(modules[str(node.target)])
     if LayerOp.of(layer).kind == "conv_transpose" or not isinstance(source, fx.Node):
         return fixed
     if kind_of(source, modules) != "relu6":
         return fixed
-    weight: Tensor = layer.weight.detach()  # type: ignore[union-attr,operator,assignment]
-    highest = CEILING * weight.clamp(min=0).flatten(1).sum(1)
+    highest = CEILING * layer.weight.detach().clamp(min=0).flatten(1).sum(1)
     if layer.bias is not None:
-        highest = highest + layer.bias.detach()  # type: ignore[union-attr,operator]
+        highest = highest + layer.bias.detach()
     room = CEILING / highest.clamp(min=1e-6)
     return torch.where(highest <= CEILING, room.clamp(min=1), fixed)

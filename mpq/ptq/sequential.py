@@ -10,7 +10,8 @@ a block of layers ends, a `Learner` may go over it again as a whole.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -20,14 +21,14 @@ from mpq.errors import UsageError
 from mpq.graph.ir import QuantGraph
 from mpq.numerics import per_axis
 from mpq.ptq.blocks import Block, blocks
-from mpq.ptq.shelf import Kept, Shelf
-from mpq.ptq.walk import FLOAT, QUANTIZED, LockStep
+from mpq.ptq.store import ActivationStore, Stored
+from mpq.ptq.walk import FLOAT, QUANTIZED, LockStep, Target
 from mpq.quant.layer import IslandLayer, QuantLayer
 from mpq.quant.operation import integer_bias
 from mpq.quant.ranges import weight_scales
 from mpq.quant.rounding import (
     MAX_COLUMNS,
-    Moments,
+    Gram,
     grouped,
     input_vectors,
     refine,
@@ -45,19 +46,33 @@ BATCH_BYTES = 64 * 2**20
 """A batch is as large as lets its largest activation fit in this."""
 
 
+@dataclass(frozen=True)
+class Finished:
+    """What a block came to.
+
+    Args:
+        states: of its modules, by path.
+        uncorrected: biases before their correction, by layer, where the output of the block is
+            what the corrections made of it; empty where the block was evaluated anew.
+    """
+
+    states: dict[str, dict[str, Tensor]]
+    uncorrected: dict[str, Tensor]
+
+
 class Learner(Protocol):
     """What may follow on the rounding of a block's layers."""
 
-    def restore(self, block: Block, walk: LockStep) -> dict[str, dict[str, Tensor]] | None:
-        """The state of a block's modules where it was done before, by module path."""
+    def restore(self, block: Block, walk: LockStep) -> Finished | None:
+        """What a block that was done before came to."""
 
-    def learn(self, block: Block, walk: LockStep, targets: dict[str, Tensor]) -> None:
+    def learn(self, block: Block, walk: LockStep, targets: Mapping[str, Target]) -> None:
         """Improve a block in place.
 
         Args:
             block: its nodes; the values of `block.entry` and of its last node are kept.
             walk: both networks; the exit's quantized values are renewed.
-            targets: by layer, the real weights that its integers stand for.
+            targets: what its layers stand for, by path.
         """
 
 
@@ -89,7 +104,7 @@ def quantize_layers(
         correct_bias: make up for the mean error of each output channel.
         learner: what goes over a block when its layers are done.
         memory_mb: activations held in memory, in MiB; more of them are put on disk.
-        progress: told (layers done, layers in all).
+        progress: called with (layers done, layers in all).
 
     Returns:
         The number of layers quantized.
@@ -103,9 +118,9 @@ def quantize_layers(
         raise UsageError("quantizing layers needs at least one image. Got none.")
     qg.module.eval()
     _initial_scales(qg.module)
-    with Shelf(int(memory_mb * 2**20)) as shelf:
+    with ActivationStore(int(memory_mb * 2**20)) as store:
         parts = torch.split(images, batch or batch_size(qg))
-        walk = LockStep(qg.module, parts, shelf)
+        walk = LockStep(qg.module, parts, store)
         work = _Sequential(walk, learn_rounding, correct_bias, learner, progress)
         for block in blocks(qg.module):
             work.quantize(block)
@@ -139,7 +154,7 @@ class _Sequential:
         for node in held:
             walk.hold(node)
         saved = learner.restore(block, walk)
-        targets: dict[str, Tensor] = {}
+        targets: dict[str, Target] = {}
         for node in block.nodes:
             if saved is None:
                 self._node(node, targets)
@@ -150,29 +165,37 @@ class _Sequential:
         for node in held:
             walk.release(node)
 
-    def _node(self, node: fx.Node, targets: dict[str, Tensor]) -> None:
+    def _node(self, node: fx.Node, targets: dict[str, Target]) -> None:
         walk = self.walk
         layer, wanted = walk.layer(node), walk.run(node, FLOAT)
         if layer is None:
             walk.keep(node, walk.run(node, QUANTIZED), wanted)
             return
-        targets[str(node.target)] = layer.weight.detach().clone()
+        bias = None if layer.bias is None else layer.bias.detach().clone()
+        weight = layer.weight.detach().clone()
         if _solvable(layer):
             x_q, x = walk.inputs(node, QUANTIZED), walk.inputs(node, FLOAT)
-            targets[str(node.target)] = _choose_integers(layer, x_q, x, self.learn_rounding)
+            weight = _choose_integers(layer, x_q, x, self.learn_rounding)
+        targets[str(node.target)] = Target(weight, bias)
         found = walk.run(node, QUANTIZED)
         if self.correct_bias:
-            found = _correct_bias(layer, found, wanted, walk.shelf)
+            found = _correct_bias(layer, found, wanted, walk.store)
         walk.keep(node, found, wanted)
         self._tell()
 
-    def _restore(self, node: fx.Node, saved: dict[str, dict[str, Tensor]]) -> None:
-        walk = self.walk
+    def _restore(self, node: fx.Node, finished: Finished) -> None:
+        walk, name, layer = self.walk, str(node.target), self.walk.layer(node)
         wanted = walk.run(node, FLOAT)
-        if str(node.target) in saved:
-            walk.modules[str(node.target)].load_state_dict(saved[str(node.target)])
-        walk.keep(node, walk.run(node, QUANTIZED), wanted)
-        if walk.layer(node) is not None:
+        if name in finished.states:
+            walk.modules[name].load_state_dict(finished.states[name])
+        if layer is None or layer.bias is None or name not in finished.uncorrected:
+            found = walk.run(node, QUANTIZED)
+        else:  # as it was made: a shifted output may differ in its last bit from one made anew
+            bias = layer.bias.detach().clone()
+            layer.bias.copy_(finished.uncorrected[name])
+            found = _take_bias(layer, bias, walk.run(node, QUANTIZED), walk.store)
+        walk.keep(node, found, wanted)
+        if layer is not None:
             self._tell()
 
     def _tell(self) -> None:
@@ -189,9 +212,9 @@ def _initial_scales(module: nn.Module) -> None:
     for layer in module.modules():
         if isinstance(layer, QuantLayer):
             _unshare(layer, seen)
-            if id(layer) in inner or not _solvable(layer):
-                layer.scale.copy_(weight_scales(layer.weight, layer.spec, layer.op.axis))
-            layer.scale.copy_(torch.maximum(layer.scale, layer.least_step()))
+            chosen = id(layer) in inner or not _solvable(layer)
+            scale = weight_scales(layer.weight, layer.spec, layer.op.axis) if chosen else None
+            layer.set_scale(layer.scale if scale is None else scale)
 
 
 def _unshare(layer: QuantLayer, seen: set[int]) -> None:
@@ -209,8 +232,8 @@ def _solvable(layer: QuantLayer) -> bool:
 
 
 def _correct_bias(
-    layer: QuantLayer, found: list[Kept], wanted: list[Kept], shelf: Shelf
-) -> list[Kept]:
+    layer: QuantLayer, found: list[Stored], wanted: list[Stored], store: ActivationStore
+) -> list[Stored]:
     """Add the mean of what the float layer gives over what this one gives, per output channel.
 
     Returns:
@@ -221,18 +244,31 @@ def _correct_bias(
     error, count = torch.zeros_like(layer.bias), 0
     for got, target in zip(found, wanted, strict=True):
         difference = target.get() - got.get()
-        channel = difference.ndim - 1 if layer.op.kind == "linear" else 1
+        channel = _channel(layer, difference)
         error.add_(difference.transpose(0, channel).flatten(1).sum(1))
         count += difference.numel() // difference.shape[channel]
-    before = _added(layer, layer.bias)
-    layer.bias.add_(error / count)
-    shift = per_axis(_added(layer, layer.bias) - before, difference.ndim, channel)
+    return _take_bias(layer, layer.bias + error / count, found, store)
+
+
+def _take_bias(
+    layer: QuantLayer, bias: Tensor, found: list[Stored], store: ActivationStore
+) -> list[Stored]:
+    """Set a layer's bias; return its output `found`, shifted by what that changes."""
+    assert layer.bias is not None
+    shift = _added(layer, bias) - _added(layer, layer.bias)
+    layer.bias.copy_(bias)
     moved = []
     for got in found:
-        value = got.get().add_(shift)  # nobody else has seen this tensor yet
+        value = got.get()
+        value.add_(per_axis(shift, value.ndim, _channel(layer, value)))  # not seen by others yet
         got.drop()
-        moved.append(shelf.put(value))
+        moved.append(store.put(value))
     return moved
+
+
+def _channel(layer: QuantLayer, out: Tensor) -> int:
+    """The dimension of output channels."""
+    return out.ndim - 1 if layer.op.kind == "linear" else 1
 
 
 def _added(layer: QuantLayer, bias: Tensor) -> Tensor:
@@ -244,37 +280,37 @@ def _added(layer: QuantLayer, bias: Tensor) -> Tensor:
 
 
 def _choose_integers(
-    layer: QuantLayer, x_q: list[Kept], x: list[Kept], learn_rounding: bool
+    layer: QuantLayer, x_q: list[Stored], x: list[Stored], learn_rounding: bool
 ) -> Tensor:
     """Set scale and weights of a layer; return the real weights that its integers stand for."""
     w = grouped(layer.op, layer.weight.detach())
-    moments = _moments(layer, w, x_q, x if learn_rounding else None)
-    wanted = target_weights(w, moments) if learn_rounding else w
-    scale = scales_by_output(wanted, moments.error, layer.spec).reshape(-1)
+    gram = _gram(layer, w, x_q, x if learn_rounding else None)
+    wanted = target_weights(w, gram) if learn_rounding else w
+    scale = scales_by_output(wanted, gram.error, layer.spec).reshape(-1)
     if layer.scale.ndim == 0:
         scale = scale.amax()
-    layer.scale.copy_(torch.maximum(scale, layer.least_step()))
+    layer.set_scale(scale)
     if learn_rounding:
         steps = layer.scale.expand(w.shape[0] * w.shape[1]).reshape(w.shape[:2])
-        q = round_rows(wanted, steps, moments.quantized, layer.spec)
+        q = round_rows(wanted, steps, gram.quantized, layer.spec)
         if layer.scale.ndim and layer.spec.bits <= REFINED:
-            q, steps = refine(wanted, q, steps, moments.quantized, layer.spec)
-            layer.scale.copy_(torch.maximum(steps.reshape(-1), layer.least_step()))
+            q, steps = refine(wanted, q, steps, gram.quantized, layer.spec)
+            layer.set_scale(steps.reshape(-1))
             steps = layer.scale.reshape(steps.shape)
         layer.weight.copy_((q * steps[..., None]).reshape(layer.weight.shape))
     return wanted.reshape(layer.weight.shape)
 
 
-def _moments(layer: QuantLayer, w: Tensor, x_q: list[Kept], x: list[Kept] | None) -> Moments:
-    moments, thin = Moments(w.shape[0], w.shape[2]), 0
+def _gram(layer: QuantLayer, w: Tensor, x_q: list[Stored], x: list[Stored] | None) -> Gram:
+    gram, thin = Gram(w.shape[0], w.shape[2]), 0
     for i, part_q in enumerate(x_q):
         quantized = part_q.get()
         if not thin:
             total = len(x_q) * quantized.shape[0] * _positions(layer, quantized)
             thin = max(1, math.isqrt(total // MAX_COLUMNS))
         parts = [quantized] if x is None else [quantized, x[i].get()]
-        moments.add(*(input_vectors(layer.op, layer.weight, part, thin=thin) for part in parts))
-    return moments
+        gram.add(*(input_vectors(layer.op, layer.weight, part, thin=thin) for part in parts))
+    return gram
 
 
 def _positions(layer: QuantLayer, x: Tensor) -> int:

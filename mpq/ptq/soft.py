@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from mpq.numerics import TINY, per_axis
 from mpq.quant.fake_quant import FakeQuant
-from mpq.quant.layer import QuantLayer
+from mpq.quant.layer import QuantLayer, Reference
 from mpq.quant.lsq import learned_fake_quantize
 
 NEAR = 0.45
@@ -50,7 +50,7 @@ class SoftLayer(nn.Module):
 
     def __init__(self, layer: QuantLayer, target: Tensor) -> None:
         super().__init__()
-        self._layer = (layer,)
+        self._layer = Reference(layer)
         self.step = layer.step().detach()
         self.hard = layer.integers().float()
         self.reals: nn.Parameter | None = None
@@ -65,7 +65,7 @@ class SoftLayer(nn.Module):
     @property
     def layer(self) -> QuantLayer:
         """The layer that this one stands in for."""
-        return self._layer[0]
+        return self._layer.module
 
     def _per_weight(self, step: Tensor) -> Tensor:
         return per_axis(step, self.layer.weight.ndim, self.layer.op.axis)
@@ -102,9 +102,9 @@ class SoftLayer(nn.Module):
         """Write what was learned into the layer: weights on their grid, and the bias."""
         layer, bias = self.layer, self.bias()
         layer.weight.copy_(self.integers() * self._per_weight(self.scale()))
-        layer.scale.copy_(self.scale())
         if layer.bias is not None and bias is not None:
             layer.bias.copy_(bias)
+        layer.set_scale(self.scale())
 
 
 class SoftQuant(nn.Module):
@@ -117,13 +117,13 @@ class SoftQuant(nn.Module):
 
     def __init__(self, quantizer: FakeQuant, generator: torch.Generator) -> None:
         super().__init__()
-        self._quantizer, self.generator = (quantizer,), generator
+        self._quantizer, self.generator = Reference(quantizer), generator
         self.log_ratio = nn.Parameter(torch.zeros(()))
 
     @property
     def quantizer(self) -> FakeQuant:
         """The quantizer that this one stands in for."""
-        return self._quantizer[0]
+        return self._quantizer.module
 
     def step(self) -> Tensor:
         """The step as learned so far, within what the quantizer's ceiling allows."""

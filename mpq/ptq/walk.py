@@ -2,18 +2,19 @@
 
 Every node is evaluated for all calibration images before the next one is looked at, so that what is
 decided at a layer sees the quantized network as it is up to there. Values that nothing reads any
-more are dropped; the others lie on a `Shelf`, which bounds the memory.
+more are dropped; the others lie in an `ActivationStore`, which bounds the memory.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, fx, nn
 
 from mpq.ptq.observe import switched_off
-from mpq.ptq.shelf import Kept, Shelf
+from mpq.ptq.store import ActivationStore, Stored
 from mpq.quant.fake_quant import FakeQuant
 from mpq.quant.layer import QuantLayer
 
@@ -50,19 +51,34 @@ def evaluate(
     return (module or root.get_submodule(str(node.target)))(*args, **kwargs)
 
 
+@dataclass(frozen=True)
+class Target:
+    """What a quantized layer stands for.
+
+    Args:
+        weight: the real weights that its integers stand for.
+        bias: its bias before correction; None without one.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+
+
 class LockStep:
     """The values of both networks, as far as something still reads them.
 
     Args:
         module: a prepared graph in eval mode.
         parts: the calibration images in batches.
-        shelf: where values are kept.
+        store: where values are kept.
     """
 
-    def __init__(self, module: fx.GraphModule, parts: Sequence[Tensor], shelf: Shelf) -> None:
-        self.module, self.parts, self.shelf = module, parts, shelf
+    def __init__(
+        self, module: fx.GraphModule, parts: Sequence[Tensor], store: ActivationStore
+    ) -> None:
+        self.module, self.parts, self.store = module, parts, store
         self.modules: dict[str, nn.Module] = dict(module.named_modules())
-        self.values: tuple[dict[fx.Node, list[Kept]], dict[fx.Node, list[Kept]]] = ({}, {})
+        self.values: tuple[dict[fx.Node, list[Stored]], dict[fx.Node, list[Stored]]] = ({}, {})
         self.left = {n: len(n.users) for n in module.graph.nodes}
 
     def layer(self, node: fx.Node) -> QuantLayer | None:
@@ -70,15 +86,15 @@ class LockStep:
         module = self.modules.get(str(node.target)) if node.op == "call_module" else None
         return module if isinstance(module, QuantLayer) else None
 
-    def inputs(self, node: fx.Node, which: int) -> list[Kept]:
+    def inputs(self, node: fx.Node, which: int) -> list[Stored]:
         """The first input of a node in one of the networks, per batch."""
         return self.values[which][node.all_input_nodes[0]]
 
-    def run(self, node: fx.Node, which: int) -> list[Kept]:
+    def run(self, node: fx.Node, which: int) -> list[Stored]:
         """What a node gives in one of the networks, per batch."""
-        return [self.shelf.put(self._evaluate(node, k, which)) for k in range(len(self.parts))]
+        return [self.store.put(self._evaluate(node, k, which)) for k in range(len(self.parts))]
 
-    def keep(self, node: fx.Node, quantized: list[Kept], floats: list[Kept]) -> None:
+    def keep(self, node: fx.Node, quantized: list[Stored], floats: list[Stored]) -> None:
         """Store the values of a node, and drop those that nothing reads any more."""
         self.values[QUANTIZED][node], self.values[FLOAT][node] = quantized, floats
         for used in node.all_input_nodes:
@@ -96,7 +112,7 @@ class LockStep:
         if self.left[node] == 0:
             self._drop(node)
 
-    def renew(self, node: fx.Node, quantized: list[Kept]) -> None:
+    def renew(self, node: fx.Node, quantized: list[Stored]) -> None:
         """Replace what a node gives in the quantized network."""
         for old in self.values[QUANTIZED][node]:
             old.drop()

@@ -64,6 +64,10 @@ class FakeQuant(nn.Module):
             count=x.numel() // max(x.shape[0], 1),
         )
 
+    def frozen(self) -> FrozenQuant:
+        """This quantizer as constants."""
+        return FrozenQuant(self)
+
     def extra_repr(self) -> str:
         """The format, for `print(module)`."""
         return str(self.spec)

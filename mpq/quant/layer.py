@@ -7,18 +7,38 @@ stored as integers. All are exact statements of what the exported file does.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from mpq.numerics import TINY, choose_qparams, fake_quantize, quantize
 from mpq.quant import ops
-from mpq.quant.fake_quant import FakeQuant, FrozenQuant
+from mpq.quant.fake_quant import FakeQuant
 from mpq.quant.lsq import learned_fake_quantize
 from mpq.quant.norm import LiveNorm
 from mpq.quant.operation import LayerOp, integer_bias
 from mpq.spec import DYNAMIC, ROUNDED_16, QuantSpec
+
+FloatLayer = nn.Linear | nn.modules.conv._ConvNd
+"""What can become a `QuantLayer`."""
+
+
+def float_layer(module: nn.Module) -> FloatLayer:
+    """A module that is known to be a Conv, ConvTranspose or Linear, as such."""
+    assert isinstance(module, FloatLayer)
+    return module
+
+
+M_co = TypeVar("M_co", covariant=True)
+
+
+@dataclass(frozen=True)
+class Reference(Generic[M_co]):
+    """A module that is used here and belongs elsewhere: no child, and not in the state dict."""
+
+    module: M_co
 
 
 class Constants(NamedTuple):
@@ -32,7 +52,7 @@ class Constants(NamedTuple):
 class QuantLayer(nn.Module):
     """A Conv, ConvTranspose or Linear with learned weight steps.
 
-    A `norm` behind it belongs to it: it is part of the scales and the bias in eval mode.
+    A `norm` that follows it belongs to it: it is part of the scales and the bias in eval mode.
 
     Args:
         layer: the float layer; its parameters are taken over, not copied.
@@ -52,12 +72,14 @@ class QuantLayer(nn.Module):
         super().__init__()
         self.op, self.spec, self.dynamic = LayerOp.of(layer), spec, dynamic
         self.goal = spec  # the policy's format; `spec` is wider while training lowers it in stages
-        self.weight: nn.Parameter = layer.weight  # type: ignore[assignment]
-        self.bias: nn.Parameter | None = layer.bias  # type: ignore[assignment]
+        given = float_layer(layer)
+        assert isinstance(given.weight, nn.Parameter)
+        assert given.bias is None or isinstance(given.bias, nn.Parameter)
+        self.weight: nn.Parameter = given.weight
+        self.bias: nn.Parameter | None = given.bias
         self.norm: LiveNorm | None = None
-        self.folded: Tensor | None = getattr(layer, "folded", None)
         self.enabled = True
-        self._source = (source,)  # in a tuple: a reference, not a child module
+        self._source = Reference(source)
         flat = self._channels(self.weight.detach())
         scale, _ = choose_qparams(flat.amin(1), flat.amax(1), spec)
         self.scale = nn.Parameter(scale if spec.granularity == "channel" else scale.amax())
@@ -65,7 +87,7 @@ class QuantLayer(nn.Module):
     @property
     def source(self) -> FakeQuant | None:
         """The quantizer of the input, if the layer runs as integers."""
-        return self._source[0]
+        return self._source.module
 
     def _channels(self, weight: Tensor) -> Tensor:
         return weight.transpose(0, self.op.axis).flatten(1)
@@ -73,6 +95,11 @@ class QuantLayer(nn.Module):
     def step(self) -> Tensor:
         """The effective weight scales: positive."""
         return self.scale.abs().clamp(min=TINY)
+
+    @torch.no_grad()
+    def set_scale(self, scale: Tensor) -> None:
+        """Take weight scales, shaped like `scale`, raised to what `least_step` allows."""
+        self.scale.copy_(torch.maximum(scale.abs(), self.least_step()))
 
     def integers(self) -> Tensor:
         """The weights as stored: int8, or int16 at 16 bits."""
@@ -118,9 +145,9 @@ class QuantLayer(nn.Module):
             return
         found = self.constants()
         self.weight.copy_(ops.dequantize(found.weight, found.scale, self.op.axis))
-        self.scale.copy_(found.scale)
         assert found.bias is not None
         self.bias, self.norm = nn.Parameter(found.bias.clone()), None
+        self.set_scale(found.scale)
 
     def frozen(self) -> FrozenLayer:
         """This layer as constants."""
@@ -214,37 +241,45 @@ class IslandLayer(nn.Module):
     """A quantized layer inside a module that cannot be traced: it brings its own quantizers.
 
     Args:
-        layer: the float layer.
-        spec: weight format.
-        activation: input format, None for float arithmetic; a convolution's output takes it too,
-            because the integer kernel writes integers. At 16 bits the input alone is rounded, for
-            float arithmetic.
+        input: quantizes what comes in, or passes it on.
+        layer: the quantized layer, or its frozen form.
+        output: quantizes what goes out, or passes it on.
     """
 
-    def __init__(self, layer: nn.Module, spec: QuantSpec, activation: QuantSpec | None) -> None:
+    def __init__(self, input: nn.Module, layer: nn.Module, output: nn.Module) -> None:
         super().__init__()
+        self.input, self.layer, self.output = input, layer, output
+
+    @classmethod
+    def of(cls, layer: nn.Module, spec: QuantSpec, activation: QuantSpec | None) -> IslandLayer:
+        """Quantize a float layer.
+
+        Args:
+            layer: the float layer.
+            spec: weight format.
+            activation: input format, None for float arithmetic; a convolution's output takes it
+                too, because the integer kernel writes integers. At 16 bits the input alone is
+                rounded, for float arithmetic.
+        """
         dynamic, wide = activation == DYNAMIC, activation == ROUNDED_16
-        self.input: nn.Module = (
-            FakeQuant(activation) if activation and not dynamic else nn.Identity()
-        )
-        source = self.input if isinstance(self.input, FakeQuant) and not wide else None
-        self.layer: nn.Module = QuantLayer(layer, spec, source, dynamic=dynamic)
-        wants_output = activation is not None and not wide and not isinstance(layer, nn.Linear)
-        self.output: nn.Module = (
-            FakeQuant(activation) if activation is not None and wants_output else nn.Identity()
+        quantizer = None if activation is None or dynamic else FakeQuant(activation)
+        source = None if wide else quantizer
+        after = activation is not None and not wide and not isinstance(layer, nn.Linear)
+        return cls(
+            quantizer or nn.Identity(),
+            QuantLayer(layer, spec, source, dynamic=dynamic),
+            FakeQuant(activation) if activation is not None and after else nn.Identity(),
         )
 
     def frozen(self) -> IslandLayer:
-        """This layer as constants, in place."""
-        for name in ("input", "output"):
-            part = getattr(self, name)
-            if isinstance(part, FakeQuant):
-                setattr(self, name, FrozenQuant(part))
-        assert isinstance(self.layer, QuantLayer)
-        self.layer = self.layer.frozen()
-        return self
+        """This layer as constants."""
+        return IslandLayer(*(_frozen(part) for part in (self.input, self.layer, self.output)))
 
     def forward(self, x: Tensor) -> Tensor:
         """Quantize, run, quantize."""
         out: Tensor = self.output(self.layer(self.input(x)))
         return out
+
+
+def _frozen(part: nn.Module) -> nn.Module:
+    return part.frozen() if isinstance(part, (FakeQuant, QuantLayer)) else part

@@ -5,7 +5,7 @@ the range; with `v = x / s` and `q = clip(rint(v), qmin - z, qmax - z)` the step
 `dy/ds = q - [v inside] v`, scaled by `g = 1 / sqrt(n qmax)`.
 
 Nothing is kept for the backward pass but `x`, which the layer before keeps anyway, and where one
-step serves a whole float tensor what comes out, `y = s q`, which the layer behind keeps anyway: of
+step serves a whole float tensor what comes out, `y = s q`, which the next layer keeps anyway: of
 them `ds = (y - [v inside] x) / s` needs no division and no rounding. Elsewhere `q` is computed
 again. There are two ways to the same numbers: on a CPU piece by piece, so that the passes of a
 piece find it in the cache; and as a whole, for accelerators and for a compiler, which fuses the

@@ -1,4 +1,4 @@
-"""`LiveNorm`: batch normalization that stays alive behind a quantized layer while it trains.
+"""`LiveNorm`: batch normalization that stays alive after a quantized layer while it trains.
 
 With one weight step `s_c` per output channel, scaling a channel commutes with rounding it: for any
 `f_c > 0`, quantizing `f_c w` with the step `f_c s_c` gives the integers of quantizing `w` with
@@ -69,8 +69,8 @@ class LiveNorm(nn.Module):
 
 
 @torch.no_grad()
-def behind(mean: Tensor, var: Tensor, bias: Tensor, factor: Tensor) -> tuple[Tensor, LiveNorm]:
-    """A norm behind a folded layer, such that nothing changes in eval mode.
+def unfold_norm(mean: Tensor, var: Tensor, bias: Tensor, factor: Tensor) -> tuple[Tensor, LiveNorm]:
+    """A norm that follows a folded layer, such that nothing changes in eval mode.
 
     Args:
         mean: of the folded layer's output, `[C]`.

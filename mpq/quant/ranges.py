@@ -20,8 +20,8 @@ from mpq.spec import QuantSpec
 
 CLIP_RATIOS = tuple(round(1.0 - 0.02 * i, 2) for i in range(31))
 """1.0 down to 0.4; the widest range that is as good as any other is taken."""
-HOPELESS = 4.0
-"""Times the least squared error that no narrower range comes back from."""
+STOP_RATIO = 4.0
+"""Times the least squared error at which the search ends: no narrower range is better then."""
 
 SEARCHED = 6
 """Widest format, in bits, whose range is searched rather than taken as it is."""
@@ -85,7 +85,7 @@ def best_ratio(
     error: Callable[[float], Tensor],
     ratios: Sequence[float] = CLIP_RATIOS,
     *,
-    hopeless: float = HOPELESS,
+    stop_ratio: float = STOP_RATIO,
 ) -> Tensor:
     """The ratio of least error, elementwise over whatever shape `error` returns; ties go first.
 
@@ -95,7 +95,7 @@ def best_ratio(
     Args:
         error: the loss at a clipping ratio.
         ratios: what to try, the widest range first.
-        hopeless: how many times the least error is too much to come back from.
+        stop_ratio: times the least error at which the search ends.
     """
     best = error(ratios[0])
     chosen = torch.full_like(best, ratios[0])
@@ -103,6 +103,6 @@ def best_ratio(
         now = error(ratio)
         chosen = torch.where(now < best, ratio, chosen)
         best = torch.minimum(now, best)
-        if bool(((now > hopeless * best) | (best == 0)).all()):
+        if bool(((now > stop_ratio * best) | (best == 0)).all()):
             break
     return chosen

@@ -38,8 +38,8 @@ MAX_COLUMNS = 16384
 """About how many input vectors of a layer are looked at; more hardly change the result."""
 
 
-class Moments:
-    """Accumulated second moments of a layer's input vectors.
+class Gram:
+    """Accumulated products of a layer's input vectors: `H` of the output error, unscaled.
 
     As long as there are fewer vectors than inputs they are kept as they are: a classifier over
     25,088 features that has seen 64 images needs no matrix of 25,088 x 25,088.
@@ -144,11 +144,11 @@ def scales_by_output(w: Tensor, error: Callable[[Tensor], Tensor], spec: QuantSp
     return scale * best_ratio(at)
 
 
-def target_weights(w: Tensor, moments: Moments) -> Tensor:
+def target_weights(w: Tensor, gram: Gram) -> Tensor:
     """The weights that reproduce the float output best on the quantized input."""
-    h = _damped(moments.quantized, PULL)
+    h = _damped(gram.quantized, PULL)
     # W X Xq^T + pull * W, times (Xq Xq^T + pull)^-1: exact when both inputs agree.
-    rhs = w @ (moments.cross + (h - moments.quantized))
+    rhs = w @ (gram.cross + (h - gram.quantized))
     solved: Tensor = torch.linalg.solve(h, rhs, left=False)
     return solved
 

@@ -15,9 +15,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from mpq.hooks import hooked
 from mpq.quant.fake_quant import FakeQuant
 from mpq.quant.layer import QuantLayer
 from mpq.quant.ranges import activation_range, weight_scales
+from mpq.train.evaluate import evaluating
 from mpq.train.resume import State
 
 STAGES = (8, 6, 5, 4, 3, 2)
@@ -109,16 +111,10 @@ def choose_steps(model: nn.Module, changed: list[Quantizer], images: Tensor) -> 
     """
     for q in changed:
         if isinstance(q, QuantLayer):
-            q.scale.copy_(weight_scales(q.weight, q.spec, q.op.axis))
-    modes = [(m, m.training) for m in model.modules()]
-    handles = [q.register_forward_pre_hook(_observe) for q in changed if isinstance(q, FakeQuant)]
-    try:
-        model.eval()(images)
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, training in modes:
-            module.training = training
+            q.set_scale(weight_scales(q.weight, q.spec, q.op.axis))
+    hooks = (q.register_forward_pre_hook(_observe) for q in changed if isinstance(q, FakeQuant))
+    with hooked(hooks), evaluating(model):
+        model(images)
 
 
 def _observe(quantizer: nn.Module, args: tuple[Tensor, ...]) -> None:

@@ -58,7 +58,7 @@ class Recipe(BaseModel):
     )
     norm: Literal["live", "folded"] = Field(
         default="live",
-        description="quantized layers train with batch norm behind them, or with its fold",
+        description="quantized layers train with batch norm after them, or with its fold",
     )
     norm_frozen: float = Field(
         default=0.0,

@@ -47,7 +47,7 @@ def apply_chosen(
     strengths = send(strength[order].astype(np.float32), device)
     signs = send(sign[order].astype(np.float32), device)
     sizes = np.bincount(choice, minlength=len(names)).tolist()
-    parts = [torch.split(t, sizes) for t in (images[index], strengths, signs)]  # type: ignore[no-untyped-call]
+    parts = [torch.split(t, sizes) for t in (images[index], strengths, signs)]
     groups = zip(names, *parts, strict=True)
     done = [OPERATIONS[n](x, s, g) if len(x) else x for n, x, s, g in groups]
     out = torch.empty_like(images)

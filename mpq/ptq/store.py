@@ -1,9 +1,9 @@
 """Activations of all calibration images within a memory budget: what does not fit lies on disk.
 
 The walk over a network needs the value of a tensor for every calibration image before it goes on,
-which at 224 pixels is gigabytes. A `Shelf` keeps batches in memory until its budget is used up and
-writes the others to temporary files, each read again when it is asked for. What comes back is bit
-for bit what was put in.
+which at 224 pixels is gigabytes. An `ActivationStore` keeps batches in memory until its budget is
+used up and writes the others to temporary files, each read again when it is asked for. What comes
+back is bit for bit what was put in.
 """
 
 from __future__ import annotations
@@ -36,20 +36,20 @@ class _OnDisk:
         return torch.from_numpy(mapped[index.numpy()])
 
 
-class Kept:
+class Stored:
     """One batch's value of a node: a tensor, or a structure of tensors and numbers."""
 
-    def __init__(self, shelf: Shelf, value: Any) -> None:
-        self._shelf, self._bytes = shelf, 0
-        self._value = _map(value, self._store)
+    def __init__(self, store: ActivationStore, value: Any) -> None:
+        self._store, self._bytes = store, 0
+        self._value = _map(value, self._place)
 
-    def _store(self, tensor: Tensor) -> Tensor | _OnDisk:
+    def _place(self, tensor: Tensor) -> Tensor | _OnDisk:
         size = tensor.numel() * tensor.element_size()
-        if size < SMALL or self._shelf.used + size <= self._shelf.budget:
+        if size < SMALL or self._store.used + size <= self._store.budget:
             self._bytes += size
-            self._shelf.used += size
+            self._store.used += size
             return tensor
-        return self._shelf.write(tensor)
+        return self._store.write(tensor)
 
     def get(self) -> Any:
         """The value as it was put in."""
@@ -64,39 +64,42 @@ class Kept:
 
     def drop(self) -> None:
         """Give the room back."""
-        self._shelf.used -= self._bytes
+        self._store.used -= self._bytes
         _map(self._value, lambda t: t.path.unlink() if isinstance(t, _OnDisk) else None)
         self._value = None
 
 
-class Shelf:
-    """Room for activations.
+class ActivationStore:
+    """Activations in memory up to a budget, and in files beyond it.
 
     Args:
         budget: bytes to hold in memory; the rest goes to a temporary folder, which is removed when
-            the shelf is closed.
+            the store is closed.
+
+    Attributes:
+        folder: of the files, once there is one.
     """
 
     def __init__(self, budget: int) -> None:
         self.budget, self.used, self.written = budget, 0, 0
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self.folder: tempfile.TemporaryDirectory[str] | None = None
 
-    def __enter__(self) -> Shelf:
+    def __enter__(self) -> ActivationStore:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._folder is not None:
-            self._folder.cleanup()
+        if self.folder is not None:
+            self.folder.cleanup()
 
-    def put(self, value: Any) -> Kept:
+    def put(self, value: Any) -> Stored:
         """Keep a value."""
-        return Kept(self, value)
+        return Stored(self, value)
 
     def write(self, tensor: Tensor) -> _OnDisk:
         """Put a tensor into a file of its own."""
-        if self._folder is None:
-            self._folder = tempfile.TemporaryDirectory(prefix="mpq-")
-        path = Path(self._folder.name) / f"{self.written}.npy"
+        if self.folder is None:
+            self.folder = tempfile.TemporaryDirectory(prefix="mpq-")
+        path = Path(self.folder.name) / f"{self.written}.npy"
         self.written += 1
         np.save(path, tensor.numpy())
         return _OnDisk(path)
