@@ -11,7 +11,7 @@ from mpq import rundir
 from mpq.cli import options
 from mpq.export import ExportResult
 from mpq.export.form import INT4_FORMATS
-from mpq.pipeline.exporting import export_float, export_run, float_reference
+from mpq.pipeline.exporting import Exporting, export_float, export_run, float_reference
 from mpq.pipeline.quantizing import load_quantized
 from mpq.pipeline.subject import DataSource
 from mpq.report.grid import counted
@@ -70,6 +70,13 @@ def export(
     folder = path.parent if out is None else rundir.resolve_out(out, "")
     rundir.refuse_overwrite(folder / "model.onnx", force)
     source = DataSource(data, data_root)
+    how = Exporting(
+        int4_format=int4_format,  # type: ignore[arg-type]
+        min_runtime=min_runtime,
+        pixels=layout if kind == "uint8" else None,  # type: ignore[arg-type]
+        target=target,
+        allow_float_fallback=allow_float_fallback,
+    )
     with options.status() as tell:
         tell("loading")
         found = load_quantized(path, source)
@@ -78,13 +85,9 @@ def export(
         result = export_run(
             found,
             folder,
+            how,
             images=images,
             seed=seed,
-            allow_float_fallback=allow_float_fallback,
-            int4_format=int4_format,  # type: ignore[arg-type]
-            min_runtime=min_runtime,
-            target=target,
-            pixels=layout if kind == "uint8" else None,  # type: ignore[arg-type]
             force=force,
         )
         if reference is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -22,17 +23,32 @@ logger = logging.getLogger(__name__)
 FILES = ("model.onnx", "certificate.json", "verify.json")
 
 
+@dataclass(frozen=True, slots=True)
+class Exporting:
+    """How a file is written and judged.
+
+    Args:
+        int4_format: storage of 4-bit weights; None: what `min_runtime` takes.
+        min_runtime: the oldest onnxruntime that must run the file.
+        pixels: make the file take raw uint8 images in this layout; None: normalized ones.
+        target: the kind of CPU to certify for; None: that of this computer.
+        allow_float_fallback: accept layers that were promised as integers and run in float.
+    """
+
+    int4_format: Int4Format | None = None
+    min_runtime: str | None = None
+    pixels: PixelLayout | None = None
+    target: str | None = None
+    allow_float_fallback: bool = False
+
+
 def export_run(
     found: Quantized,
     folder: Path,
+    how: Exporting | None = None,
     *,
     images: int = 1000,
     seed: int = 0,
-    allow_float_fallback: bool = False,
-    int4_format: Int4Format | None = None,
-    min_runtime: str | None = None,
-    pixels: PixelLayout | None = None,
-    target: str | None = None,
     force: bool = False,
 ) -> ExportResult:
     """Export, certify and verify; write the files of a run.
@@ -40,31 +56,27 @@ def export_run(
     Args:
         found: the quantized network.
         folder: the run.
+        how: the file is to be written; None: the defaults.
         images: test images to verify on (fewer if there are fewer; none without data).
         seed: of the sample.
-        allow_float_fallback: accept layers that were promised as integers and run in float.
-        int4_format: storage of 4-bit weights; None: what `min_runtime` takes.
-        min_runtime: the oldest onnxruntime that must run the file.
-        pixels: make the file take raw uint8 images in this layout; None: normalized ones.
-        target: the kind of CPU to certify for; None: that of this computer.
         force: replace an existing file.
 
     Raises:
         ExportError: the file breaks a promise or does not answer as promised; nothing is written.
         UsageError: the file exists and `force` is off.
     """
-    written = folder / "model.onnx"
+    how, norm, written = how or Exporting(), found.subject.normalize, folder / "model.onnx"
     rundir.refuse_overwrite(written, force)
     rundir.touch_run(folder)
     result = to_onnx(
         found.graph,
         written,
         images=held_out(found.subject, images, seed),
-        allow_float_fallback=allow_float_fallback,
-        int4_format=int4_format,
-        min_runtime=min_runtime,
-        pixels=None if pixels is None else PixelInput(found.subject.normalize, pixels == "nhwc"),
-        target=target,
+        allow_float_fallback=how.allow_float_fallback,
+        int4_format=how.int4_format,
+        min_runtime=how.min_runtime,
+        pixels=None if how.pixels is None else PixelInput(norm, how.pixels == "nhwc"),
+        target=how.target,
     )
     files.write_text(folder / "certificate.json", result.certificate.to_json() + "\n")
     if result.verification is None:
