@@ -109,7 +109,7 @@ slice() {
         --bytes "$BACK_BYTES" --total "$BACK_TOTAL"
     case $code in
         0) echo "all of $plan is made" ;;
-        3 | 124) echo "the time is up; goes on with: remote.sh slice $minutes $plan" ;;
+        3 | 124 | 137) echo "the time is up; goes on with: remote.sh slice $minutes $plan" ;;
         *) exit "$code" ;;
     esac
 }
