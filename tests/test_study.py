@@ -326,7 +326,10 @@ def test_a_part_must_find_the_one_before_it(machine: dict[str, str], tmp_path: P
 
 def test_the_command_says_what_is_wrong_with_its_input(tmp_path: Path) -> None:
     for args, message in [
-        (["no-such-plan"], "the plan must be a YAML file or one of cifar10-mobilenet"),
+        (
+            ["no-such-plan"],
+            "the plan must be a YAML file or one of cifar10-fast, cifar10-mobilenet",
+        ),
         (["check", str(tmp_path)], "the plan must be a YAML file"),
     ]:
         found = subprocess.run(

@@ -91,6 +91,7 @@ class Row(Strict):
     """A line of the table: a network (of several, the one that validation prefers), quantized.
 
     A `claim` is measured on the test images in the end; other rows on validation images alone.
+    `seeds` are those of this row, where it takes others than the plan.
     """
 
     name: Name
@@ -103,11 +104,16 @@ class Row(Strict):
     published: float | None = None
     claim: bool = True
     section: str = "table"
+    seeds: tuple[int, ...] = ()
 
     @property
     def networks(self) -> tuple[str, ...]:
         """The candidates."""
         return (self.network,) if isinstance(self.network, str) else self.network
+
+    def takes(self, seed: int, plan: Plan) -> bool:
+        """Whether it is made with this seed."""
+        return seed in (self.seeds or plan.seeds)
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 from benchmarks.study import networks, quantized
 from benchmarks.study.plan import Plan
 from benchmarks.study.shelf import Result, Shelf, claim
-from benchmarks.study.stages import Stage
+from benchmarks.study.stages import Stage, slug
 from mpq import files
 from mpq.cpu import this_cpu
 from mpq.report.plots import png
@@ -104,7 +104,8 @@ class _Finished:
         found = self.made[stage.name]
         row = next(r for r in self.plan.rows if r.name == stage.of)
         student = self.made[found["network_stage"]]
-        times = self.made.get("latency", {}).get("times", {}).get(row.name, {})
+        measured = self.made.get(f"latency-{slug(row.section)}", {})
+        times = measured.get("times", {}).get(row.name, {})
         tested = self.made.get(f"test-{stage.of}-s{stage.seed}", {})
         line: Line = dict.fromkeys(COLUMNS)
         line |= {k: v for k, v in found.items() if k in line}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -41,6 +42,11 @@ class Stage:
         return f"{self.name}-{self.key[:10]}"
 
 
+def slug(text: str) -> str:
+    """Text as a part of a file name."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
 def stages_of(plan: Plan, data: str) -> list[Stage]:
     """All stages of a plan; `data` tells these images from others."""
     return _Builder(plan, data).build()
@@ -56,18 +62,31 @@ class _Builder:
     def build(self) -> list[Stage]:
         if self.plan.speed:
             self.add("speed", "speed", "speed", self.plan.seeds[0], [], {})
-        rows = {seed: [self.row(row, seed) for row in self.plan.rows] for seed in self.plan.seeds}
+        for section in dict.fromkeys(row.section for row in self.plan.rows):
+            self.section(section)
         if self.plan.rank:
             self.add("rank", "rank", "rank", self.plan.seeds[0], [], self.ranking())
-        first = self.plan.seeds[0]
-        claims = [s for row, s in zip(self.plan.rows, rows[first], strict=True) if row.claim]
-        runs = {"runs": self.plan.latency_runs}
-        self.add("latency", "latency", "latency", first, claims, runs)
-        for seed, made in rows.items():
-            for row, stage in zip(self.plan.rows, made, strict=True):
-                if row.claim:
-                    self.add("test", f"test-{row.name}-s{seed}", row.name, seed, [stage], {})
         return list(self.found.values())
+
+    def section(self, section: str) -> None:
+        """Its rows, seed after seed; then their latencies side by side; then their tests."""
+        rows = [row for row in self.plan.rows if row.section == section]
+        seeds = dict.fromkeys([*self.plan.seeds, *(s for row in rows for s in row.seeds)])
+        made = [
+            (row, seed, self.row(row, seed))
+            for seed in seeds
+            for row in rows
+            if row.takes(seed, self.plan)
+        ]
+        claims = [(row, seed, stage) for row, seed, stage in made if row.claim]
+        if not claims:
+            return
+        timed = list({row.name: stage for row, _, stage in reversed(claims)}.values())
+        runs = {"runs": self.plan.latency_runs}
+        name = f"latency-{slug(section)}"
+        self.add("latency", name, section, self.plan.seeds[0], timed[::-1], runs)
+        for row, seed, stage in claims:
+            self.add("test", f"test-{row.name}-s{seed}", row.name, seed, [stage], {})
 
     def network(self, name: str, seed: int) -> str:
         part = self.plan.network(name)
@@ -85,7 +104,7 @@ class _Builder:
         teachers = [self.network(t, self.plan.seeds[0]) for t in row.teachers]
         widths = self.plan.policies[row.policy].model_dump(mode="json") if row.policy else {}
         recipe = self.plan.recipe(row.recipe).model_dump() if row.recipe else {}
-        told = {"title", "published", "section", "claim"}  # these change no number
+        told = {"title", "published", "section", "claim", "seeds"}  # these change no number
         content = {"part": row.model_dump(mode="json", exclude=told), "widths": widths}
         content |= {"recipe": recipe, "effort": self.plan.effort}
         return self.add(
