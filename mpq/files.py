@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
+
+PART = ".mpq-part"
 
 
 @contextmanager
@@ -18,7 +21,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     Raises:
         OSError: the disk is full or the place not writable; what was there before is untouched.
     """
-    handle, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=PART)
     try:
         with os.fdopen(handle, "wb") as file:
             yield file
@@ -29,6 +32,20 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     except BaseException:
         Path(part).unlink(missing_ok=True)
         raise
+
+
+def sweep(folder: Path, name: str = "*", *, older_than: float = 0.0) -> None:
+    """Remove the temporary files that killed commands have left.
+
+    Args:
+        folder: where they lie.
+        name: of the files that they were to become.
+        older_than: seconds since they were last written to; 0 where nobody else can be writing.
+    """
+    for part in folder.glob(f".{name}.*{PART}"):
+        with suppress(OSError):
+            if time.time() - part.stat().st_mtime >= older_than:
+                part.unlink()
 
 
 def write_bytes(path: Path, content: bytes) -> None:

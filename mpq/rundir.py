@@ -7,14 +7,19 @@ No torch here.
 
 from __future__ import annotations
 
+import glob
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from mpq import lock
 from mpq.errors import UsageError
-from mpq.files import write_text
+from mpq.files import sweep, write_text
+from mpq.processes import leading
+from mpq.staging import READY, settle
 from mpq.userimport import remember_trust, trust_run
 
 REMEMBERED = 100
@@ -109,8 +114,45 @@ def touch_run(folder: Path) -> Path:
     recent = [told, *(run for run in _recent() if run != told)]
     lines = "".join(f"{run.as_posix()}\n" for run in recent[:REMEMBERED])
     write_text(_pointer(), lines)
+    sweep(RUNS, older_than=60.0)  # other commands write there too
     remember_trust(folder)
     return folder
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Be the only one to write into a run while the block runs, and tidy up after killed commands.
+
+    Of several processes the leading one holds it for all.
+
+    Raises:
+        UsageError: another command is writing there; the message says which.
+    """
+    if not leading():
+        yield
+        return
+    with lock.held(folder / ".lock", folder):
+        settle(folder)
+        sweep(folder)
+        yield
+
+
+@contextmanager
+def held_file(path: Path) -> Iterator[None]:
+    """`held` for a file that is no run's."""
+    if not leading():
+        yield
+        return
+    with lock.held(path.parent / f".{path.name}.lock", path):
+        sweep(path.parent, glob.escape(path.name))
+        yield
+
+
+def tidy(folder: Path) -> None:
+    """Put in place what a killed command has finished, unless one that lives is about to."""
+    if (folder / READY).is_dir():
+        with suppress(UsageError), held(folder):
+            pass
 
 
 def newest_run(needs: str) -> Path:

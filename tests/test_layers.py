@@ -22,6 +22,8 @@ LAYERS = {
     "mpq.allocator": 0,
     "mpq.cpu": 0,
     "mpq.files": 1,
+    "mpq.lock": 1,
+    "mpq.staging": 1,
     "mpq.processes": 1,
     "mpq.spec": 1,
     "mpq.trusted": 2,

@@ -99,7 +99,7 @@ def analyze(
     mpq analyze model.pth --max-drop 0.3         fewest bits for 0.3 points
     mpq analyze model.pth --data none            weights only, no images
     """
-    folder = rundir.resolve_out(out, checkpoint.stem)
+    folder = options.hold(rundir.resolve_out(out, checkpoint.stem))
     rundir.refuse_overwrite(folder / "policy.yaml", force)
     timed = minimize == "latency" or budgets[0].max_latency_ms is not None or profile_path
     how = Analyzing(

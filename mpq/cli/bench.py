@@ -92,6 +92,8 @@ def bench(
     trust_run(paths[0].parent)
     reference = float_file or _beside(paths[0])
     folder = out or _run_of(paths[0])
+    if folder is not None:
+        options.hold(folder)
     info = _known([*paths, *([reference] if reference else [])])
     images, labels, dataset = _load(data or info.data, data_root, info, limit, seed)
     with ExitStack() as stack, options.status() as tell:

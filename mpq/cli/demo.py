@@ -24,7 +24,7 @@ def demo(seed: int, as_json: bool, force: bool, out: Path | None) -> None:
 
     Takes two to three minutes on two cores and needs no data and no network.
     """
-    folder = rundir.resolve_out(out, "demo")
+    folder = options.hold(rundir.resolve_out(out, "demo"))
     rundir.refuse_overwrite(folder / "demo.json", force)
     rundir.touch_run(folder)
     with options.status() as tell:

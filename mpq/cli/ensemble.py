@@ -45,7 +45,7 @@ def ensemble(
     mpq ensemble a.pth b.pth c.pth -o ens.pth
     mpq ensemble d.pth --normalize cifar10 ens.pth -o all.pth
     """
-    rundir.refuse_overwrite(out, force)
+    rundir.refuse_overwrite(options.hold_file(out), force)
     with options.status() as tell:
         tell("measuring the teachers")
         source = DataSource(data, data_root)

@@ -11,7 +11,7 @@ from mpq import rundir
 from mpq.cli import options
 from mpq.export import ExportResult
 from mpq.export.form import INT4_FORMATS
-from mpq.pipeline.exporting import Exporting, export_float, export_run, float_reference
+from mpq.pipeline.exporting import Exporting, export_run, float_reference, refuse_export
 from mpq.pipeline.quantizing import load_quantized
 from mpq.pipeline.subject import DataSource
 from mpq.report.grid import counted
@@ -67,8 +67,8 @@ def export(
     mpq export --onnx runs/r20/quantized.pth -o runs/r20-file
     """
     path = options.in_run(quantized, "quantized.pth")
-    folder = path.parent if out is None else rundir.resolve_out(out, "")
-    rundir.refuse_overwrite(folder / "model.onnx", force)
+    folder = options.hold(path.parent if out is None else rundir.resolve_out(out, ""))
+    refuse_export(folder, force)
     source = DataSource(data, data_root)
     how = Exporting(
         int4_format=int4_format,  # type: ignore[arg-type]
@@ -88,11 +88,9 @@ def export(
             how,
             images=images,
             seed=seed,
+            reference=reference,
             force=force,
         )
-        if reference is not None:
-            tell("exporting the float model")
-            export_float(reference, folder / "float.onnx")
     if as_json:
         click.echo(json.dumps(_summary(result)))
     else:

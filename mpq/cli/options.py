@@ -208,6 +208,22 @@ def quiet_c() -> Iterator[None]:
         os.close(kept)
 
 
+def hold(folder: Path) -> Path:
+    """Be the only command that writes into a run, from here to the end of the command.
+
+    Raises:
+        UsageError: another one does.
+    """
+    click.get_current_context().with_resource(rundir.held(folder))
+    return folder
+
+
+def hold_file(path: Path) -> Path:
+    """`hold` for a file that is no run's."""
+    click.get_current_context().with_resource(rundir.held_file(path))
+    return path
+
+
 def say(text: str) -> None:
     """One line on stderr: what was chosen, what was written. The leading process speaks."""
     if leading():
@@ -234,6 +250,7 @@ def in_run(path: Path | None, file: str) -> Path:
     """
     found = newest(file) if path is None else path / file if path.is_dir() else path
     trust_run(found.parent)
+    rundir.tidy(found.parent)
     return found
 
 

@@ -51,7 +51,7 @@ def profile(
     mpq profile model.pth
     mpq profile model.pth --check runs/model/model.onnx
     """
-    folder = rundir.resolve_out(out, checkpoint.stem)
+    folder = options.hold(rundir.resolve_out(out, checkpoint.stem))
     loaded = load_model(checkpoint, arch=model, trust_pickle=trust_pickle)
     channels, height, width = loaded.info.input
     size = (channels, input_size or height, input_size or width)

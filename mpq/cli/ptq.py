@@ -90,7 +90,7 @@ def ptq(
     """
     path = options.in_run(policy_path, "policy.yaml")
     policy = Policy.load(path)
-    folder = options.run_of(path, out)
+    folder = options.hold(options.run_of(path, out))
     written = folder / "quantized.pth"
     check_start(folder, written, resume=resume, force=force, state=PROGRESS)
     check_policy_file(path, folder, force=force)
@@ -112,9 +112,8 @@ def ptq(
     with options.bars() as progress:
         run = Run(folder, seed, resume=resume, progress=progress)
         found = run_ptq(policy, subject, settings, run)
-    save_quantized(found, written)
+    save_quantized(found, written, path)
     (folder / PROGRESS).unlink(missing_ok=True)  # the run is complete
-    keep_policy(path, folder)
     if as_json:
         click.echo(json.dumps({"file": str(written), **found.metrics}))
     else:

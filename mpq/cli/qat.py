@@ -74,7 +74,7 @@ def qat(
     """
     path = options.in_run(policy_path, "policy.yaml")
     policy = Policy.load(path)
-    folder = options.run_of(path, out)
+    folder = options.hold(options.run_of(path, out))
     written = folder / "quantized.pth"
     check_start(folder, written, resume=resume, force=force)
     check_policy_file(path, folder, force=force)

@@ -69,7 +69,7 @@ def command(
     mpq rank resnet20 mobilenet_v2_cifar --data cifar10 --epochs 20
     mpq rank a.pth b.pth --data cifar10 --effective-bits 4.5
     """
-    folder = rundir.resolve_out(out, "rank")
+    folder = options.hold(rundir.resolve_out(out, "rank"))
     if not resume:
         rundir.refuse_overwrite(folder / FILE, force)
     how = Ranking(

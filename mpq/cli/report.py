@@ -27,6 +27,9 @@ def report(run: Path | None, as_json: bool) -> None:
     if folder is None:
         folder = rundir.newest_run("policy.yaml")
         options.say(f"no run named: using {folder}")
+    rundir.tidy(folder)
+    if folder.is_dir():
+        rundir.refuse_overwrite(folder / "report.html", force=True)
     path = write_page(folder)
     if as_json:
         click.echo(json.dumps({"report": str(path)}))

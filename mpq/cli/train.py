@@ -80,6 +80,8 @@ def train(
         click.echo(chosen.to_yaml(), nl=False)
         return
     training.check_plan(chosen, device=device, teacher=teacher, unlabelled=unlabelled)
+    options.hold_file(out)
+    options.hold(working_folder(out))
     check_start(working_folder(out), out, resume=resume, force=force)
     source = DataSource(data, data_root, holdout, unlabelled)
     subject = new_subject(arch, source, normalize=normalize, seed=seed)

@@ -54,6 +54,8 @@ def verify(
     path = options.in_run(file, "model.onnx")
     if not path.is_file():
         raise UsageError(f"{path} does not exist. Name an ONNX file, or a run that holds one.")
+    if _keeps(path):
+        options.hold(path.parent)
     source = DataSource(data, data_root)
     if exact:
         if quantized is not None:
@@ -100,6 +102,11 @@ def _against(
         )
 
 
+def _keeps(path: Path) -> bool:
+    """Whether a report on this file stays in its run."""
+    return path.name == "model.onnx" and rundir.is_run(path.parent)
+
+
 def _tell(path: Path, name: str, text: str, as_json: bool) -> None:
     """Show a report; keep it where the file is the model of a run."""
     if as_json:
@@ -107,6 +114,6 @@ def _tell(path: Path, name: str, text: str, as_json: bool) -> None:
     else:
         table = exact_table if name == "exact.json" else verify_table
         options.stdout.print(table(json.loads(text)))
-    if path.name == "model.onnx" and rundir.is_run(path.parent):
+    if _keeps(path):
         files.write_text(path.parent / name, text + "\n")
         options.say(f"wrote {path.parent / name}")

@@ -13,6 +13,7 @@ from mpq.analyze.sensitivity import Sensitivity
 from mpq.analyze.validate import Validation
 from mpq.policy import Policy
 from mpq.report.plots import pareto_plot, png, sensitivity_plot, validation_plot
+from mpq.staging import together
 
 
 @dataclass(frozen=True)
@@ -58,24 +59,24 @@ class Analysis:
 
 
 def write_analysis(found: Analysis, folder: Path, *, force: bool) -> None:
-    """Write the policies, `sensitivity.json` and both pictures.
+    """Write the policies, `sensitivity.json` and both pictures, as one step.
 
     Raises:
         UsageError: a policy is there already and `force` is off.
     """
     for choice in found.choices:
         rundir.refuse_overwrite(folder / choice.file, force)
-    rundir.touch_run(folder)
     data = analysis_json(found)
-    files.write_json(folder / "sensitivity.json", data)
-    files.write_bytes(folder / "sensitivity.png", png(sensitivity_plot(data)))
-    files.write_bytes(folder / "pareto.png", png(pareto_plot(data)))
-    if found.validation:
-        truth = found.validation.to_json()
-        files.write_json(folder / "validation.json", truth)
-        files.write_bytes(folder / "validation.png", png(validation_plot(truth)))
-    for choice in found.choices:
-        files.write_text(folder / choice.file, choice.policy.to_yaml())
+    with together(rundir.touch_run(folder)) as aside:
+        files.write_json(aside / "sensitivity.json", data)
+        files.write_bytes(aside / "sensitivity.png", png(sensitivity_plot(data)))
+        files.write_bytes(aside / "pareto.png", png(pareto_plot(data)))
+        if found.validation:
+            truth = found.validation.to_json()
+            files.write_json(aside / "validation.json", truth)
+            files.write_bytes(aside / "validation.png", png(validation_plot(truth)))
+        for choice in found.choices:
+            files.write_text(aside / choice.file, choice.policy.to_yaml())
 
 
 def analysis_json(found: Analysis) -> dict[str, Any]:

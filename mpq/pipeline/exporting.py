@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -17,10 +17,12 @@ from mpq.export.form import Int4Format
 from mpq.export.pixels import PixelInput
 from mpq.pipeline.quantizing import Quantized
 from mpq.pipeline.subject import DataSource, Subject, policy_subject
+from mpq.staging import together
 
 PixelLayout = Literal["nhwc", "nchw"]
 logger = logging.getLogger(__name__)
-FILES = ("model.onnx", "certificate.json", "verify.json")
+OF_ONE_FILE = ("verify.json", "exact.json", "bench.jsonl", "report.html")
+"""What a run holds on its `model.onnx`, beside the certificate."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +51,12 @@ def export_run(
     *,
     images: int = 1000,
     seed: int = 0,
+    reference: Subject | None = None,
     force: bool = False,
 ) -> ExportResult:
-    """Export, certify and verify; write the files of a run.
+    """Export, certify and verify; write the files of a run, as one step.
+
+    What else the run holds on another `model.onnx` goes.
 
     Args:
         found: the quantized network.
@@ -59,6 +64,7 @@ def export_run(
         how: the file is to be written; None: the defaults.
         images: test images to verify on (fewer if there are fewer; none without data).
         seed: of the sample.
+        reference: the float network, to be written beside as `float.onnx`.
         force: replace an existing file.
 
     Raises:
@@ -66,24 +72,39 @@ def export_run(
         UsageError: the file exists and `force` is off.
     """
     how, norm, written = how or Exporting(), found.subject.normalize, folder / "model.onnx"
-    rundir.refuse_overwrite(written, force)
-    rundir.touch_run(folder)
-    result = to_onnx(
-        found.graph,
-        written,
-        images=held_out(found.subject, images, seed),
-        allow_float_fallback=how.allow_float_fallback,
-        int4_format=how.int4_format,
-        min_runtime=how.min_runtime,
-        pixels=None if how.pixels is None else PixelInput(norm, how.pixels == "nhwc"),
-        target=how.target,
-    )
-    files.write_text(folder / "certificate.json", result.certificate.to_json() + "\n")
-    if result.verification is None:
-        (folder / "verify.json").unlink(missing_ok=True)  # it was of another file
-    else:
-        files.write_text(folder / "verify.json", result.verification.to_json() + "\n")
-    return result
+    refuse_export(folder, force)
+    with together(rundir.touch_run(folder)) as aside:
+        result = to_onnx(
+            found.graph,
+            aside / written.name,
+            images=held_out(found.subject, images, seed),
+            allow_float_fallback=how.allow_float_fallback,
+            int4_format=how.int4_format,
+            min_runtime=how.min_runtime,
+            pixels=None if how.pixels is None else PixelInput(norm, how.pixels == "nhwc"),
+            target=how.target,
+        )
+        if not written.is_file() or written.read_bytes() != result.path.read_bytes():
+            for name in OF_ONE_FILE:
+                (aside / name).touch()  # what stands there was of another file
+        files.write_text(aside / "certificate.json", result.certificate.to_json() + "\n")
+        if result.verification is not None:
+            files.write_text(aside / "verify.json", result.verification.to_json() + "\n")
+        if reference is not None:
+            export_float(reference, aside / "float.onnx")
+    return replace(result, path=written)
+
+
+def refuse_export(folder: Path, force: bool) -> None:
+    """Stop before the work begins where a whole export is there already.
+
+    One that lacks its certificate is completed.
+
+    Raises:
+        UsageError: it is there and `force` is off, or nothing can be written there.
+    """
+    partial = not (folder / "certificate.json").is_file()
+    rundir.refuse_overwrite(folder / "model.onnx", force or partial)
 
 
 def float_reference(found: Quantized, path: Path, source: DataSource) -> Subject | None:

@@ -24,6 +24,7 @@ from mpq.policy import Policy
 from mpq.ptq import FinishedBlocks, PtqSettings, equalize, quantize_graph
 from mpq.ptq.blockwise import PROGRESS
 from mpq.rundir import Run
+from mpq.staging import together
 from mpq.train.evaluate import accuracy
 from mpq.train.loop import fit
 from mpq.train.plan import Hooks, TrainingPlan
@@ -178,23 +179,25 @@ def keep_policy(policy_path: Path, folder: Path) -> None:
         files.write_bytes(kept, text)
 
 
-def save_quantized(found: Quantized, path: Path) -> None:
+def save_quantized(found: Quantized, path: Path, policy_path: Path | None = None) -> None:
     """Write `quantized.pth`: policy, prepared state and metrics, readable with `weights_only`.
+
+    With it, as one step, `policy.yaml` as it stands in `policy_path`, where one is given.
 
     Raises:
         CheckpointError: the path cannot be written.
     """
-    rundir.touch_run(path.parent)
-    save_atomic(
-        {
-            "format": FORMAT,
-            "version": VERSION,
-            "policy": found.policy.to_yaml(),
-            "state": found.graph.module.state_dict(),
-            "metrics": found.metrics,
-        },
-        path,
-    )
+    content = {
+        "format": FORMAT,
+        "version": VERSION,
+        "policy": found.policy.to_yaml(),
+        "state": found.graph.module.state_dict(),
+        "metrics": found.metrics,
+    }
+    with together(rundir.touch_run(path.parent)) as aside:
+        save_atomic(content, aside / path.name)
+        if policy_path is not None:
+            keep_policy(policy_path, aside)
 
 
 def load_quantized(path: Path, source: DataSource) -> Quantized:
