@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 
+from mpq import limits
 from mpq.errors import PolicyError
 from mpq.policy import Policy
 
@@ -31,7 +32,11 @@ def from_metadata(props: Mapping[str, str], where: str) -> Policy | None:
     """
     if KEY not in props:
         return None
+    text, most = props[KEY], limits.current().text_mb * 1e6
+    if len(text) > most:
+        got = f"it has {len(text) / 1e6:.1f} MB"
+        raise PolicyError(limits.exceeded(f"the policy inside {where}", "text_mb", got))
     try:
-        return Policy.model_validate(json.loads(props[KEY])["policy"])
-    except (ValueError, KeyError, TypeError) as error:
+        return Policy.model_validate(json.loads(text)["policy"])
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise PolicyError(f"the policy inside {where} cannot be read: {error}") from None

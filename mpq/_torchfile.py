@@ -12,12 +12,14 @@ import pickle
 import re
 import warnings
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from mpq import limits
 from mpq.errors import CheckpointError, nearest
 from mpq.files import atomic_file
 from mpq.userimport import working_directory
@@ -31,6 +33,9 @@ _HARMLESS: list[Any] = [
     (_NUMPY_SCALAR, "numpy._core.multiarray.scalar"),
     *(type(np.dtype(name)) for name in ("float32", "float64", "int32", "int64", "bool")),
 ]
+
+MOST_RATIO = 4
+"""A torch archive holds its tensors as they are: all members may be so many times its size."""
 
 _MAGIC = (
     (b"\x89HDF", "an HDF5 file, as Keras writes it"),
@@ -54,9 +59,12 @@ def load_safe(path: str | Path, *, trust_pickle: bool = False) -> Any:
         imports = working_directory() if trust_pickle else contextlib.nullcontext()
         with torch.serialization.safe_globals(_HARMLESS), imports, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's remarks on old formats are of no use here
-            return torch.load(path, map_location="cpu", weights_only=not trust_pickle)
+            content = torch.load(path, map_location="cpu", weights_only=not trust_pickle)
     except Exception as error:  # unpickling may raise anything
         raise CheckpointError(_explain(path, error, trust_pickle=trust_pickle)) from error
+    if isinstance(content, dict) and str(content.get("format")).startswith("mpq/"):
+        _check_sums(path)
+    return content
 
 
 def save_atomic(obj: Any, path: str | Path) -> None:
@@ -84,6 +92,7 @@ def _check_file(path: Path) -> None:
             raise CheckpointError(f"the checkpoint {path} does not exist{hint}")
         if path.is_dir():
             raise CheckpointError(f"the checkpoint {path} must be a file. Got a folder instead.")
+        limits.check_file(path, "file_mb", CheckpointError)
         what = _other_kind(path)
     except OSError as error:
         raise CheckpointError(f"the checkpoint {path} cannot be read: {error}") from error
@@ -91,6 +100,20 @@ def _check_file(path: Path) -> None:
         raise CheckpointError(
             f"the checkpoint {path} must be a file that torch.save wrote (.pth, .pt). "
             f"This one is {what}."
+        )
+
+
+def _check_sums(path: Path) -> None:
+    """Hold every part of an archive of ours against its checksum, which torch does not look at."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
+        broken = str(error)
+    if broken is not None:
+        raise CheckpointError(
+            f"the checkpoint {path} is damaged: the checksum of {broken} is wrong. Copy or write "
+            "it again."
         )
 
 
@@ -137,6 +160,12 @@ def _zip(path: Path) -> str | None:
         return "truncated: it begins as a torch archive but its end is missing; fetch it again"
     with zipfile.ZipFile(path) as archive:
         names = [name.partition("/")[2] for name in archive.namelist()]
+        inside, size = sum(i.file_size for i in archive.infolist()), path.stat().st_size
+    if inside > MOST_RATIO * size:
+        return (
+            f"a zip archive of {size / 1e6:,.1f} MB that says it holds {inside / 1e6:,.1f} MB; "
+            "torch.save does not compress: unpack it, and save its tensors with torch.save"
+        )
     if "constants.pkl" in names:
         return (
             "a TorchScript archive: load it with torch.jit.load where it was made and save its "

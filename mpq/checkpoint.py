@@ -18,6 +18,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from mpq import limits
 from mpq._torchfile import load_safe, save_atomic
 from mpq.errors import CheckpointError
 from mpq.policy import ModelInfo
@@ -36,6 +37,8 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
+DEPTH = 8
+"""State dicts are looked for under so many keys in a row; some files contain themselves."""
 FORMAT = "mpq/model"
 VERSION = 1
 _NESTS = ("state_dict", "model_state_dict", "model", "net", "state", "network", "weights")
@@ -103,6 +106,11 @@ def loaded_from(
     )
     if saved is None:
         return Loaded(found.network, info)
+    if saved.sha256 not in ("", info.sha256, weights_hash(_find_state(content, path))):
+        raise CheckpointError(
+            f"the weights in {path} must have the sha256 {saved.sha256[:12]}... that they were "
+            f"saved with. Got {info.sha256[:12]}...: it is damaged or was changed. Write it again."
+        )
     return Loaded(found.network, info, str(content.get("data", "")), content.get("metrics", {}))
 
 
@@ -189,27 +197,27 @@ def _recognized(
         raise CheckpointError(f"{path}: {error}") from None
 
 
-def _find_module(content: Any) -> nn.Module | None:
+def _find_module(content: Any, depth: int = 0) -> nn.Module | None:
     """The module in a trusted file: the content itself or an entry of it."""
     if isinstance(content, nn.DataParallel):
         content = content.module
     if isinstance(content, nn.Module):
         return content
-    if not isinstance(content, Mapping):
+    if not isinstance(content, Mapping) or depth > DEPTH:
         return None
-    nested = (_find_module(content[key]) for key in _NESTS if key in content)
+    nested = (_find_module(content[key], depth + 1) for key in _NESTS if key in content)
     return next((module for module in nested if module is not None), None)
 
 
-def _find_state(content: Any, path: Path) -> dict[str, Tensor]:
+def _find_state(content: Any, path: Path, depth: int = 0) -> dict[str, Tensor]:
     """The tensors of a file, from where training scripts put them."""
     module = _find_module(content)
     if module is not None:
         return module.state_dict()
     if isinstance(content, Mapping):
-        for key in _NESTS:
+        for key in _NESTS if depth < DEPTH else ():
             if isinstance(content.get(key), Mapping):
-                return _find_state(content[key], path)
+                return _find_state(content[key], path, depth + 1)
         state = {str(k): v for k, v in content.items() if isinstance(v, Tensor)}
         if state:
             dropped = [str(k) for k in content if str(k) not in state]
@@ -223,18 +231,41 @@ def _find_state(content: Any, path: Path) -> dict[str, Tensor]:
     )
 
 
+def _check_stored(name: str, tensor: Tensor, path: Path) -> None:
+    """Refuse a tensor whose values do not lie in the file one by one.
+
+    Raises:
+        CheckpointError: a sparse or a meta tensor, or one that repeats what it stores.
+    """
+    if tensor.is_meta or tensor.layout != torch.strided:
+        kind = "has no values (a meta tensor)" if tensor.is_meta else f"is {tensor.layout}"
+    elif tensor.numel() * tensor.element_size() > max(tensor.untyped_storage().nbytes(), 1_000_000):
+        kind = f"has {tensor.numel():,} values in {tensor.untyped_storage().nbytes():,} bytes"
+    else:
+        return
+    raise CheckpointError(
+        f"{name} of the checkpoint {path} must be stored value by value, but {kind}. Save "
+        "tensor.to_dense().contiguous() in its place."
+    )
+
+
 def _checked(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
     """Floats as float32; refuse weights that are quantized already or not finite."""
     halves = {str(t.dtype) for t in state.values() if t.is_floating_point()} - {"torch.float32"}
     if halves:
         logger.info("%s: weights of type %s become float32", path, ", ".join(sorted(halves)))
-    checked = {}
+    checked, total = {}, 0
     for name, tensor in state.items():
         if tensor.is_quantized:
             raise CheckpointError(
                 f"{name} of the checkpoint {path} must be a float tensor, but is quantized "
                 f"({tensor.dtype}). mpq starts from the float network."
             )
+        _check_stored(name, tensor, path)
+        total += tensor.numel() * 4
+        if total > limits.current().file_mb * 1e6:
+            got = f"{total / 1e6:,.1f} MB as float32"
+            raise CheckpointError(limits.exceeded(f"the weights in {path}", "file_mb", got))
         tensor = tensor.detach().float() if tensor.is_floating_point() else tensor.detach()
         bad = tensor.numel() - int(torch.isfinite(tensor).sum())
         if bad:

@@ -18,6 +18,7 @@ from typing import Any
 
 from mpq.errors import PolicyError, UsageError, nearest
 from mpq.files import write_text
+from mpq.limits import read_text
 
 VERSION = 1
 Edge = tuple[str, str]
@@ -165,7 +166,7 @@ class LatencyProfile:
             UsageError: there is no such file, or it is something else.
         """
         try:
-            text = path.read_text(encoding="utf-8")
+            text = read_text(path, UsageError)
         except FileNotFoundError:
             raise UsageError(
                 f"latency profile {path} does not exist. `mpq profile MODEL` writes one."

@@ -14,14 +14,25 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    model_validator,
+)
 
 from mpq.errors import PolicyError, nearest
 from mpq.layers import LayerChoice
+from mpq.limits import current, exceeded, read_text
 from mpq.spec import QuantSpec, activation_spec, weight_spec
 from mpq.target import get_target, this_target
-from mpq.yamltext import one_line, section
+from mpq.yamltext import load, one_line, section
 
+CHANNELS = 1024
+"""Of an image, at most."""
 Float = Literal["float"]
 DropType = Literal["absolute", "relative"]
 
@@ -66,6 +77,17 @@ class ModelInfo(_Value):
     classes: int = Field(ge=1)
     input: tuple[int, int, int] = (3, 32, 32)
     normalize: str = "none"
+
+    @model_validator(mode="after")
+    def _bounded(self) -> Self:
+        """Refuse what could only be built in memory that nobody has."""
+        channels, height, width = self.input
+        if min(self.input) < 1 or channels > CHANNELS:
+            raise ValueError(f"input must be [channels, height, width]. Got {list(self.input)}.")
+        for name, got in (("input_megapixels", height * width / 1e6), ("classes", self.classes)):
+            if got > getattr(current(), name):
+                raise ValueError(exceeded("the network", name, f"{got:g}"))
+        return self
 
 
 class DataInfo(_Value):
@@ -241,7 +263,7 @@ class Policy(_Value):
             PolicyError: text that is not YAML, an unknown key, a value of the wrong form.
         """
         try:
-            data = yaml.safe_load(text)
+            data = load(text)
         except yaml.YAMLError as error:
             raise PolicyError(f"{where} is not valid YAML: {one_line(error)}") from None
         if not isinstance(data, dict):
@@ -264,7 +286,7 @@ class Policy(_Value):
             PolicyError: the file is missing, unreadable or not a policy.
         """
         try:
-            text = Path(path).read_text(encoding="utf-8")
+            text = read_text(Path(path), PolicyError)
         except FileNotFoundError:
             raise PolicyError(
                 f"policy {path} does not exist. `mpq analyze MODEL` writes one."

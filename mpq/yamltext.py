@@ -1,8 +1,10 @@
-"""How a policy file is laid out, so that it can be read, edited and diffed line by line."""
+"""How a policy file is laid out, so that it can be read, edited and diffed, and how it is read."""
 
 from __future__ import annotations
 
 import yaml
+
+from mpq import limits
 
 
 def section(key: str, value: object) -> str:
@@ -22,3 +24,64 @@ def _flow(value: object) -> str:
 def one_line(error: Exception) -> str:
     """The message of an error without its line breaks."""
     return " ".join(str(error).split())
+
+
+class _Loader(yaml.SafeLoader):
+    """Gives up as soon as there are too many values, rather than when all are in memory."""
+
+    count = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        self.count += 1
+        if self.count > limits.current().yaml_values:
+            raise yaml.YAMLError(limits.exceeded("it", "yaml_values", "more values"))
+        node: yaml.Node | None = super().compose_node(parent, index)  # type: ignore[no-untyped-call]
+        return node
+
+
+def load(text: str) -> object:
+    """`yaml.safe_load` of a text that may come from anybody.
+
+    Raises:
+        yaml.YAMLError: it is no YAML, names a key of a mapping twice, is nested too deeply, or has
+            more values than the limit, those that an alias repeats counted each time.
+    """
+    most = limits.current().text_mb * 1e6
+    if len(text) > most:
+        raise yaml.YAMLError(limits.exceeded("it", "text_mb", f"it has {len(text) / 1e6:.1f} MB"))
+    loader = _Loader(text)
+    try:
+        root = loader.get_single_node()
+        if root is None:
+            return None
+        _check(root, {})
+        return loader.construct_document(root)
+    except RecursionError:
+        raise yaml.YAMLError("it is nested too deeply") from None
+    except (ValueError, OverflowError) as error:  # a date or a number that cannot be
+        raise yaml.YAMLError(str(error)) from None
+    finally:
+        loader.dispose()
+
+
+def _check(node: yaml.Node, counted: dict[int, int]) -> int:
+    """How many values a node stands for; refuses repeated keys and too many values."""
+    if id(node) in counted:
+        return counted[id(node)]
+    counted[id(node)] = 1  # of one that contains itself
+    below: list[yaml.Node] = []
+    if isinstance(node, yaml.MappingNode):
+        seen = set()
+        for key, value in node.value:
+            below += (key, value)
+            if isinstance(key, yaml.ScalarNode) and (key.tag, key.value) in seen:
+                line = key.start_mark.line + 1
+                raise yaml.YAMLError(f"line {line} gives the key {key.value!r} a second time")
+            seen.add((key.tag, str(key.value)) if isinstance(key, yaml.ScalarNode) else id(key))
+    elif isinstance(node, yaml.SequenceNode):
+        below += node.value
+    total = 1 + sum(_check(child, counted) for child in below)
+    if total > limits.current().yaml_values:
+        raise yaml.YAMLError(limits.exceeded("it", "yaml_values", f"{total:,} values or more"))
+    counted[id(node)] = total
+    return total

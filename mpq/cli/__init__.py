@@ -16,6 +16,7 @@ import click
 
 from mpq.allocator import keep_freed
 from mpq.errors import MpqError, UsageError, nearest
+from mpq.limits import limited, set_limit
 from mpq.userimport import trusting
 
 
@@ -94,8 +95,10 @@ def load_command(name: str) -> click.Command:
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 @click.option("-v", "--verbose", is_flag=True, help="Tell what is being done, on stderr.")
+@click.option("--limit", "limits", multiple=True, metavar="NAME=VALUE",
+              help="Change a limit on what is read, as messages name it; repeatable.")  # fmt: skip
 @click.version_option(package_name="mpq", message="mpq %(version)s")
-def cli(verbose: bool) -> None:
+def cli(verbose: bool, limits: tuple[str, ...]) -> None:
     """Mixed-precision quantization of PyTorch vision models, down to one ONNX file.
 
     \b
@@ -104,6 +107,8 @@ def cli(verbose: bool) -> None:
     mpq qat --policy p.yaml --teacher t.pth  retrain at those bits
     mpq export --onnx                        the file, and the proof of it
     """
+    for limit in limits:
+        set_limit(limit)
     level = logging.INFO if verbose else logging.WARNING
     logging.basicConfig(level=level, format="note: %(message)s")
     logging.getLogger("mpq").setLevel(level)
@@ -117,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     keep_freed()
     try:
-        with trusting():
+        with trusting(), limited():
             code = cli.main(args=argv, prog_name="mpq", standalone_mode=False)
         sys.stdout.flush()
         return code if isinstance(code, int) else 0

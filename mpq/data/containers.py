@@ -15,6 +15,7 @@ from typing import Protocol
 
 from mpq.data.images import SUFFIXES
 from mpq.errors import DataError
+from mpq.limits import check_file, current, exceeded
 
 
 class Container(Protocol):
@@ -44,6 +45,8 @@ def open_container(path: Path) -> Container:
         return Folder(path)
     if not path.exists():
         raise DataError(f"data folder or archive {path} does not exist.")
+    if not path.is_file():
+        raise DataError(f"{path} must be a folder or a zip archive. Got a device or a pipe.")
     return Archive(path)
 
 
@@ -68,6 +71,7 @@ class Folder:
         Raises:
             DataError: the file cannot be read.
         """
+        check_file(self.path / name, "image_mb", DataError)
         try:
             return (self.path / name).read_bytes()
         except OSError as error:
@@ -123,6 +127,7 @@ class Archive:
             DataError: the member is damaged, encrypted, or packed in an unknown way.
         """
         try:
+            self._check(name)
             return self._open().read(name)
         except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
             raise DataError(
@@ -133,6 +138,13 @@ class Archive:
                 f"{name} in {self.path} cannot be unpacked: {error}. "
                 "Write the archive again, without encryption, stored or deflated."
             ) from error
+
+    def _check(self, name: str) -> None:
+        """Refuse what would fill memory when it is unpacked."""
+        size = self._open().getinfo(name).file_size
+        if size > current().image_mb * 1e6:
+            where = f"{name} in {self.path}"
+            raise DataError(exceeded(where, "image_mb", f"it has {size / 1e6:,.1f} MB"))
 
     def stamp(self, names: list[str]) -> list[tuple[str, int, int]]:
         """See `Container.stamp`: the archive speaks for all its members."""

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mpq.errors import DataError
+from mpq.limits import current, exceeded
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 CENTRE = 0.875
@@ -64,9 +65,18 @@ def decode(data: bytes, size: tuple[int, int], *, where: str) -> NDArray[np.uint
     """
     try:
         with Image.open(io.BytesIO(data)) as image:
+            _check_pixels(image, where)
             return np.asarray(fit(image.convert("RGB"), size))
     except _BROKEN as error:
         raise DataError(_broken(where, data, error)) from error
+
+
+def _check_pixels(image: Image.Image, where: str) -> None:
+    """Refuse by its header an image that would fill memory when it is decoded."""
+    found = image.width * image.height / 1e6
+    if found > current().megapixels:
+        got = f"{image.width} x {image.height} pixels"
+        raise DataError(exceeded(where, "megapixels", got))
 
 
 def probe_size(data: bytes, *, where: str) -> tuple[int, int]:

@@ -21,6 +21,7 @@ from mpq.analyze.score import Scoring
 from mpq.data import Normalization, sample_indices
 from mpq.errors import UsageError
 from mpq.graph.ir import QuantGraph
+from mpq.limits import read_text
 from mpq.numerics import kl_divergence
 from mpq.pipeline.analyzing import Analyzing, find_policy
 from mpq.pipeline.quantizing import run_ptq
@@ -148,9 +149,9 @@ def _known(path: Path, identity: Mapping[str, Any]) -> dict[str, dict[str, Any]]
     if not path.is_file():
         raise UsageError(f"--resume must find {path}, but it does not exist. Run without --resume.")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_text(path, UsageError))
         saved, rows = content["settings"], {row["name"]: row for row in content["rows"]}
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise UsageError(f"{path} must be a file that `mpq rank` wrote, but is none.") from None
     changed = [k for k in identity if saved.get(k) != json.loads(json.dumps(identity[k]))]
     if changed:

@@ -16,7 +16,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
 
-from mpq import files, rundir
+from mpq import files, limits, rundir
 from mpq.errors import UsageError
 from mpq.policy import Policy
 from mpq.report import plots, tables
@@ -201,8 +201,8 @@ def _lines(folder: Path, name: str) -> list[Json] | None:
 
 def _parse(path: Path, parse: Callable[[str], Any]) -> Any:
     try:
-        return parse(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        return parse(limits.read_text(path, UsageError))
+    except (ValueError, RecursionError) as error:
         raise UsageError(_not_right(path, f"It is not JSON: {error}")) from None
 
 

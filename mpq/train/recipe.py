@@ -16,6 +16,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from mpq.errors import UsageError, nearest
+from mpq.limits import read_text
+from mpq.yamltext import load
 
 WeightingName = Literal["mean", "vote", "entropy", "confidence", "gradient", "dynamic"]
 
@@ -183,7 +185,7 @@ class Recipe(BaseModel):
                 f"which is no file{nearest(text, cls.names())}"
             )
         try:
-            return cls.parse(Path(text).read_text(encoding="utf-8"), where=f"recipe {text}")
+            return cls.parse(read_text(Path(text), UsageError), where=f"recipe {text}")
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(f"recipe {text} cannot be read: {error}") from None
 
@@ -191,7 +193,7 @@ class Recipe(BaseModel):
     def parse(cls, text: str, *, where: str = "recipe") -> Recipe:
         """Read YAML text; `where` names it in messages. Raises as `load`."""
         try:
-            values = yaml.safe_load(text)
+            values = load(text)
         except yaml.YAMLError as error:
             raise UsageError(f"{where} is not YAML: {' '.join(str(error).split())}") from None
         if not isinstance(values, dict):

@@ -187,12 +187,24 @@ def _under_own_names(
     for spelling in _SPELLINGS:
         renamed = _rename(plain, spelling)
         if _shapes(renamed) == wanted:
-            return {names[name]: tensor for name, tensor in renamed.items()}
+            found = {names[name]: tensor for name, tensor in renamed.items()}
+            _check_types(found, own)
+            return found
     raise CheckpointError(
         f"the weights must be those of {arch}, but differ: {differences(_shapes(plain), wanted)}. "
         f"Leave --model away to have the network found, or give the function that builds it with "
         f"--model package.module:factory."
     )
+
+
+def _check_types(found: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    """Refuse weights that would be turned into others without a word, such as integers or bools."""
+    for name, tensor in found.items():
+        if tensor.is_floating_point() != own[name].is_floating_point():
+            kind = "floats" if own[name].is_floating_point() else str(own[name].dtype)
+            raise CheckpointError(
+                f"{name} must be {kind}, but is {tensor.dtype}. mpq starts from the float network."
+            )
 
 
 def _outputs(plain: dict[str, Tensor], arch: str) -> int | None:

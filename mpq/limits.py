@@ -1,0 +1,124 @@
+"""How much is read of files that may come from anybody: checked before they are opened.
+
+`mpq --limit NAME=VALUE COMMAND ...` changes one; in Python, `mpq.limits.limited`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import stat
+from collections.abc import Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+from mpq.errors import MpqError, UsageError, nearest
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What is read at most.
+
+    Args:
+        file_mb: of a checkpoint or a model file, and of the weights in it, in MB.
+        text_mb: of a policy, a recipe or a JSON file of a run, in MB.
+        image_mb: of the file of one image, in MB.
+        megapixels: of one image.
+        input_megapixels: of the images that a network says it takes.
+        classes: of a network.
+        yaml_values: values in a YAML text, those that an alias repeats counted each time.
+        onnx_seconds: for a model file with loops to be loaded and run once.
+    """
+
+    file_mb: float = 8000.0
+    text_mb: float = 8.0
+    image_mb: float = 64.0
+    megapixels: float = 50.0
+    input_megapixels: float = 4.2
+    classes: float = 100_000.0
+    yaml_values: float = 100_000.0
+    onnx_seconds: float = 60.0
+
+
+_DEFAULT = Limits()
+_limits: ContextVar[Limits] = ContextVar("limits", default=_DEFAULT)
+
+
+def current() -> Limits:
+    """The limits that hold now."""
+    return _limits.get()
+
+
+@contextlib.contextmanager
+def limited(**values: float) -> Iterator[None]:
+    """Let other limits hold while the block runs."""
+    token = _limits.set(replace(_limits.get(), **values))
+    try:
+        yield
+    finally:
+        _limits.reset(token)
+
+
+def set_limit(text: str) -> None:
+    """Change one from here on, as `--limit` says it: `file-mb=20000`.
+
+    Raises:
+        UsageError: an unknown name, or a value that is no number above 0.
+    """
+    known = [field.name.replace("_", "-") for field in fields(Limits)]
+    name, _, value = text.partition("=")
+    if name not in known:
+        raise UsageError(
+            f"--limit must be NAME=VALUE with one of {', '.join(known)}. Got {text!r}"
+            f"{nearest(name, known)}"
+        )
+    try:
+        number = float(value)
+    except ValueError:
+        number = 0.0
+    if not number > 0:
+        raise UsageError(f"--limit {name} must be a number above 0. Got {value!r}.")
+    _limits.set(replace(_limits.get(), **{name.replace("-", "_"): number}))
+
+
+def exceeded(what: str, limit: str, got: str) -> str:
+    """What is said of what is too large; `limit` is the name of an argument of `Limits`."""
+    most, name = getattr(current(), limit), limit.replace("_", "-")
+    return (
+        f"{what} exceeds the limit {name}={most:g}: {got}. If it is what it should be, raise the "
+        f"limit: mpq --limit {name}=VALUE ..."
+    )
+
+
+def check_file(path: Path, limit: str, error: type[MpqError]) -> None:
+    """Refuse what is no regular file (a device, a pipe), and what is larger than a limit.
+
+    What does not exist passes: whoever opens it has the better message.
+
+    Args:
+        path: the file.
+        limit: `file_mb`, `text_mb` or `image_mb`.
+        error: what to raise.
+
+    Raises:
+        MpqError: as `error`.
+    """
+    try:
+        found = path.stat()
+    except OSError:
+        return
+    if not stat.S_ISREG(found.st_mode):
+        raise error(f"{path} must be a regular file. Got a folder, a device or a pipe.")
+    if found.st_size > getattr(current(), limit) * 1e6:
+        raise error(exceeded(str(path), limit, f"it has {found.st_size / 1e6:,.1f} MB"))
+
+
+def read_text(path: Path, error: type[MpqError]) -> str:
+    """The text of a small file, as UTF-8.
+
+    Raises:
+        MpqError: as `error`: no regular file, or too large a one.
+        OSError, UnicodeDecodeError: it cannot be read.
+    """
+    check_file(path, "text_mb", error)
+    return path.read_text(encoding="utf-8")
