@@ -14,6 +14,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from mpq import interrupts
+
 ASIDE, READY = ".aside-", ".ready"
 
 
@@ -32,6 +34,7 @@ def together(folder: Path) -> Iterator[Path]:
     aside = Path(tempfile.mkdtemp(prefix=ASIDE, dir=folder))
     try:
         yield aside
+        interrupts.check()
         os.rename(aside, folder / READY)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)

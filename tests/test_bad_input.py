@@ -17,7 +17,7 @@ import torch
 import yaml
 
 from mpq import zoo
-from mpq.checkpoint import save_model
+from mpq.checkpoint import load_safe, save_model
 from mpq.cli import main
 from mpq.data import Normalization
 from mpq.policy import ModelInfo
@@ -333,8 +333,16 @@ def test_a_loss_that_is_not_finite(here, capsys):
 
 def test_nothing_to_resume(here, fails):
     fails("qat --resume", "runs/model/checkpoint.pth", "is finished", "without --resume")
-    fails("qat --resume -o a", "--resume must find a/checkpoint.pth", "nothing was begun there")
     fails("train resnet20 --data digits --resume", "model.train/checkpoint.pth")
+
+
+def test_a_resume_with_nothing_begun_starts(here, capsys):
+    ptq = ["ptq", "--effort", "best", "--iterations", "2", "--num-calib", "8"]
+    assert main([*ptq, "-o", "a", "--resume"]) == 0
+    assert main([*ptq, "-o", "b"]) == 0
+    a, b = (load_safe(Path(run) / "quantized.pth")["state"] for run in "ab")
+    assert all(torch.equal(a[name], b[name]) for name in b)
+    assert main(["qat", "--resume", "-o", "c", *FAST]) == 0
 
 
 def test_recipes(fails):

@@ -22,6 +22,7 @@ LAYERS = {
     "mpq.allocator": 0,
     "mpq.cpu": 0,
     "mpq.files": 1,
+    "mpq.interrupts": 0,
     "mpq.limits": 1,
     "mpq.lock": 1,
     "mpq.staging": 1,

@@ -400,7 +400,8 @@ def test_a_killed_qat_is_resumed_bit_for_bit(here, capsys):
         err = run.communicate(timeout=60)[1]
     assert run.returncode == 130
     assert err.splitlines()[-1] == (
-        "interrupted; no file is half-written. Go on with: mpq qat ... --resume"
+        "interrupted; no file is half-written. mpq qat ... --resume goes on from what was saved, "
+        "or starts if nothing was"
     )
     assert not Path("parts/quantized.pth").exists()
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import click
 
+from mpq import interrupts
 from mpq.allocator import keep_freed
 from mpq.errors import MpqError, UsageError, nearest
 from mpq.limits import limited, set_limit
@@ -117,30 +119,42 @@ def cli(verbose: bool, limits: tuple[str, ...]) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line and return the exit code.
 
-    0: done. 2: a mistake that the user can mend, told in one message on stderr. 130: interrupted.
-    Whatever else goes wrong is a defect and keeps its traceback.
+    0: done. 2: a mistake that the user can mend, told in one message on stderr. 130: stopped by
+    Ctrl-C; 143: by SIGTERM. Whatever else goes wrong is a defect and keeps its traceback.
     """
     keep_freed()
+    with interrupts.watching(), trusting(), limited():
+        try:
+            return _run(argv)
+        except (Exception, KeyboardInterrupt) as error:
+            # After a signal, whatever was raised came of it.
+            if interrupts.seen() is None and not isinstance(error, KeyboardInterrupt):
+                raise
+            return _stopped(argv)
+
+
+def _run(argv: Sequence[str] | None) -> int:
     try:
-        with trusting(), limited():
-            code = cli.main(args=argv, prog_name="mpq", standalone_mode=False)
+        code = cli.main(args=argv, prog_name="mpq", standalone_mode=False)
         sys.stdout.flush()
+        interrupts.check()
         return code if isinstance(code, int) else 0
+    except click.Abort:
+        return _stopped(argv)
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         return 2
     except click.ClickException as error:
         return _fail(_usage(error))
     except MpqError as error:
+        interrupts.check()
         return _fail(str(error))
-    except (click.Abort, KeyboardInterrupt):
-        _tell(_interrupted(sys.argv[1:] if argv is None else argv))
-        return 130
     except BrokenPipeError:
         # The reader has gone (`| head`). Python would complain while it flushes on exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
+        interrupts.check()
         return _fail(_explain(error))
 
 
@@ -154,10 +168,17 @@ def _usage(error: click.ClickException) -> str:
     return f"{message}{stop} See `{context.command_path} --help`."
 
 
-def _interrupted(argv: Sequence[str]) -> str:
+def _stopped(argv: Sequence[str] | None) -> int:
+    """Say that the command was stopped, and give the exit code that shells give."""
+    argv = sys.argv[1:] if argv is None else argv
     name = next((arg for arg in argv if arg in COMMANDS), "")
-    told = "interrupted; no file is half-written"
-    return f"{told}. Go on with: mpq {name} ... --resume" if name in RESUMABLE else told
+    number = interrupts.seen() or signal.SIGINT
+    told = "interrupted" if number == signal.SIGINT else "terminated"
+    told += "; no file is half-written"
+    if name in RESUMABLE:
+        told += f". mpq {name} ... --resume goes on from what was saved, or starts if nothing was"
+    _tell(told)
+    return 128 + number
 
 
 def _explain(error: OSError) -> str:

@@ -92,7 +92,7 @@ def ptq(
     policy = Policy.load(path)
     folder = options.hold(options.run_of(path, out))
     written = folder / "quantized.pth"
-    check_start(folder, written, resume=resume, force=force, state=PROGRESS)
+    resume = check_start(folder, written, resume=resume, force=force, state=PROGRESS)
     check_policy_file(path, folder, force=force)
     if num_calib:
         policy = policy.replace(data=policy.data.replace(samples=num_calib))

@@ -76,7 +76,7 @@ def qat(
     policy = Policy.load(path)
     folder = options.hold(options.run_of(path, out))
     written = folder / "quantized.pth"
-    check_start(folder, written, resume=resume, force=force)
+    resume = check_start(folder, written, resume=resume, force=force)
     check_policy_file(path, folder, force=force)
     chosen = training.recipe_from(recipe, epochs, settings, compiling=compiling)
     training.check_plan(chosen, device=device, teacher=teacher, unlabelled=unlabelled)

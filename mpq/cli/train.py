@@ -82,7 +82,7 @@ def train(
     training.check_plan(chosen, device=device, teacher=teacher, unlabelled=unlabelled)
     options.hold_file(out)
     options.hold(working_folder(out))
-    check_start(working_folder(out), out, resume=resume, force=force)
+    resume = check_start(working_folder(out), out, resume=resume, force=force)
     source = DataSource(data, data_root, holdout, unlabelled)
     subject = new_subject(arch, source, normalize=normalize, seed=seed)
     options.say(

@@ -14,38 +14,39 @@ from mpq.train.resume import CHECKPOINT
 
 def check_start(
     folder: Path, out: Path, *, resume: bool, force: bool, state: str = CHECKPOINT
-) -> None:
-    """Refuse to lose an unfinished or a finished run, or to resume none.
+) -> bool:
+    """Refuse to lose an unfinished or a finished run; say whether there is a state to resume from.
 
-    Of several processes the leading one looks.
+    Of several processes the leading one refuses.
 
     Args:
         folder: where the work keeps its state while it runs.
         out: what it writes in the end.
-        resume: go on from the checkpoint; what stands at `out` was given up when it began.
+        resume: go on from the checkpoint, where there is one; what stands at `out` was given up
+            when it began.
         force: start anew all the same.
         state: the name of the file of that state.
 
     Raises:
         UsageError: what `resume` and `force` ask for does not fit what is there.
     """
-    if not leading():
-        return  # the leading process may have begun to write already
     checkpoint = folder / state
-    if resume:
-        if not checkpoint.is_file():
-            why = f"{out} is finished" if out.exists() else "nothing was begun there"
-            raise UsageError(
-                f"--resume must find {checkpoint}, but it does not exist: {why}. "
-                "Run without --resume."
-            )
-        return
+    if resume and checkpoint.is_file():
+        return True
+    if not leading():
+        return False  # the leading process may have begun to write already
+    if resume and out.exists() and not force:
+        raise UsageError(
+            f"--resume must find {checkpoint}, but it does not exist: {out} is finished. "
+            "Run without --resume."
+        )
     if checkpoint.exists() and not force:
         raise UsageError(
             f"{folder} holds an unfinished run ({state}). Go on with --resume, start anew "
             "with --force, or write elsewhere with -o."
         )
     rundir.refuse_overwrite(out, force)
+    return False
 
 
 def check_teacher(teacher: Ensemble | None, info: ModelInfo) -> None:

@@ -147,7 +147,7 @@ def _check(candidates: Sequence[str], source: DataSource) -> None:
 def _known(path: Path, identity: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """The rows of an earlier run that were measured with the same settings."""
     if not path.is_file():
-        raise UsageError(f"--resume must find {path}, but it does not exist. Run without --resume.")
+        return {}
     try:
         content = json.loads(read_text(path, UsageError))
         saved, rows = content["settings"], {row["name"]: row for row in content["rows"]}
