@@ -24,6 +24,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from mpq.errors import DataError, ExportError, UsageError
+from mpq.export import trial
 
 Array = NDArray[Any]
 _QUIET = 3  # errors only: the runtime warns about every hardware specific optimization
@@ -84,8 +85,10 @@ def session(
         ExportError: the runtime refuses the model.
     """
     name = "the model" if isinstance(model, bytes) else str(model)
-    if not isinstance(model, bytes) and not Path(model).is_file():
-        raise UsageError(f"model file {name} does not exist; `mpq export --onnx` writes one.")
+    if not isinstance(model, bytes):
+        if not Path(model).exists() or Path(model).is_dir():
+            raise UsageError(f"model file {name} does not exist; `mpq export --onnx` writes one.")
+        trial.hold(Path(model))
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1

@@ -14,7 +14,7 @@ import warnings
 import zipfile
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -73,15 +73,35 @@ def save_atomic(obj: Any, path: str | Path) -> None:
     Raises:
         CheckpointError: the folder is missing or not writable, the disk is full.
     """
-    path = Path(path)
+    path, failed = Path(path), list[OSError]()
     try:
         with atomic_file(path) as file:
-            torch.save(obj, file)
+            torch.save(obj, _Telling(file, failed))  # type: ignore[arg-type]
     except (OSError, RuntimeError) as error:  # torch's zip writer turns the first into the second
-        why = getattr(error, "strerror", None) or error
+        cause = failed[0] if failed else error
+        why = getattr(cause, "strerror", None) or cause
         raise CheckpointError(
             f"{path} cannot be written: {why}. Its folder must exist, be writable and have room."
         ) from error
+
+
+class _Telling:
+    """A file that keeps the error of a failed write; torch's writer tells only positions."""
+
+    def __init__(self, file: BinaryIO, failed: list[OSError]) -> None:
+        self.file, self.failed = file, failed
+
+    def write(self, data: Any) -> int:
+        """As of the file."""
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.failed.append(error)
+            raise
+
+    def flush(self) -> None:
+        """As of the file."""
+        self.file.flush()
 
 
 def _check_file(path: Path) -> None:

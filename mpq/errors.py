@@ -46,6 +46,12 @@ class UsageError(MpqError, ValueError):
     """An option or a combination of options makes no sense, or an input file is missing."""
 
 
+def printable(text: str) -> str:
+    """A text as a terminal may get it: control characters, which it would obey, are escaped."""
+    plain = (c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
+    return "".join(plain)
+
+
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
     """Return `; did you mean A, B?` for the closest known names, or an empty string."""
     close = difflib.get_close_matches(name, list(known), n=count, cutoff=0.5)

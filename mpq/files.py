@@ -29,8 +29,10 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         os.chmod(part, 0o666 & ~_umask())  # mkstemp's files are for their owner only
         os.replace(part, path)
-    except BaseException:
+    except BaseException as error:
         Path(part).unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename in (None, part):
+            error.filename = str(path)  # a full disk does not say of which file it speaks
         raise
 
 

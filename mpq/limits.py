@@ -93,7 +93,7 @@ def exceeded(what: str, limit: str, got: str) -> str:
 def check_file(path: Path, limit: str, error: type[MpqError]) -> None:
     """Refuse what is no regular file (a device, a pipe), and what is larger than a limit.
 
-    What does not exist passes: whoever opens it has the better message.
+    What does not exist and folders pass: whoever opens them has the better message.
 
     Args:
         path: the file.
@@ -107,8 +107,10 @@ def check_file(path: Path, limit: str, error: type[MpqError]) -> None:
         found = path.stat()
     except OSError:
         return
+    if stat.S_ISDIR(found.st_mode):
+        return
     if not stat.S_ISREG(found.st_mode):
-        raise error(f"{path} must be a regular file. Got a folder, a device or a pipe.")
+        raise error(f"{path} must be a regular file. Got a device or a pipe.")
     if found.st_size > getattr(current(), limit) * 1e6:
         raise error(exceeded(str(path), limit, f"it has {found.st_size / 1e6:,.1f} MB"))
 

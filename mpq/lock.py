@@ -42,12 +42,16 @@ def held(file: Path, what: Path) -> Iterator[None]:
         what: what nobody else may write meanwhile, for messages.
 
     Raises:
-        UsageError: somebody else holds it; the message says who and since when.
-        OSError: the folder cannot be made or written to.
+        UsageError: somebody else holds it, and the message says who and since when; or the folder
+            cannot be made or written to.
     """
-    made = [p for p in (file.parent, *file.parent.parents) if not p.exists()]
-    file.parent.mkdir(parents=True, exist_ok=True)
-    taken = _take(file, what)
+    try:
+        made = [p for p in (file.parent, *file.parent.parents) if not p.exists()]
+        file.parent.mkdir(parents=True, exist_ok=True)
+        taken = _take(file, what)
+    except OSError as error:
+        why = f"{error.filename}: {error.strerror}"
+        raise UsageError(f"{what} cannot be written: {why}. Write elsewhere with -o.") from None
     try:
         yield
     finally:

@@ -8,6 +8,7 @@ No torch here.
 from __future__ import annotations
 
 import glob
+import logging
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -22,6 +23,7 @@ from mpq.processes import leading
 from mpq.staging import READY, settle
 from mpq.userimport import remember_trust, trust_run
 
+logger = logging.getLogger(__name__)
 REMEMBERED = 100
 RUNS = Path("runs")
 """Where runs lie unless `-o` says otherwise, relative to the working directory."""
@@ -113,8 +115,11 @@ def touch_run(folder: Path) -> Path:
     told = full.relative_to(here) if full.is_relative_to(here) else full
     recent = [told, *(run for run in _recent() if run != told)]
     lines = "".join(f"{run.as_posix()}\n" for run in recent[:REMEMBERED])
-    write_text(_pointer(), lines)
-    sweep(RUNS, older_than=60.0)  # other commands write there too
+    try:
+        write_text(_pointer(), lines)
+        sweep(RUNS, older_than=60.0)  # other commands write there too
+    except OSError as error:
+        logger.info("which run is the newest is not noted: %s: %s", RUNS, error.strerror)
     remember_trust(folder)
     return folder
 

@@ -17,7 +17,7 @@ import click
 
 from mpq import interrupts
 from mpq.allocator import keep_freed
-from mpq.errors import MpqError, UsageError, nearest
+from mpq.errors import MpqError, UsageError, nearest, printable
 from mpq.limits import limited, set_limit
 from mpq.userimport import trusting
 
@@ -112,8 +112,18 @@ def cli(verbose: bool, limits: tuple[str, ...]) -> None:
     for limit in limits:
         set_limit(limit)
     level = logging.INFO if verbose else logging.WARNING
-    logging.basicConfig(level=level, format="note: %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Printable("note: %(message)s"))
+    logging.basicConfig(level=level, handlers=[handler])
     logging.getLogger("mpq").setLevel(level)
+
+
+class _Printable(logging.Formatter):
+    """Without the control characters that names in files may hold."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """As of the base class."""
+        return printable(super().format(record))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -193,4 +203,4 @@ def _fail(message: str) -> int:
 
 
 def _tell(message: str) -> None:
-    click.echo(message, err=True)
+    click.echo(printable(message), err=True)

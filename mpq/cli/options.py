@@ -27,6 +27,7 @@ from rich.progress import (
 
 from mpq import rundir
 from mpq.data import Normalization
+from mpq.errors import printable
 from mpq.processes import leading
 from mpq.spec import WIDTHS
 from mpq.target import TARGETS
@@ -227,12 +228,12 @@ def hold_file(path: Path) -> Path:
 def say(text: str) -> None:
     """One line on stderr: what was chosen, what was written. The leading process speaks."""
     if leading():
-        stderr.print(text, markup=False, soft_wrap=True)
+        stderr.print(printable(text), markup=False, soft_wrap=True)
 
 
 def show(text: str) -> None:
     """A line of the result on stdout, not broken where the terminal ends."""
-    stdout.print(text, markup=False, soft_wrap=True)
+    stdout.print(printable(text), markup=False, soft_wrap=True)
 
 
 def outcome(top1: float | None, where: str) -> str:

@@ -65,7 +65,10 @@ def _check_pair(pair: Any, where: str) -> tuple[Any, Any]:
             f"{where} must be a DataSet, (images, labels) or a dict of those. "
             f"Got {type(pair).__name__}."
         )
-    images, labels = np.asarray(pair[0]), np.asarray(pair[1])
+    try:
+        images, labels = np.asarray(pair[0]), np.asarray(pair[1])
+    except ValueError as error:
+        raise DataError(f"images and labels of {where} must be arrays: {error}") from None
     if images.ndim == 3:
         images = images[..., None]
     if images.ndim != 4 or images.shape[-1] not in (1, 3) or images.dtype != np.uint8:

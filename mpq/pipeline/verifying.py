@@ -16,6 +16,7 @@ from mpq.data import Normalization, open_data, sample_indices
 from mpq.errors import DataError, UsageError
 from mpq.export import bench, runtime
 from mpq.export.exact import ExactReport, verify_exact
+from mpq.export.meta import from_metadata
 from mpq.export.onnx_file import verify_file
 from mpq.export.verify import VerifyReport
 from mpq.pipeline.exporting import held_out
@@ -42,10 +43,31 @@ def verify_run(found: Quantized, path: Path, *, images: int = 1000, seed: int = 
     if not path.is_file():
         raise UsageError(f"{path} does not exist; `mpq export --onnx` writes model.onnx.")
     found.subject.require_data("verification")
+    _check_origin(found, path)
     sample = held_out(found.subject, images, seed)
     if sample is None:
         raise DataError("verification needs at least one image. Got --images 0.")
     return verify_file(found.graph, path, sample)
+
+
+def _check_origin(found: Quantized, path: Path) -> None:
+    """Refuse a file that says it was made from another network.
+
+    Raises:
+        UsageError: it does.
+    """
+    policy = from_metadata(runtime.metadata(runtime.session(path)), str(path))
+    of_file, of_network = policy and policy.model, found.policy.model
+    if of_file is None or of_network is None:
+        return
+    keys = ("arch", "classes", "input", "sha256")
+    differ = [k for k in keys if getattr(of_file, k) != getattr(of_network, k)]
+    if differ:
+        told = ", ".join(f"{k} {getattr(of_file, k)}, not {getattr(of_network, k)}" for k in differ)
+        raise UsageError(
+            f"{path} was made from another network than the one it is compared with: {told}. Name "
+            "the quantized.pth that it was made from with --quantized."
+        )
 
 
 def exact_run(path: Path, source: DataSource, *, images: int = 4, seed: int = 0) -> ExactReport:
@@ -54,7 +76,7 @@ def exact_run(path: Path, source: DataSource, *, images: int = 4, seed: int = 0)
     Args:
         path: any ONNX classifier.
         source: where test images come from; without data named here or in the file, noise.
-        images: how many.
+        images: how many; a file that is fixed to a batch gets one batch.
         seed: of the sample, or of the noise.
 
     Raises:
@@ -70,6 +92,7 @@ def exact_run(path: Path, source: DataSource, *, images: int = 4, seed: int = 0)
 def _batch(path: Path, source: DataSource, count: int, seed: int) -> NDArray[Any]:
     """Test images as the file takes them; noise where nothing is known."""
     info, takes = bench.file_info(path), runtime.model_input(runtime.session(path))
+    count = takes.batch or count
     name = source.data or info.data or "none"
     if name != "none":
         try:
@@ -86,5 +109,5 @@ def _batch(path: Path, source: DataSource, count: int, seed: int) -> NDArray[Any
             return pixels if takes.integer else norm.apply(pixels)
     rng = np.random.default_rng(seed)
     if takes.integer:
-        return rng.integers(0, 256, takes.shape(takes.batch or count), np.uint8)
-    return rng.standard_normal(takes.shape(takes.batch or count), np.float32)
+        return rng.integers(0, 256, takes.shape(count), np.uint8)
+    return rng.standard_normal(takes.shape(count), np.float32)

@@ -10,6 +10,8 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
+from mpq.errors import printable
+
 
 @dataclass(frozen=True, slots=True)
 class Column:
@@ -65,7 +67,7 @@ class Grid:
             )
         for i, row in enumerate(self.rows):
             # Text, not markup: a layer may be called `blocks[0]`.
-            cells = [Text(row[k]) for k in shown]
+            cells = [Text(printable(row[k])) for k in shown]
             table.add_row(*cells, style="bold" if i in self.marked else None)
         yield Text(self.title, style="bold")
         yield table

@@ -1,0 +1,145 @@
+"""What goes wrong outside of mpq is told in one message that names the file, before the work."""
+
+from __future__ import annotations
+
+import json
+import logging
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper
+
+from mpq import files, rundir
+from mpq.checkpoint import save_atomic
+from mpq.cli import main
+from mpq.data import open_data
+from mpq.errors import CheckpointError, DataError, ExportError, PolicyError, printable
+from mpq.export import runtime
+from mpq.export.meta import KEY, from_metadata
+from mpq.limits import limited
+from mpq.userimport import trusting
+
+
+@contextmanager
+def full_disk(room: int) -> Iterator[None]:
+    """No file can grow beyond so many bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_is_told_with_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "sensitivity.json"
+    path.write_text("old")
+    big = "x" * 50_000_000
+    with full_disk(40_000_000), pytest.raises(OSError, match=r"sensitivity\.json"):
+        files.write_text(path, big)
+    model, weights = tmp_path / "model.pth", torch.zeros(12_000_000)
+    told = pytest.raises(CheckpointError, match=r"model\.pth cannot be written: File too large")
+    with full_disk(40_000_000), told:
+        save_atomic({"a": weights}, model)
+    assert [p.name for p in tmp_path.iterdir()] == ["sensitivity.json"]
+    assert path.read_text() == "old"
+
+
+def test_the_newest_run_need_not_be_noted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A working directory that cannot be written to: here, `runs` is a file."""
+    monkeypatch.chdir(tmp_path)
+    Path("runs").touch()
+    with caplog.at_level(logging.INFO, logger="mpq"):
+        rundir.touch_run(tmp_path / "elsewhere")
+    assert "which run is the newest is not noted" in caplog.text
+    assert (tmp_path / "elsewhere").is_dir()
+
+
+def test_control_characters_do_not_reach_the_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert printable("a\x1b[2J\r\x07é\n") == "a\\x1b[2J\\r\\x07é\n"
+    monkeypatch.chdir(tmp_path)
+    text = 'version: 1\nlayers: [{name: "a\\e[2J", weight: int4/channel}]\n'
+    Path("a.yaml").write_text(text)
+    Path("b.yaml").write_text(text.replace("int4", "int6") + 'evidence: {"a\\e[2J": {}}\n')
+    main(["diff", "a.yaml", "b.yaml"])
+    main(["diff", "a\x1b[2J.yaml", "b.yaml"])
+    told = capsys.readouterr()
+    assert "\x1b[2J" not in told.out + told.err
+    assert "a\\x1b[2J" in told.err
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, '{"policy": ' * 20_000, "", "null", '"' + "x" * 9_000_000 + '"']
+)
+def test_hostile_metadata_is_no_policy(text: str) -> None:
+    with pytest.raises(PolicyError, match=r"the policy inside m\.onnx (cannot be read|exceeds)"):
+        from_metadata({KEY: text}, "m.onnx")
+
+
+def test_ragged_arrays_of_a_factory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("ragged_data.py").write_text("def make(): return [[1], [2, 3]], [0, 1]\n")
+    with trusting("ragged_data:make"), pytest.raises(DataError, match="must be arrays"):
+        open_data("ragged_data:make")
+
+
+def loop(path: Path, trips: int) -> None:
+    """An image classifier that first turns round in a loop, of constants alone."""
+    counter = [helper.make_tensor_value_info(n, TensorProto.INT64, []) for n in ("i", "c", "d")]
+    flags = [helper.make_tensor_value_info(n, TensorProto.BOOL, []) for n in ("k", "l")]
+    body = helper.make_graph(
+        [helper.make_node("Add", ["c", "i"], ["d"]), helper.make_node("Identity", ["k"], ["l"])],
+        "body",
+        [counter[0], flags[0], counter[1]],
+        [flags[1], counter[2]],
+    )
+    constants = [
+        helper.make_tensor("trips", TensorProto.INT64, [], [trips]),
+        helper.make_tensor("true", TensorProto.BOOL, [], [True]),
+        helper.make_tensor("zero", TensorProto.INT64, [], [0]),
+    ]
+    nodes = [
+        helper.make_node("Loop", ["trips", "true", "zero"], ["sum"], body=body),
+        helper.make_node("Cast", ["sum"], ["float"], to=TensorProto.FLOAT),
+        helper.make_node("ReduceMean", ["x"], ["mean"], axes=[2, 3], keepdims=0),
+        helper.make_node("Add", ["mean", "float"], ["y"]),
+    ]
+    image = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 3, 8, 8])
+    answer = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 3])
+    graph = helper.make_graph(nodes, "net", [image], [answer], constants)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    onnx.save(model, path)
+
+
+def test_a_loop_is_run_in_a_time_limit(tmp_path: Path) -> None:
+    loop(tmp_path / "short.onnx", 3)
+    found = runtime.run(
+        runtime.session(tmp_path / "short.onnx"), np.zeros((1, 3, 8, 8), np.float32)
+    )
+    assert found.tolist() == [[3.0, 3.0, 3.0]]
+    loop(tmp_path / "endless.onnx", 2**62)
+    told = pytest.raises(ExportError, match="limit onnx-seconds=2: it has loops, and did not end")
+    with limited(onnx_seconds=2), told:
+        runtime.session(tmp_path / "endless.onnx")
+
+
+def test_a_model_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "m.onnx").symlink_to("/dev/zero")
+    with pytest.raises(ExportError, match="must be a regular file"):
+        runtime.session(tmp_path / "m.onnx")
+
+
+def test_metadata_that_lies_about_its_network_is_told() -> None:
+    told = json.dumps({"policy": {"version": 1, "model": {"arch": "a", "classes": 10**12}}})
+    with pytest.raises(PolicyError, match="limit classes=100000"):
+        from_metadata({KEY: told}, "m.onnx")
