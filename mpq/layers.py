@@ -1,7 +1,7 @@
 """What search, policies, targets and reports know of a network and ask of its layers. No torch.
 
 `Operation` is what decides about kernels, `LayerInfo` a layer with its sizes, `LayerChoice` the
-decision for it, `Moment` the activations alive at one time.
+decision for it, `LiveSet` the activations alive at one time.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ class LayerChoice:
 
 
 @dataclass(frozen=True, slots=True)
-class Moment:
+class LiveSet:
     """Activations that are alive at one time while one image passes.
 
     Args:
@@ -164,7 +164,7 @@ class Moment:
         """Bits alive at the given activation widths (None: float32)."""
         return self.fixed + sum(n * (activation_bits[name] or 32) for name, n in self.layers)
 
-    def within(self, other: Moment) -> bool:
-        """Whether another moment holds at least as much at any widths."""
+    def within(self, other: LiveSet) -> bool:
+        """Whether another set holds at least as much at any widths."""
         more = dict(other.layers)
         return self.fixed <= other.fixed and all(n <= more.get(k, 0) for k, n in self.layers)

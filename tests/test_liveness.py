@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from mpq.analyze import cost
-from mpq.graph.liveness import moments
+from mpq.graph.liveness import live_sets
 from mpq.graph.passes import to_float
 
 
@@ -25,7 +25,7 @@ class Block(nn.Module):
 
 def test_the_peak_of_a_residual_block() -> None:
     graph = to_float(Block().eval(), torch.zeros(2, 3, 8, 8))
-    found = moments(graph)
+    found = live_sets(graph)
     # While `a` writes 16 maps, its own input is alive; while `b` writes, that input waits for the
     # addition: 4 maps read by `a`, 16 read by `b`, 4 that only the addition reads, at 8 bits.
     at_8 = dict.fromkeys(graph.layers, (8, 8))
@@ -37,7 +37,7 @@ def test_the_peak_of_a_residual_block() -> None:
 
 def test_moments_hold_no_other_and_leave_the_graph_alone() -> None:
     graph = to_float(Block().eval(), torch.zeros(2, 3, 8, 8))
-    found = moments(graph)
+    found = live_sets(graph)
     assert not any(a is not b and a.within(b) for a in found for b in found)
     assert not graph.sites
     assert graph.stage == "float"

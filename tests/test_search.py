@@ -11,7 +11,7 @@ from mpq.analyze.cost import Allocation
 from mpq.analyze.sensitivity import Row, Sensitivity, by_name
 from mpq.errors import InfeasibleError, PolicyError, UsageError
 from mpq.latency import LatencyProfile, LayerLatency
-from mpq.layers import LayerInfo, Moment, Widths
+from mpq.layers import LayerInfo, LiveSet, Widths
 from mpq.policy import Constraints, DataInfo, LayerPolicy, ModelInfo, Policy
 from mpq.spec import activation_spec, weight_spec
 from mpq.target import ONNXRUNTIME_CPU as TARGET
@@ -35,8 +35,10 @@ def problem(
             for bits in (16, 8, 4):
                 rows.append(Row(info.name, part, bits, base * 4.0 ** (4 - bits)))
     held = [tuple((f"l{i}", rng.randint(50, 2000)) for i in (k, k + 1)) for k in range(count - 1)]
-    moments = tuple(Moment(rng.randint(0, 4000), pair) for pair in held)
-    return Sensitivity(tuple(rows), tuple(layers), groups, "fisher", 8, 0, "key", moments=moments)
+    live_sets = tuple(LiveSet(rng.randint(0, 4000), pair) for pair in held)
+    return Sensitivity(
+        tuple(rows), tuple(layers), groups, "fisher", 8, 0, "key", live_sets=live_sets
+    )
 
 
 def times(seed: int, count: int = 6) -> LatencyProfile:
@@ -69,7 +71,7 @@ def brute_force(
 def meets(s: Sensitivity, widths: dict[str, Widths], c: Constraints) -> bool:
     latency = times(0).predict(TARGET.integers(s.layers, widths)) if c.max_latency_ms else 0.0
     spent = (
-        (c.max_activation_mb, cost.activation_bytes(s.moments, widths) / 1e6),
+        (c.max_activation_mb, cost.activation_bytes(s.live_sets, widths) / 1e6),
         (c.max_latency_ms, latency),
         (c.effective_bits, cost.effective_bits(s.layers, widths)),
         (c.max_size_mb, cost.predicted_bytes(s.layers, widths, TARGET) / 1e6),
@@ -118,7 +120,7 @@ def test_peaks_and_times_bind_as_brute_force_says(
     found = Search(s, widths=pairs, profile=profile).allocate(constraints)
     assert meets(s, found.widths, constraints)
     assert found.objective == pytest.approx(expected, rel=1e-9)
-    assert found.activation_bytes == cost.activation_bytes(s.moments, found.widths)
+    assert found.activation_bytes == cost.activation_bytes(s.live_sets, found.widths)
     assert found.latency_ms == profile.predict(TARGET.integers(s.layers, found.widths))
 
 
@@ -126,7 +128,7 @@ def test_ranges_are_what_brute_force_finds() -> None:
     s, profile, pairs = problem(1, 4), times(3, 4), candidates((16, 8), (8, 4))
     names = [info.name for info in s.layers]
     every = [dict(zip(names, choice, strict=True)) for choice in itertools.product(pairs, repeat=4)]
-    peaks = [cost.activation_bytes(s.moments, w) / 1e6 for w in every]
+    peaks = [cost.activation_bytes(s.live_sets, w) / 1e6 for w in every]
     assert Search(s, widths=pairs).range(Constraints(), "max_activation_mb") == (
         min(peaks),
         max(peaks),
@@ -153,7 +155,7 @@ def test_every_kind_of_budget_tells_its_range(constraints: Constraints, told: st
 def test_a_budget_without_its_basis_says_what_is_missing() -> None:
     with pytest.raises(PolicyError, match="max_latency_ms needs measured times: `mpq profile"):
         Search(problem(0)).allocate(Constraints(max_latency_ms=1))
-    old = dataclasses.replace(problem(0), moments=())
+    old = dataclasses.replace(problem(0), live_sets=())
     with pytest.raises(PolicyError, match="max_activation_mb needs the activations"):
         Search(old).allocate(Constraints(max_activation_mb=1))
     with pytest.raises(UsageError, match="max_drop must be measured on images"):

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from mpq.layers import LayerInfo, Moment, Widths, mean_bits
+from mpq.layers import LayerInfo, LiveSet, Widths, mean_bits
 from mpq.target import Target
 
 SCALE_BYTES = 4
@@ -87,7 +87,7 @@ def predicted_bytes(
     return target.bytes_per_file + own
 
 
-def activation_bytes(moments: Iterable[Moment], widths: Mapping[str, Widths]) -> int:
+def activation_bytes(live_sets: Iterable[LiveSet], widths: Mapping[str, Widths]) -> int:
     """Peak of the activations alive at one time for one image, each packed at its width.
 
     A tensor has the activation width of the layers that read it, 8 bits where only additions and
@@ -95,4 +95,4 @@ def activation_bytes(moments: Iterable[Moment], widths: Mapping[str, Widths]) ->
     onnxruntime's CPU kernels hold a byte for each value of 8 bits or fewer.
     """
     bits = {name: pair[1] for name, pair in widths.items()}
-    return (max((m.bits(bits) for m in moments), default=0) + 7) // 8
+    return (max((m.bits(bits) for m in live_sets), default=0) + 7) // 8

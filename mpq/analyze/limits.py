@@ -56,7 +56,7 @@ def limits(
     """All limits that can be told, by name.
 
     Args:
-        sensitivity: layers and moments.
+        sensitivity: layers and live sets.
         keys: the choices, in the order of the variables; edges of `profile` come behind them.
         target: what a layer costs in the file.
         profile: measured times, if there are any.
@@ -98,7 +98,7 @@ def limits(
             lambda w: cost.bitops(layers, w) / 1e9,
         ),
     ]
-    if sensitivity.moments:
+    if sensitivity.live_sets:
         found.append(_activation(sensitivity, keys, edges))
     if profile:
         found.append(_latency(sensitivity, keys, target, profile))
@@ -112,18 +112,18 @@ def _activation(sensitivity: Sensitivity, keys: Sequence[Key], edges: int) -> Li
         places.setdefault(name, []).append(index)
     entries = [
         (count * (keys[index][1][1] or 32), row, index)
-        for row, moment in enumerate(sensitivity.moments)
-        for name, count in moment.layers
+        for row, held in enumerate(sensitivity.live_sets)
+        for name, count in held.layers
         for index in places[name]
     ]
-    shape = (len(sensitivity.moments), len(keys) + edges)
-    fixed = np.array([float(m.fixed) for m in sensitivity.moments])
+    shape = (len(sensitivity.live_sets), len(keys) + edges)
+    fixed = np.array([float(m.fixed) for m in sensitivity.live_sets])
     return Limit(
         "max_activation_mb",
         sparse(entries, shape),
         fixed,
         8e6,
-        lambda w: cost.activation_bytes(sensitivity.moments, w) / 1e6,
+        lambda w: cost.activation_bytes(sensitivity.live_sets, w) / 1e6,
     )
 
 

@@ -28,7 +28,7 @@ from mpq.checkpoint import weights_hash
 from mpq.errors import DataError, UsageError, nearest
 from mpq.graph.annotate import reading_groups
 from mpq.graph.ir import QuantGraph
-from mpq.graph.liveness import moments
+from mpq.graph.liveness import live_sets
 from mpq.spec import WIDTHS
 
 Metric = Literal["fisher", "gradient", "kl", "loss", "fit", "hawq", "sqnr"]
@@ -156,7 +156,7 @@ def score_layers(
         samples=0 if images is None else len(images),
         seed=how.seed,
         key=how.key(qg, images, labels),
-        moments=moments(qg),
+        live_sets=live_sets(qg),
     )
 
 

@@ -171,7 +171,7 @@ def _front(found: list[tuple[float, Allocation]], also: Sequence[Allocation]) ->
 
 def _described(problem: Problem, widths: dict[str, Widths], gap: float) -> Allocation:
     """A configuration with all that it costs."""
-    layers, moments = problem.sensitivity.layers, problem.sensitivity.moments
+    layers, live_sets = problem.sensitivity.layers, problem.sensitivity.live_sets
     chosen, latency = set(widths.items()), problem.limits.get("max_latency_ms")
     picked = [s for key, s in zip(problem.keys, problem.scores, strict=False) if key in chosen]
     return Allocation(
@@ -181,7 +181,7 @@ def _described(problem: Problem, widths: dict[str, Widths], gap: float) -> Alloc
         bitops=cost.bitops(layers, widths),
         weight_bytes=cost.weight_bytes(layers, widths),
         bytes=cost.predicted_bytes(layers, widths, problem.target),
-        activation_bytes=cost.activation_bytes(moments, widths) if moments else None,
+        activation_bytes=cost.activation_bytes(live_sets, widths) if live_sets else None,
         latency_ms=latency.measure(widths) if latency else None,
         status="optimal" if gap == 0 else "best found",
         gap=gap,

@@ -15,7 +15,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from mpq.errors import PolicyError
-from mpq.layers import LayerInfo, Moment
+from mpq.layers import LayerInfo, LiveSet
 
 Part = Literal["weight", "activation"]
 PARTS: tuple[Part, ...] = ("weight", "activation")
@@ -63,7 +63,7 @@ class Sensitivity:
         samples: number of images looked at.
         seed: of the random draws.
         key: hash of weights, images and settings; equal keys mean equal rows.
-        moments: activations that are alive at one time, for the budget of activation memory.
+        live_sets: activations that are alive at one time, for the budget of activation memory.
     """
 
     rows: tuple[Row, ...]
@@ -73,7 +73,7 @@ class Sensitivity:
     samples: int
     seed: int
     key: str
-    moments: tuple[Moment, ...] = ()
+    live_sets: tuple[LiveSet, ...] = ()
 
     def __post_init__(self) -> None:
         names = {layer.name for layer in self.layers}
@@ -126,7 +126,7 @@ class Sensitivity:
             "key": self.key,
             "layers": [_layer_json(layer) for layer in self.layers],
             "groups": [list(group) for group in self.groups],
-            "moments": [{"fixed": m.fixed, "layers": dict(m.layers)} for m in self.moments],
+            "moments": [{"fixed": m.fixed, "layers": dict(m.layers)} for m in self.live_sets],
             "rows": [dataclasses.asdict(row) for row in self.rows],
         }
 
@@ -145,8 +145,8 @@ class Sensitivity:
                 rows=tuple(Row(**row) for row in content["rows"]),
                 layers=tuple(_layer(layer) for layer in content["layers"]),
                 groups=tuple(tuple(group) for group in content["groups"]),
-                moments=tuple(
-                    Moment(m["fixed"], tuple(m["layers"].items()))
+                live_sets=tuple(
+                    LiveSet(m["fixed"], tuple(m["layers"].items()))
                     for m in content.get("moments", ())
                 ),
                 **{k: content[k] for k in ("metric", "samples", "seed", "key")},

@@ -18,7 +18,7 @@ from mpq.data import Normalization
 from mpq.latency import LatencyProfile
 from mpq.pipeline.analysis import Analysis, analysis_json, write_analysis
 from mpq.pipeline.analyzing import Analyzing, find_policy
-from mpq.pipeline.subject import DataSource, open_checkpoint
+from mpq.pipeline.subject import DataSource, Subject, open_checkpoint
 from mpq.policy import Constraints, Policy
 from mpq.processes import leading
 from mpq.report.grid import counted
@@ -102,15 +102,11 @@ def analyze(
     folder = options.hold(rundir.resolve_out(out, checkpoint.stem))
     rundir.refuse_overwrite(folder / "policy.yaml", force)
     timed = minimize == "latency" or budgets[0].max_latency_ms is not None or profile_path
+    profile = _profile(profile_path, folder) if timed else None
+    kept = Policy.load(locked) if locked else None
+    scoring = Scoring(bits, act_bits, metric, seed, rounding=rounding)
     how = Analyzing(
-        Scoring(bits, act_bits, metric, seed, rounding=rounding),
-        samples=num_score,
-        target=target,
-        locked=Policy.load(locked) if locked else None,
-        profile=_profile(profile_path, folder) if timed else None,
-        minimize=MINIMIZE[minimize],
-        rescore=rescore,
-        validate=validate,
+        scoring, num_score, target, kept, profile, MINIMIZE[minimize], rescore, validate=validate
     )
     subject = open_checkpoint(
         checkpoint,
@@ -120,16 +116,20 @@ def analyze(
         trust_pickle=trust_pickle,
         input_size=input_size,
     )
+    _introduce(checkpoint, subject)
+    with options.bars() as tell, options.quiet_c():
+        found = find_policy(subject, budgets, how, Run(folder, seed, device, progress=tell))
+    if leading():
+        write_analysis(found, folder, force=force)
+        _show(found, folder, as_json)
+
+
+def _introduce(checkpoint: Path, subject: Subject) -> None:
+    """Say what was opened."""
     options.say(
         f"{checkpoint}: {subject.info.arch}, {subject.info.classes} classes, data "
         f"{subject.data_name}, normalization {subject.info.normalize or 'unknown'}"
     )
-    with options.bars() as tell, options.quiet_c():
-        found = find_policy(subject, budgets, how, Run(folder, seed, device, progress=tell))
-    if not leading():
-        return
-    write_analysis(found, folder, force=force)
-    _show(found, folder, as_json)
 
 
 def _profile(path: Path | None, folder: Path) -> LatencyProfile:
@@ -143,14 +143,14 @@ def _profile(path: Path | None, folder: Path) -> LatencyProfile:
 def _show(found: Analysis, folder: Path, as_json: bool) -> None:
     results = [(folder / c.file, c.policy.result) for c in found.choices]
     if as_json:
-        told = [
+        policies = [
             {"file": str(path), **r.model_dump(mode="json", exclude_none=True)}
             for path, r in results
             if r is not None
         ]
         rho = None if found.validation is None else found.validation.to_json()["rho"]
         extra = {} if found.validation is None else {"rho": rho}
-        click.echo(json.dumps({**told[0], "policies": told, **extra}))
+        click.echo(json.dumps({**policies[0], "policies": policies, **extra}))
         return
     shown = analysis_json(found)
     options.stdout.print(sensitivity_table(shown))

@@ -30,11 +30,12 @@ def diff(a: Path, b: Path, exit_code: bool, as_json: bool) -> int:
     """
     paths = [options.in_run(path, "policy.yaml") for path in (a, b)]
     found = compare(Policy.load(paths[0]), Policy.load(paths[1]))
-    told = found.to_json()
+    content = found.to_json()
     if as_json:
-        click.echo(json.dumps({"a": str(paths[0]), "b": str(paths[1]), **told}))
+        click.echo(json.dumps({"a": str(paths[0]), "b": str(paths[1]), **content}))
     elif found.changes:
-        options.stdout.print(diff_table(told["changes"], told, (str(paths[0]), str(paths[1]))))
+        names = str(paths[0]), str(paths[1])
+        options.stdout.print(diff_table(content["changes"], content, names))
     else:
         options.show(f"{paths[0]} and {paths[1]} give every layer the same widths")
     return int(exit_code and bool(found.changes))

@@ -69,18 +69,18 @@ def profile(
         if kept.is_file() and kept.read_text(encoding="utf-8") != found.to_json() + "\n":
             rundir.refuse_overwrite(kept, force)  # of another CPU, runtime, batch or threads
         checked = None if check is None else hold(found, check)
-    told = json.loads(found.to_json())
+    content = json.loads(found.to_json())
     if checked is not None:
-        told["check"] = {
+        content["check"] = {
             "file": checked.file,
             "predicted_ms": checked.predicted_ms,
             "measured_ms": checked.measured_ms,
             "error_percent": checked.error,
         }
     if as_json:
-        click.echo(json.dumps(told))
+        click.echo(json.dumps(content))
     else:
-        options.stdout.print(profile_table(told))
+        options.stdout.print(profile_table(content))
     if checked is not None and not as_json:
         options.show(
             f"{checked.file}: predicted {checked.predicted_ms:.3f} ms, measured "

@@ -18,7 +18,7 @@ from mpq.graph.annotate import annotate
 from mpq.graph.ir import QuantGraph, Site
 from mpq.graph.kinds import kind_of
 from mpq.graph.shapes import shapes
-from mpq.layers import Moment
+from mpq.layers import LiveSet
 from mpq.policy import Policy
 from mpq.target import MOVING_OPS
 
@@ -27,24 +27,24 @@ VIEWS = frozenset({"flatten", "identity", "slice", "split", "transpose"})
 FLOAT_BITS, GRID_BITS = 32, 8
 
 
-def moments(qg: QuantGraph) -> tuple[Moment, ...]:
-    """The moments of a pass, without those that another contains; `qg` is not changed.
+def live_sets(qg: QuantGraph) -> tuple[LiveSet, ...]:
+    """The live sets of a pass, without those that another contains; `qg` is not changed.
 
     Args:
         qg: a graph in stage `float`.
     """
     found = list(dict.fromkeys(_Liveness(qg).walk()))
-    holding: dict[str, list[Moment]] = defaultdict(list)
-    for moment in found:
-        for name, _ in moment.layers:
-            holding[name].append(moment)
+    holding: dict[str, list[LiveSet]] = defaultdict(list)
+    for held in found:
+        for name, _ in held.layers:
+            holding[name].append(held)
     return tuple(m for m in found if not _contained(m, found, holding))
 
 
-def _contained(moment: Moment, found: list[Moment], holding: dict[str, list[Moment]]) -> bool:
-    """Whether another moment contains this one; it must hold this one's layers."""
-    others = holding[moment.layers[0][0]] if moment.layers else found
-    return any(other is not moment and moment.within(other) for other in others)
+def _contained(held: LiveSet, found: list[LiveSet], holding: dict[str, list[LiveSet]]) -> bool:
+    """Whether another set contains this one; it must hold this one's layers."""
+    others = holding[held.layers[0][0]] if held.layers else found
+    return any(other is not held and held.within(other) for other in others)
 
 
 class _Liveness:
@@ -91,14 +91,14 @@ class _Liveness:
                 return self.sites[node.name]
         return None
 
-    def walk(self) -> Iterator[Moment]:
+    def walk(self) -> Iterator[LiveSet]:
         """What is alive while each storage is being written."""
         alive: list[fx.Node] = []
         for root, (first, _) in self.life.items():
             alive = [*(r for r in alive if self.life[r][1] >= first), root]
-            yield self.moment(alive)
+            yield self.live_set(alive)
 
-    def moment(self, alive: list[fx.Node]) -> Moment:
+    def live_set(self, alive: list[fx.Node]) -> LiveSet:
         """The sum of some storages."""
         fixed = 0
         layers: dict[str, int] = defaultdict(int)
@@ -108,4 +108,4 @@ class _Liveness:
                 layers[site.readers[0]] += count
             else:
                 fixed += count * (FLOAT_BITS if site is None else GRID_BITS)
-        return Moment(fixed, tuple(sorted(layers.items())))
+        return LiveSet(fixed, tuple(sorted(layers.items())))

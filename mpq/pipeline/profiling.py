@@ -107,5 +107,5 @@ def check(found: LatencyProfile, file: Path) -> Check:
 def _key(graph: QuantGraph, size: tuple[int, int, int], threads: int, batch: int) -> str:
     layers = [asdict(layer) for layer in graph.layers.values()]
     machine = [cpu_identity(), runtime.version(), threads, batch]
-    told = json.dumps([FORMAT, machine, size, layers, str(graph.module.graph)])
-    return hashlib.sha256(told.encode()).hexdigest()[:24]
+    identity = json.dumps([FORMAT, machine, size, layers, str(graph.module.graph)])
+    return hashlib.sha256(identity.encode()).hexdigest()[:24]
