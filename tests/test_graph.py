@@ -369,6 +369,15 @@ def test_an_input_that_does_not_fit():
         to_float(build("global_mean"), torch.zeros(1, 4, 12, 12))
 
 
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_of_another_precision_are_refused(kind: torch.dtype):
+    message = (
+        rf"weights of Plain must be float32. Got features.0.weight as {str(kind)[6:]}.*float\(\)"
+    )
+    with pytest.raises(GraphError, match=message):
+        to_float(build("plain").to(kind), images().to(kind))
+
+
 def test_a_model_without_layers():
     with pytest.raises(GraphError, match="no Conv or Linear layer"):
         to_float(nn.Sequential(nn.ReLU(), nn.Flatten()), images())

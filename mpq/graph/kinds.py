@@ -72,9 +72,6 @@ FUNCTIONS: dict[Callable[..., Any], str] = {
     operator.getitem: "slice",
     getattr: "shape",
     F.dropout: "identity",
-    F.conv1d: "functional_conv",
-    F.conv2d: "functional_conv",
-    F.linear: "functional_linear",
 }
 
 METHODS: dict[str, str] = {
@@ -129,7 +126,11 @@ def moves(node: fx.Node, kinds: Mapping[fx.Node, str]) -> bool:
     if kind not in MOVING_OPS or not isinstance(node.args[0], fx.Node):
         return False
     if kind == "slice":
-        # x[..., ::2] selects values; x[0] does so only where x is what a split returned.
+        # x[..., ::2] selects values; x[0] does so only where x is what a split returned. No
+        # runtime gathers integers by a list of indices.
+        index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+        if any(isinstance(i, (list, fx.Node)) for i in index):
+            return False
         return not isinstance(node.args[1], (int, str)) or kinds[node.args[0]] == "split"
     if kind == "pad":
         value = node.args[3] if len(node.args) > 3 else node.kwargs.get("value")

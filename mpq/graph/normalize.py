@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import fx, nn
 
+from mpq.graph.functional import free_path, functional_layers
 from mpq.graph.gates import open_gates
 from mpq.graph.inplace import out_of_place
 from mpq.graph.ir import QuantGraph
@@ -29,7 +30,7 @@ def normalize(qg: QuantGraph) -> int:
         out_of_place,
         _positional_inputs,
         _drop_identities,
-        _functional_layers,
+        functional_layers,
         _split_shared,
         _global_means,
         open_gates,
@@ -63,82 +64,6 @@ def _drop_identities(qg: QuantGraph) -> int:
     return count
 
 
-def _parameter(qg: QuantGraph, node: object) -> nn.Parameter | None:
-    if isinstance(node, fx.Node) and node.op == "get_attr":
-        owner, _, name = str(node.target).rpartition(".")
-        value = getattr(qg.module.get_submodule(owner), name)
-        return value if isinstance(value, nn.Parameter) else None
-    return None
-
-
-def _functional_layers(qg: QuantGraph) -> int:
-    modules, count = _modules(qg), 0
-    replaced: set[str] = set()
-    for node in list(qg.module.graph.nodes):
-        kind = kind_of(node, modules)
-        if kind not in ("functional_conv", "functional_linear"):
-            continue
-        names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-        given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
-        weight = _parameter(qg, given.get("weight"))
-        bias = _parameter(qg, given.get("bias"))
-        if weight is None or (given.get("bias") is not None and bias is None):
-            continue  # weights that are computed: not a layer
-        layer = _as_module(kind, weight, bias, given)
-        path = _free_path(qg, str(given["weight"].target).replace(".", "_"))
-        qg.module.add_submodule(path, layer)
-        with qg.module.graph.inserting_before(node):
-            call = qg.module.graph.call_module(path, (given["input"],))
-        node.replace_all_uses_with(call)
-        qg.module.graph.erase_node(node)
-        count += 1
-        replaced.update(str(n.target) for n in (given["weight"], given.get("bias")) if n)
-    qg.module.graph.eliminate_dead_code()
-    _forget(qg, replaced)
-    return count
-
-
-def _forget(qg: QuantGraph, targets: set[str]) -> None:
-    """Delete parameters that no node reads any more, so that no state of theirs stays behind."""
-    used = {str(n.target) for n in qg.module.graph.nodes if n.op in ("get_attr", "call_module")}
-    for target in targets - used:
-        owner, _, name = target.rpartition(".")
-        if not any(f"{owner}.".startswith(f"{path}.") for path in used):
-            delattr(qg.module.get_submodule(owner), name)
-
-
-def _as_module(
-    kind: str, weight: nn.Parameter, bias: nn.Parameter | None, given: dict[str, Any]
-) -> nn.Module:
-    """A module around parameters; made on `meta`, so that no random number is drawn for it."""
-    layer: nn.Module
-    if kind == "functional_linear":
-        layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
-    else:
-        groups, kernel = given.get("groups", 1), cast(Any, tuple(weight.shape[2:]))
-        layer = (nn.Conv1d if weight.ndim == 3 else nn.Conv2d)(
-            weight.shape[1] * groups,
-            weight.shape[0],
-            kernel,
-            given.get("stride", 1),
-            given.get("padding", 0),
-            given.get("dilation", 1),
-            groups,
-            bias is not None,
-            device="meta",
-        )
-    layer.weight, layer.bias = weight, bias  # type: ignore[assignment]
-    return layer
-
-
-def _free_path(qg: QuantGraph, wish: str) -> str:
-    """The path wished for, or the next one that no module has."""
-    path, taken, k = wish, _modules(qg), 1
-    while path in taken or hasattr(qg.module, path):
-        path, k = f"{wish}_{k}", k + 1
-    return path
-
-
 def _split_shared(qg: QuantGraph) -> int:
     """One module per call: the first keeps its path, call k gets the path with `_k` appended."""
     modules = _modules(qg)
@@ -150,7 +75,7 @@ def _split_shared(qg: QuantGraph) -> int:
         module = modules[str(node.target)]
         calls[id(module)] += 1
         if calls[id(module)] > 1:
-            path = _free_path(qg, f"{node.target}_{calls[id(module)]}")
+            path = free_path(qg.module, f"{node.target}_{calls[id(module)]}")
             qg.module.add_submodule(path, _shallow(module))
             node.target = path
             count += 1
@@ -177,7 +102,7 @@ def _global_means(qg: QuantGraph) -> int:
             continue
         if keepdim is None:
             continue
-        path = _free_path(qg, f"{node.name}_pool")
+        path = free_path(qg.module, f"{node.name}_pool")
         qg.module.add_submodule(path, nn.AdaptiveAvgPool2d(1))
         with qg.module.graph.inserting_before(node):
             out = qg.module.graph.call_module(path, (node.args[0],))

@@ -8,15 +8,15 @@ wrong with the name of the pass. What they leave behind it holds against `mpq.gr
 
 from __future__ import annotations
 
-import copy
 import logging
-import math
 from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor, fx, nn
 
+from mpq.capture.fresh import fresh
+from mpq.capture.replay import apart
 from mpq.errors import GraphError, MpqError
 from mpq.graph.annotate import annotate
 from mpq.graph.describe import describe
@@ -32,9 +32,6 @@ from mpq.policy import Policy
 logger = logging.getLogger(__name__)
 Pass = Callable[[QuantGraph], int]
 TO_FLOAT: tuple[Pass, ...] = (normalize, fold_bn, describe)
-
-TOLERANCE = 1e-3
-"""How far a float graph may be from its model, to the largest output: folded norms round."""
 
 
 def run(qg: QuantGraph, passes: tuple[Pass, ...], *, needs: Stage, gives: Stage) -> QuantGraph:
@@ -86,32 +83,19 @@ def to_float(model: nn.Module, example: Tensor) -> QuantGraph:
 
 @torch.no_grad()
 def _check_answers(qg: QuantGraph, model: nn.Module) -> None:
-    """Refuse a graph that lost a part of what the model computes.
-
-    Tracing follows values by name: it misses what is changed through another name of the same
-    memory. Passes replace modules, and their hooks with them.
-    """
-    model = copy.deepcopy(model).eval()
+    """Refuse a graph in which passes lost a part of what the model computes."""
+    model, name = fresh(model), type(model).__name__
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(qg.example[:1].shape, generator=generator).to(qg.example)
-    found, expected = qg.module(noise.clone()), model(noise.clone())
-    if not isinstance(expected, Tensor) or not expected.is_floating_point():
-        return
-    size, apart = (float(t.abs().amax()) for t in (expected, found - expected))
-    tolerance = max(TOLERANCE, 8 * torch.finfo(expected.dtype).eps)
-    if not math.isfinite(size) or apart <= tolerance * size:
-        return
-    name = type(model).__name__
-    if not torch.equal(model(noise.clone()), expected):
+    expected = model(noise.clone())
+    wrong = apart(expected, qg.module(noise.clone()))
+    if wrong and apart(expected, model(noise.clone())):
         logger.warning("%s answers differently each time, also in eval mode", name)
-        return
-    raise GraphError(
-        f"the graph traced from {name} must answer as the model does, but on noise it is "
-        f"{apart / (size or 1):.1%} of the largest output apart. Tracing does not see a tensor "
-        "that is changed in place through a second name (a view, a slice, `y = x; y += 1`), and "
-        "folding loses the hooks of a batch norm. Give the result of such a step a name of its "
-        "own, and write what a hook does into the forward."
-    )
+    elif wrong:
+        raise GraphError(
+            f"the graph made from {name} must answer as the model does, but on noise {wrong}. Give "
+            "the result of a step that overwrites a tensor a name of its own."
+        )
 
 
 def prepare(
