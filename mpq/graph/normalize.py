@@ -3,7 +3,8 @@
 Nothing works in place; dropout and identity go; functional convolutions and matrix products of
 parameters become modules; a module that is called several times gets one copy per call (sharing its
 parameters), so that a node and a module path are the same thing; global means become
-`AdaptiveAvgPool2d(1)`, the form for which a runtime has an integer kernel; gated activations become
+`AdaptiveAvgPool2d(1)`, the form for which a runtime has an integer kernel; average pooling in ceil
+mode counts as runtimes do; gated activations become
 gate and product.
 """
 
@@ -21,6 +22,7 @@ from mpq.graph.gates import open_gates
 from mpq.graph.inplace import out_of_place
 from mpq.graph.ir import QuantGraph
 from mpq.graph.kinds import kind_of
+from mpq.graph.pools import ceil_pools
 from mpq.graph.shapes import ranks
 
 
@@ -33,6 +35,7 @@ def normalize(qg: QuantGraph) -> int:
         functional_layers,
         _split_shared,
         _global_means,
+        ceil_pools,
         open_gates,
     )
     return sum(rewrite(qg) for rewrite in rewrites)
