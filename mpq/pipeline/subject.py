@@ -65,6 +65,9 @@ class Subject:
     Where the images of `data` have no labels, what the network itself answers stands in for them:
     accuracy is then agreement with the network before it was changed. `unlabelled` are more images
     to train on, of which only teachers speak.
+
+    Raises:
+        DataError: the network does not take images of three channels, and there are data.
     """
 
     module: nn.Module
@@ -73,6 +76,14 @@ class Subject:
     data_name: str
     normalize: Normalization
     unlabelled: Split | None = None
+
+    def __post_init__(self) -> None:
+        if self.data is not None and self.info.input[0] != 3:
+            raise DataError(
+                f"{self.info.arch} must take images of 3 channels, as {self.data_name} has. It "
+                f"takes {self.info.input[0]}. Give --data none, or a factory whose network takes "
+                "RGB and converts it in its first step (`x.mean(1, keepdim=True)` for grey)."
+            )
 
     def graph(self) -> QuantGraph:
         """The float graph.
