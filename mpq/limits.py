@@ -26,6 +26,7 @@ class Limits:
         megapixels: of one image.
         input_megapixels: of the images that a network says it takes.
         classes: of a network.
+        cache_mb: of decoded images and latency profiles that are kept, in MB.
         yaml_values: values in a YAML text, those that an alias repeats counted each time.
         onnx_seconds: for a model file with loops to be loaded and run once.
     """
@@ -36,6 +37,7 @@ class Limits:
     megapixels: float = 50.0
     input_megapixels: float = 4.2
     classes: float = 100_000.0
+    cache_mb: float = 20_000.0
     yaml_values: float = 100_000.0
     onnx_seconds: float = 60.0
 

@@ -215,7 +215,7 @@ def with_model(**changes: object) -> None:
         ({"checkpoint": ""}, ["p.yaml must name its checkpoint"]),
         ({"checkpoint": "five.pth"}, ["five.pth must have 10 classes", "5 outputs"]),
         ({"arch": "resnet21"}, ["'resnet21'", "did you mean resnet"]),
-        ({"arch": "resnet32"}, ["model.pth must be those of resnet32"]),
+        ({"arch": "resnet32"}, ["model.pth: the weights must be those of resnet32"]),
         ({"normalize": "imagnet"}, ["'imagnet'", "did you mean imagenet"]),
         ({"classes": 0}, ["model.classes", "Got 0"]),
     ],

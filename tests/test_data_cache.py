@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
+import time
 import zipfile
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from mpq.cli import main
 from mpq.data import cache, load_arrays, open_data
+from mpq.data.cache import trim
 from mpq.data.folders import FolderSplit
 from mpq.errors import DataError
+from mpq.limits import limited
 
 
 @pytest.fixture
@@ -123,3 +128,25 @@ def test_default_folder_is_in_the_home(monkeypatch, tmp_path):
     monkeypatch.delenv("MPQ_CACHE", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     assert cache.cache_folder() == tmp_path / ".cache" / "mpq"
+
+
+def test_the_cache_is_shown_trimmed_and_emptied(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("MPQ_CACHE", str(tmp_path))
+    for age, name in ((30, "b"), (20, "c"), (10, "a")):
+        (tmp_path / name).write_bytes(bytes(400_000))
+        os.utime(tmp_path / name, (time.time() - age, time.time() - age))
+    assert main(["cache", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told == {
+        "folder": str(tmp_path),
+        "files": 3,
+        "bytes": 1_200_000,
+        "limit_mb": 20_000.0,
+        "cleared": False,
+    }
+    with limited(cache_mb=1.0):
+        trim(tmp_path / "b")  # the oldest, but just written
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
+    assert main(["cache", "--clear"]) == 0
+    assert "2 files, 0.8 MB removed" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())

@@ -43,6 +43,7 @@ COMMANDS = {
     "verify": Entry("mpq.cli.verify:verify", "Does a file answer as promised, to the bit?"),
     "certify": Entry("mpq.cli.certify:certify", "What onnxruntime makes of any ONNX file."),
     "bench": Entry("mpq.cli.bench:bench", "Accuracy, latency and size of files, side by side."),
+    "cache": Entry("mpq.cli.cache:cache", "What is kept for the next time; --clear removes it."),
     "report": Entry("mpq.cli.report:report", "One self-contained HTML page of a run."),
 }
 

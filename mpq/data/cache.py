@@ -20,7 +20,8 @@ from mpq.data.containers import Container
 from mpq.data.dataset import Images, Labels, Split, Subset
 from mpq.data.folders import Entry, FolderSplit
 from mpq.errors import DataError
-from mpq.files import atomic_file
+from mpq.files import atomic_file, sweep
+from mpq.limits import current
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +53,31 @@ def load_arrays(split: Split) -> tuple[Images, Labels]:
 def cache_folder() -> Path:
     """`$MPQ_CACHE`, or `~/.cache/mpq`."""
     return Path(os.environ.get("MPQ_CACHE") or Path.home() / ".cache" / "mpq")
+
+
+def cached_files() -> list[Path]:
+    """Everything in the cache, what was used last at the end."""
+    found = [(path.stat(), path) for path in cache_folder().glob("*") if path.is_file()]
+    return [path for stat, path in sorted(found, key=lambda f: max(f[0].st_atime, f[0].st_mtime))]
+
+
+def trim(kept: Path) -> None:
+    """Remove what was not used for longest until the cache is within its limit; `kept` stays."""
+    sizes = {path: path.stat().st_size for path in cached_files()}
+    total, most = sum(sizes.values()), current().cache_mb * 1e6
+    for path, size in sizes.items():
+        if total <= most:
+            return
+        if path != kept:
+            logger.info("the cache is full: %s is removed", path)
+            path.unlink(missing_ok=True)
+            total -= size
+
+
+def clear() -> None:
+    """Remove everything."""
+    for path in cached_files():
+        path.unlink(missing_ok=True)
 
 
 def _check_memory(count: int, size: tuple[int, int]) -> None:
@@ -93,6 +119,7 @@ def _readable(path: Path, split: FolderSplit) -> bool:
 def _write(path: Path, split: FolderSplit) -> None:
     """Decode into a temporary file beside `path`, then move it there."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    sweep(path.parent, older_than=3600.0)  # other commands write there too
     logger.info("decoding %d images into %s", len(split), path)
     header = {
         "descr": np.lib.format.dtype_to_descr(np.dtype(np.uint8)),
@@ -104,6 +131,7 @@ def _write(path: Path, split: FolderSplit) -> None:
         for start in range(0, len(split), CHUNK):
             chunk = split.read(range(start, min(start + CHUNK, len(split))))
             file.write(chunk.tobytes())
+    trim(path)
 
 
 def _key(split: FolderSplit) -> str:

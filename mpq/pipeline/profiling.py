@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from mpq.data.cache import cache_folder
+from mpq.data.cache import cache_folder, trim
 from mpq.errors import PolicyError, UsageError
 from mpq.export import runtime
 from mpq.export.certify import certify
@@ -82,6 +82,7 @@ def profile_module(
     found = profile(graph, threads=threads, batch=batch, progress=progress)
     try:
         found.save(path)
+        trim(path)
     except OSError as error:
         logger.warning("the profile is not cached in %s: %s", path.parent, error)
     return found

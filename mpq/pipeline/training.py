@@ -85,7 +85,7 @@ def run_train(
     if not leading():
         return result
     metrics = {"validation_top1": result.top1, "epochs": plan.recipe.epochs, "seed": run.seed}
-    info = subject.info.model_copy(update={"checkpoint": "", "sha256": ""})
+    info = subject.info.replace(checkpoint="", sha256="")
     save_model(out, subject.module.cpu(), info=info, data=subject.data_name, metrics=metrics)
     (folder / CHECKPOINT).unlink()
     return result
