@@ -191,7 +191,10 @@ def _run_batch(loaded: ort.InferenceSession, takes: ModelInput, part: Array) -> 
         output = loaded.run(None, {takes.name: part})[0]
     except Exception as error:  # as in `session`
         raise ExportError(f"onnxruntime fails on input {takes.name}. {_brief(error)}") from None
-    return np.asarray(output[:count]).reshape(count, -1)
+    answers = np.asarray(output)
+    if answers.ndim and len(answers) == len(part):
+        return answers[:count].reshape(count, -1)
+    return answers.reshape(len(part), -1)[:count]  # one image, answered without a batch
 
 
 def values(

@@ -19,12 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mpq
-from mpq.checkpoint import load_model
+from mpq.checkpoint import load_model, load_safe
 from mpq.cli import main
 from mpq.errors import DataError, UsageError
 from mpq.export import exact, float_to_onnx, to_onnx
 from mpq.export.exact import verify_exact
 from mpq.export.kernels import KERNELS
+from mpq.policy import Policy
 from mpq.ptq import calibrate
 
 
@@ -191,6 +192,19 @@ def test_a_run_is_verified_again(here: Path, capsys: Capture) -> None:
     told = json.loads(capsys.readouterr().out)
     assert told == made == json.loads(report.read_text())
     assert len(told["layers"]) >= 3
+
+
+def test_a_file_of_another_network_is_refused(here: Path, capsys: Capture) -> None:
+    path = here / "runs" / "tiny" / "quantized.pth"
+    content = load_safe(path)
+    policy = Policy.from_yaml(content["policy"])
+    assert policy.model is not None
+    other = policy.replace(model=policy.model.replace(sha256="0" * 64))
+    torch.save({**content, "policy": other.to_yaml()}, here / "other.pth")
+    assert main(["verify", "runs/tiny", "--quantized", "other.pth"]) == 2
+    told = capsys.readouterr().err
+    assert "model.onnx was made from another network than the one it is compared with" in told
+    assert "--quantized" in told
 
 
 def test_a_changed_file_is_found_out(here: Path, capsys: Capture) -> None:

@@ -139,6 +139,24 @@ def test_a_model_is_a_file(tmp_path: Path) -> None:
         runtime.session(tmp_path / "m.onnx")
 
 
+def test_a_file_for_one_image_may_answer_without_a_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As other tools write it: batch 1, and an answer `[classes]`."""
+    nodes = [helper.make_node("ReduceMean", ["x"], ["y"], axes=[0, 2, 3], keepdims=0)]
+    image = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 3, 8, 8])
+    answer = helper.make_tensor_value_info("y", TensorProto.FLOAT, [3])
+    graph = helper.make_graph(nodes, "net", [image], [answer])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    monkeypatch.chdir(tmp_path)
+    onnx.save(model, "m.onnx")
+    images = np.random.default_rng(0).random((2, 3, 8, 8), np.float32)
+    found = runtime.run(runtime.session("m.onnx"), images)
+    assert np.allclose(found, images.mean((2, 3)), atol=1e-6)
+    assert main(["verify", "m.onnx", "--exact", "--data", "digits"]) == 0
+    assert main(["verify", "m.onnx", "--exact"]) == 0
+
+
 def test_metadata_that_lies_about_its_network_is_told() -> None:
     told = json.dumps({"policy": {"version": 1, "model": {"arch": "a", "classes": 10**12}}})
     with pytest.raises(PolicyError, match="limit classes=100000"):
