@@ -102,7 +102,7 @@ class Archive:
         if self._zip is None or self._pid != os.getpid():
             try:
                 self._zip, self._pid = zipfile.ZipFile(self.path), os.getpid()
-            except (zipfile.BadZipFile, OSError, ValueError) as error:
+            except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
                 raise DataError(self._incomplete(error)) from error
         return self._zip
 
