@@ -11,7 +11,10 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
+
+from mpq.capture.overloads import in_python
 
 Call = tuple[str, Any, tuple[Any, ...], dict[str, Any]]
 """Opcode, target, arguments and keywords of a node."""
@@ -54,12 +57,16 @@ VALUES = frozenset(
 """Functions that turn what a tensor holds into Python values."""
 
 
+_OVERLOADED = {"sym_size.int": "size", "sym_numel.default": "numel", "item.default": "item"}
+"""What an exported program asks for by an operator of its own."""
+
+
 def name_of(function: Callable[..., Any]) -> str:
     """A function's name; of a property that is read, the property's."""
     name = getattr(function, "__name__", "")
     if name == "__get__":
         return str(function.__self__.__name__)  # type: ignore[attr-defined]
-    return str(name)
+    return _OVERLOADED.get(name, str(name))
 
 
 def is_property(function: Callable[..., Any]) -> bool:
@@ -75,6 +82,8 @@ def is_random(function: Callable[..., Any]) -> bool:
 
 def call_of(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
     """The node of a call that was seen."""
+    if isinstance(function, torch._ops.OpOverload):
+        return "call_function", *in_python(function, args, kwargs)
     name = name_of(function)
     if is_property(function):
         return "call_function", getattr, (args[0], name), {}

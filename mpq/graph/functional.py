@@ -42,12 +42,14 @@ def functional_layers(qg: QuantGraph) -> int:
     """Replace them all; return how many there were."""
     graph = qg.module.graph
     made: dict[str, nn.Module] = {}
+    norms = any(n.target is F.batch_norm for n in graph.nodes)
+    dimensions = ranks(qg) if norms else {}  # while the graph still runs
     read: set[str] = set()
     for node in list(graph.nodes):
         if node.op != "call_function" or node.target not in LAYERS:
             continue
         given = dict(zip(LAYERS[node.target][1], node.args, strict=False)) | dict(node.kwargs)
-        layer = _as_module(qg, node, given)
+        layer = _as_module(qg, node, given, dimensions)
         if layer is None:
             continue
         sources = _sources(given)
@@ -88,7 +90,9 @@ def _sources(given: dict[str, Any]) -> list[str]:
     return list(dict.fromkeys(str(n.target) for n in found if n.op == "get_attr"))
 
 
-def _as_module(qg: QuantGraph, node: fx.Node, given: dict[str, Any]) -> nn.Module | None:
+def _as_module(
+    qg: QuantGraph, node: fx.Node, given: dict[str, Any], dimensions: dict[str, int]
+) -> nn.Module | None:
     """The module of a call; None where a weight depends on the input, or an option on a size."""
     tensors = _tensors(given)
     if set(node.all_input_nodes) - {given["input"], *tensors.values()}:
@@ -99,7 +103,7 @@ def _as_module(qg: QuantGraph, node: fx.Node, given: dict[str, Any]) -> nn.Modul
     if node.target is F.batch_norm:
         if "running_mean" not in values or given.get("training"):
             return None
-        return _norm(ranks(qg)[given["input"].name], values, given)
+        return _norm(dimensions[node.name], values, given)
     for key, part in tensors.items():
         if part.op != "get_attr":
             logger.info("the %s of %s is computed: taken as what it comes to", key, node.name)
