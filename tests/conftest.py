@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
 import sys
 import tempfile
@@ -26,6 +28,19 @@ OTHERS = (
     "KMP_INIT_AT_FORK",
 )
 """Variables that pytest, torch and scikit-learn set on their own account."""
+
+
+def pytest_collection_finish() -> None:
+    """Let torch parse its 500 translations to ONNX once, not for each export: 40 % of a small one.
+
+    Where a later torch has them elsewhere, the tests take longer and nothing else.
+    """
+    if "onnxscript" not in sys.modules:
+        return
+    with contextlib.suppress(ImportError, AttributeError):
+        from torch.onnx._internal._lazy_import import onnxscript_apis
+
+        onnxscript_apis.get_torchlib_ops = functools.cache(onnxscript_apis.get_torchlib_ops)
 
 
 def _state() -> dict[str, Any]:
