@@ -1,4 +1,4 @@
-"""The README is run and compared: its code, its layout, its commands; and the size script runs."""
+"""README and CONTRIBUTING are run and compared: code, layout, commands, files; the size script."""
 
 from __future__ import annotations
 
@@ -47,6 +47,17 @@ def test_make_targets_of_the_readme_exist() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for target in re.findall(r"^make (\w+)", README, re.MULTILINE):
         assert f"\n{target}:" in makefile
+
+
+def test_files_and_names_of_contributing_exist() -> None:
+    table = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    paths = re.findall(r"`((?:mpq|export|tests|benchmarks|\.ci)/[\w/.]+)`", table)
+    paths += [f"tests/{name}" for name in re.findall(r"`(test_\w+\.py)`", table)]
+    assert len(paths) > 30
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+    named = re.findall(r"`(\w+/[\w/]+\.py)`: `(\w+)`", table)
+    assert len(named) >= 4
+    assert [n for path, n in named if n not in (ROOT / path).read_text(encoding="utf-8")] == []
 
 
 def test_the_size_script_names_what_is_too_long(tmp_path: Path) -> None:
