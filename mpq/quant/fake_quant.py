@@ -54,14 +54,11 @@ class FakeQuant(nn.Module):
         if not self.enabled:
             return x if self.ceiling is None else x.clamp(max=self.ceiling)
         if not self.training:
-            return _on_grid(x, self.step().detach(), self.zero_point, self.spec)
+            scale = self.step().detach()
+            return ops.fake_quantize(x, scale, self.zero_point, self.spec.qmin, self.spec.qmax)
+        count = x.numel() // max(x.shape[0], 1)
         return learned_fake_quantize(
-            x,
-            self.step(),
-            self.zero_point,
-            self.spec,
-            axis=0,
-            count=x.numel() // max(x.shape[0], 1),
+            x, self.step(), self.zero_point, self.spec, axis=0, count=count
         )
 
     def frozen(self) -> FrozenQuant:
@@ -88,9 +85,4 @@ class FrozenQuant(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Round `x` to the grid."""
-        return _on_grid(x, self.scale, self.zero_point, self.spec)
-
-
-def _on_grid(x: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> Tensor:
-    out: Tensor = ops.fake_quantize(x, scale, zero_point, spec.qmin, spec.qmax)
-    return out
+        return ops.fake_quantize(x, self.scale, self.zero_point, self.spec.qmin, self.spec.qmax)

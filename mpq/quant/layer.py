@@ -158,20 +158,16 @@ class QuantLayer(nn.Module):
         if not self.enabled:
             return self._normed(self.op.float(x, self.weight, self.bias))
         if self.training:
-            scale = self.step()
+            scale, axis = self.step(), self.op.axis
+            zero, count = torch.zeros_like(scale), self.weight.numel() // scale.numel()
             weight = learned_fake_quantize(
-                self.weight,
-                scale,
-                torch.zeros_like(scale),
-                self.spec,
-                axis=self.op.axis,
-                count=self.weight.numel() // scale.numel(),
+                self.weight, scale, zero, self.spec, axis=axis, count=count
             )
             x = _on_own_grid(x) if self.dynamic else x
             return self._normed(self.op.float(x, weight, self.bias))
         found, source = self.constants(), self.source
         if self.dynamic:
-            return _dynamic(x, found)
+            return ops.dynamic_linear(x, *found)
         if source is None or not source.enabled:
             weight = ops.dequantize(found.weight, found.scale, self.op.axis)
             return self.op.float(x, weight, found.bias)
@@ -186,11 +182,6 @@ class QuantLayer(nn.Module):
         """The operation and format, for `print(module)`."""
         integer = "dynamic integer" if self.dynamic else "integer" if self.source else "float"
         return f"{self.op.kind}, {self.spec}, {integer} arithmetic"
-
-
-def _dynamic(x: Tensor, layer: Constants) -> Tensor:
-    out: Tensor = ops.dynamic_linear(x, layer.weight, layer.scale, layer.bias)
-    return out
 
 
 def _on_own_grid(x: Tensor) -> Tensor:
@@ -230,7 +221,7 @@ class FrozenLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Integer arithmetic if the input is quantized, else float on expanded weights."""
         if self.dynamic:
-            return _dynamic(x, Constants(self.weight, self.scale, self.bias))
+            return ops.dynamic_linear(x, self.weight, self.scale, self.bias)
         if self.x_scale is not None:
             return self.op.integer(x, self.x_scale, self.weight, self.scale, self.bias)
         weight = ops.dequantize(self.weight, self.scale, self.op.axis)

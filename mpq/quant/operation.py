@@ -104,15 +104,12 @@ class LayerOp:
         self, x: Tensor, x_scale: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None
     ) -> Tensor:
         """The integer operation on an input that lies on the grid of `x_scale`."""
-        out: Tensor
         if self.kind == "linear":
-            out = ops.linear(x, x_scale, weight, scale, bias)
-        elif self.kind == "conv":
+            return ops.linear(x, x_scale, weight, scale, bias)
+        if self.kind == "conv":
             window = (self.stride, self.padding, self.dilation, self.groups)
-            out = ops.conv(x, x_scale, weight, scale, bias, *window)
-        else:
-            out = self._phases(x, x_scale, weight, scale, bias)
-        return out
+            return ops.conv(x, x_scale, weight, scale, bias, *window)
+        return self._phases(x, x_scale, weight, scale, bias)
 
     def _phases(
         self, x: Tensor, x_scale: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None

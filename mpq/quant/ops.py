@@ -29,19 +29,9 @@ def _fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax
     return ((x / scale).round_().add_(z).clamp_(qmin, qmax)).sub_(z).mul_(scale)
 
 
-def _fake_quantize_shape(
-    x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int
-) -> Tensor:
-    return torch.empty_like(x)
-
-
 def _dequantize(weight: Tensor, scale: Tensor, axis: int) -> Tensor:
     """Float weights of integer `weight`, one scale per slice of `axis`."""
     return weight.to(scale.dtype) * per_axis(scale, weight.ndim, axis)
-
-
-def _dequantize_shape(weight: Tensor, scale: Tensor, axis: int) -> Tensor:
-    return torch.empty(weight.shape, dtype=scale.dtype, device=weight.device)
 
 
 def _requantize(acc: Tensor, bias: Tensor | None, scale: Tensor, channel_dim: int) -> Tensor:
@@ -76,23 +66,6 @@ def _conv(
     return _requantize(acc, bias, x_scale * scale, 1)
 
 
-def _conv_shape(
-    x: Tensor,
-    x_scale: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> Tensor:
-    shape = [x.shape[0], weight.shape[0]]
-    for i, (s, p, d) in enumerate(zip(stride, padding, dilation, strict=True)):
-        shape.append((x.shape[2 + i] + 2 * p - d * (weight.shape[2 + i] - 1) - 1) // s + 1)
-    return x.new_empty(shape)
-
-
 def _linear(
     x: Tensor, x_scale: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None
 ) -> Tensor:
@@ -109,47 +82,26 @@ def _dynamic_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | Non
     return out if bias is None else out + bias
 
 
-def _dynamic_linear_shape(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    return x.new_empty([*x.shape[:-1], weight.shape[0]])
-
-
-def _linear_shape(
-    x: Tensor, x_scale: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None
-) -> Tensor:
-    return x.new_empty([*x.shape[:-1], weight.shape[0]])
-
-
 # Defined by schema rather than by `torch.library.custom_op`: the same operators, but the first call
-# of one made that way imports torch's compiler, two seconds that no command of ours needs.
+# of one made that way imports torch's compiler, two seconds that no command of ours needs. Each is
+# composed of torch's operators, which tell a tracer the shape of what it gives.
 _LIBRARY = torch.library.Library("mpq", "DEF")  # type: ignore[no-untyped-call]
-_QUANTIZED = "Tensor x, Tensor x_scale, Tensor weight, Tensor scale, Tensor? bias"
-_OPERATORS: tuple[tuple[str, Callable[..., Tensor], Callable[..., Tensor]], ...] = (
-    (
-        "fake_quantize(Tensor x, Tensor scale, Tensor zero_point, int qmin, int qmax)",
-        _fake_quantize,
-        _fake_quantize_shape,
-    ),
-    ("dequantize(Tensor weight, Tensor scale, int axis)", _dequantize, _dequantize_shape),
-    (
-        f"conv({_QUANTIZED}, int[] stride, int[] padding, int[] dilation, int groups)",
-        _conv,
-        _conv_shape,
-    ),
-    (f"linear({_QUANTIZED})", _linear, _linear_shape),
-    (
-        "dynamic_linear(Tensor x, Tensor weight, Tensor scale, Tensor? bias)",
-        _dynamic_linear,
-        _dynamic_linear_shape,
-    ),
-)
-for _schema, _kernel, _shape in _OPERATORS:
-    _LIBRARY.define(f"{_schema} -> Tensor")  # type: ignore[no-untyped-call]
-    _name = _schema.partition("(")[0]
-    _LIBRARY.impl(_name, _kernel, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
-    torch.library.register_fake(f"mpq::{_name}", _shape, lib=_LIBRARY)
 
-fake_quantize = torch.ops.mpq.fake_quantize.default
-dequantize = torch.ops.mpq.dequantize.default
-conv = torch.ops.mpq.conv.default
-linear = torch.ops.mpq.linear.default
-dynamic_linear = torch.ops.mpq.dynamic_linear.default
+
+def _operator(signature: str, kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    name = kernel.__name__.removeprefix("_")
+    _LIBRARY.define(f"{name}({signature}) -> Tensor")  # type: ignore[no-untyped-call]
+    _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    made: Callable[..., Tensor] = getattr(torch.ops.mpq, name).default
+    return made
+
+
+_QUANTIZED = "Tensor x, Tensor x_scale, Tensor weight, Tensor scale, Tensor? bias"
+_WINDOW = "int[] stride, int[] padding, int[] dilation, int groups"
+fake_quantize = _operator(
+    "Tensor x, Tensor scale, Tensor zero_point, int qmin, int qmax", _fake_quantize
+)
+dequantize = _operator("Tensor weight, Tensor scale, int axis", _dequantize)
+conv = _operator(f"{_QUANTIZED}, {_WINDOW}", _conv)
+linear = _operator(_QUANTIZED, _linear)
+dynamic_linear = _operator("Tensor x, Tensor weight, Tensor scale, Tensor? bias", _dynamic_linear)
