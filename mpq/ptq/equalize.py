@@ -192,15 +192,9 @@ def _columns(op: LayerOp, weight: Tensor, channels: int) -> Tensor:
         return weight.reshape(weight.shape[0], channels, -1)
     if op.kind == "conv_transpose":
         return weight.flatten(1).reshape(channels, -1, 1).transpose(0, 1)
-    flat = weight.flatten(2)
-    if op.groups == 1:
-        return flat
-    each, width = weight.shape[0] // op.groups, weight.shape[1]
-    spread = torch.zeros(weight.shape[0], channels, flat.shape[2])
-    for group in range(op.groups):
-        rows = slice(group * each, (group + 1) * each)
-        spread[rows, group * width : (group + 1) * width] = flat[rows]
-    return spread
+    groups = weight.reshape(op.groups, weight.shape[0] // op.groups, -1)
+    spread: Tensor = torch.block_diag(*groups)  # type: ignore[no-untyped-call]
+    return spread.reshape(weight.shape[0], channels, -1)
 
 
 def _apply(qg: QuantGraph, link: Link, factor: Tensor) -> None:
