@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 from nets import NETS, build, images
-from torch import nn
+from torch import Tensor, nn
 
 from mpq.errors import GraphError, UsageError
 from mpq.graph.passes import freeze, outputs, prepare, to_float
@@ -133,16 +133,25 @@ def test_fewer_input_vectors_than_inputs(vectors: int) -> None:
     assert bool((steps > 0).all() and steps.isfinite().all())
 
 
-def test_a_few_input_vectors_are_no_matrix_and_cost_the_same() -> None:
+def test_a_few_input_vectors_are_no_matrix_and_cost_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    matrices: list[Tensor] = []
+
+    def by_matrix(off: Tensor, h: Tensor) -> Tensor:
+        matrices.append(h)
+        return output_error(off, h)
+
+    monkeypatch.setattr("mpq.quant.rounding.output_error", by_matrix)
     generator = torch.Generator().manual_seed(0)
     off = torch.randn(2, 5, 64, generator=generator)
     parts = [torch.randn(2, 64, 20, generator=generator) for _ in range(4)]
     moments = Gram(2, 64)
     for seen, part in enumerate(parts, start=1):
         moments.add(part, part)
-        assert (moments._sums is None) == (20 * seen < 64)
         x = torch.cat(parts[:seen], dim=2)
         assert torch.allclose(moments.error(off), (off @ x).square().sum(-1), rtol=1e-4)
+        assert bool(matrices) == (20 * seen >= 64)
     assert torch.allclose(moments.quantized, x @ x.transpose(1, 2), rtol=1e-4, atol=1e-4)
 
 
