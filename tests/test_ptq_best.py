@@ -17,7 +17,6 @@ from mpq.graph.passes import freeze, prepare, to_float
 from mpq.policy import Policy
 from mpq.ptq import FinishedBlocks, Learning, calibrate, quantize_graph, quantize_layers
 from mpq.ptq import blockwise as blockwise_module
-from mpq.ptq import learn as learn_module
 from mpq.ptq.blocks import blocks
 from mpq.ptq.blockwise import PROGRESS, BlockLearner
 from mpq.ptq.sequential import batch_size
@@ -125,15 +124,16 @@ def test_learning_lowers_the_error_of_a_block_and_never_raises_it() -> None:
 
 
 def test_a_block_that_gets_worse_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    batch, states = images(64, seed=1), []
+    batch, states, harden = images(64, seed=1), [], SoftLayer.harden
 
-    def spoil(work, soft, scale, tell):
-        for module in soft.values():
-            module.log_ratio.data += 0.5
+    def spoil(soft: SoftLayer) -> None:
+        soft.log_ratio.data += 0.5
+        harden(soft)
 
-    monkeypatch.setattr(learn_module._Learner, "optimize", spoil)
+    monkeypatch.setattr(SoftLayer, "harden", spoil)
     for effort in ("good", "best"):
-        graph = quantize_graph(prepared("residual", 4, 4), batch, effort=effort)  # type: ignore[arg-type]
+        graph = prepared("residual", 4, 4)
+        quantize_graph(graph, batch, effort=effort, learning=BRIEF)  # type: ignore[arg-type]
         states.append(graph.module.state_dict())
     assert all(torch.equal(v, states[1][k]) for k, v in states[0].items())
 

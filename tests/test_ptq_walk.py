@@ -46,10 +46,11 @@ def go(walk: LockStep) -> fx.Node:
 @torch.no_grad()
 def test_evaluating_node_by_node_is_running_the_graph():
     _, graph = calibrated()
+    interpreter = fx.Interpreter(graph.module)
     values: dict[fx.Node, Tensor] = {}
     for node in graph.module.graph.nodes:
         given = node.op == "placeholder"
-        values[node] = BATCH if given else evaluate(graph.module, node, values.__getitem__)
+        values[node] = BATCH if given else evaluate(interpreter, node, values.__getitem__)
     assert torch.equal(values[node], graph.module(BATCH))
 
 

@@ -12,11 +12,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from mpq.checkpoint import load_safe, save_atomic
 from mpq.errors import UsageError
 from mpq.ptq.blocks import Block, blocks
-from mpq.ptq.learn import Learning, block_states, copied, learn_block, learnable
-from mpq.ptq.sequential import Finished
+from mpq.ptq.learn import Learning, block_states, learn_block, learnable
 from mpq.ptq.walk import LockStep, Target
 
 FORMAT, VERSION = "mpq/rounding", 2
@@ -39,8 +40,22 @@ class FinishedBlocks:
     resume: bool = False
 
 
+@dataclass(frozen=True)
+class Finished:
+    """What a block came to.
+
+    Args:
+        states: of its modules, by path.
+        uncorrected: biases before their correction, by layer, where the output of the block is
+            what the corrections made of it; empty where the block was evaluated anew.
+    """
+
+    states: dict[str, dict[str, Tensor]]
+    uncorrected: dict[str, Tensor]
+
+
 class BlockLearner:
-    """Goes over each block of a walk (`sequential.Learner`), and remembers those that are done.
+    """Goes over each block of a walk when its layers are done, and remembers what it came to.
 
     Args:
         settings: how a block is learned.
@@ -78,7 +93,11 @@ class BlockLearner:
         return self.done[self._at - 1]
 
     def learn(self, block: Block, walk: LockStep, targets: Mapping[str, Target]) -> None:
-        """Learn a block, and write down what it came to."""
+        """Learn a block in place, and write down what it came to.
+
+        The values of its entry and exit must be kept; the exit's quantized ones are renewed.
+        `targets` says what its layers stand for, by path.
+        """
         ratio = 1.0
         if learnable(block, walk):
             seed = 1000 * self.settings.seed + self._at
@@ -86,7 +105,7 @@ class BlockLearner:
             self.ratios[block.layers[0]] = ratio
         self._tell(self.settings.iterations)
         biases = {n: t.bias for n, t in targets.items() if t.bias is not None}
-        states = copied(block_states(block, walk))
+        states = block_states(block, walk)
         self.done.append(Finished(states, biases if ratio == 1.0 else {}))
         if self.path is not None:
             content = {

@@ -55,23 +55,17 @@ class Learning:
     seed: int = 0
 
 
-@dataclass
-class _Images:
-    """The values of a tensor for every image, whatever batch they lie in."""
-
-    kept: list[Stored]
-
-    def rows(self, index: Tensor) -> Tensor:
-        """Values of the images `index`."""
-        size = len(self.kept[0].get())
-        found: list[Tensor] = [torch.empty(0)] * len(index)
-        batch = index // size
-        for k in sorted(set(batch.tolist())):
-            places = (batch == k).nonzero().flatten()
-            rows = self.kept[k].rows(index[places] - k * size)
-            for place, row in zip(places.tolist(), rows, strict=True):
-                found[place] = row
-        return torch.stack(found)
+def _rows(kept: list[Stored], index: Tensor) -> Tensor:
+    """The values of a tensor for the images `index`, whatever batch they lie in."""
+    size = len(kept[0].get())
+    found: list[Tensor] = [torch.empty(0)] * len(index)
+    batch = index // size
+    for k in sorted(set(batch.tolist())):
+        places = (batch == k).nonzero().flatten()
+        rows = kept[k].rows(index[places] - k * size)
+        for place, row in zip(places.tolist(), rows, strict=True):
+            found[place] = row
+    return torch.stack(found)
 
 
 def learnable(block: Block, walk: LockStep) -> bool:
@@ -112,11 +106,9 @@ def learn_block(
         The error of the held-out images after learning over the one before: 1 where learning did
         not help and was taken back.
     """
-    assert block.entry is not None
-    assert block.exit is not None
     generator = torch.Generator().manual_seed(seed)
     work = _Learner(block, walk, settings, generator)
-    before, saved = work.error(), copied(block_states(block, walk))
+    before, saved = work.error(), block_states(block, walk)
     with torch.enable_grad(), _differentiable(walk.module):
         soft = _soften(block, walk, targets, generator)
         work.optimize(soft, before, progress)
@@ -128,8 +120,8 @@ def learn_block(
         for name, state in saved.items():
             walk.modules[name].load_state_dict(state)
         return 1.0
-    entry = walk.values[QUANTIZED][block.entry]
-    walk.renew(block.exit, [walk.store.put(work.run(part.get(), {})) for part in entry])
+    entry = walk.values[QUANTIZED][work.entry]
+    walk.renew(work.exit, [walk.store.put(work.run(part.get(), {})) for part in entry])
     return after / before
 
 
@@ -141,11 +133,11 @@ class _Learner:
     ) -> None:
         assert block.entry is not None
         assert block.exit is not None
-        self.block, self.walk, self.settings = block, walk, settings
-        self.generator = generator
-        self.quantized = _Images(walk.values[QUANTIZED][block.entry])
-        self.floats = _Images(walk.values[FLOAT][block.entry])
-        self.wanted = _Images(walk.values[FLOAT][block.exit])
+        self.nodes, self.entry, self.exit = block.nodes, block.entry, block.exit
+        self.walk, self.settings, self.generator = walk, settings, generator
+        self.quantized = walk.values[QUANTIZED][block.entry]
+        self.floats = walk.values[FLOAT][block.entry]
+        self.wanted = walk.values[FLOAT][block.exit]
         count = sum(len(part) for part in walk.parts)
         order = torch.randperm(count, generator=generator)
         self.judges, self.learned = order[: count // HELD_OUT], order[count // HELD_OUT :]
@@ -154,23 +146,20 @@ class _Learner:
 
     def run(self, x: Tensor, soft: Soft) -> Tensor:
         """The exit's value, with stand-ins for some of the modules."""
-        assert self.block.entry is not None
-        assert self.block.exit is not None
-        values = {self.block.entry: x}
-        for node in self.block.nodes:
+        values = {self.entry: x}
+        for node in self.nodes:
             if node.op != "output":
                 module = soft.get(str(node.target)) if node.op == "call_module" else None
-                values[node] = evaluate(self.walk.module, node, values.__getitem__, module)
-        return values[self.block.exit]
+                values[node] = evaluate(self.walk.interpreter, node, values.__getitem__, module)
+        return values[self.exit]
 
     def error(self) -> float:
         """Mean squared error on the images that judge, with a floor that can be divided by."""
-        got = self.run(self.quantized.rows(self.judges), {})
-        return max(float((got - self.wanted.rows(self.judges)).square().mean()), 1e-30)
+        return max(self.judge({}), 1e-30)
 
     def judge(self, soft: Soft) -> float:
-        """As `error`, with stand-ins that leave nothing unquantized."""
-        x, wanted = self.quantized.rows(self.judges), self.wanted.rows(self.judges)
+        """The same without the floor, with stand-ins that leave nothing unquantized."""
+        x, wanted = _rows(self.quantized, self.judges), _rows(self.wanted, self.judges)
         for module in soft.values():
             module.eval()
         with torch.no_grad():
@@ -191,15 +180,15 @@ class _Learner:
             {"params": [p for n, p in named if n != "reals"], "lr": settings.lr_range},
         ]
         optimizer = torch.optim.Adam([group for group in groups if group["params"]])
-        rates = [group["lr"] for group in optimizer.param_groups]
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer,
+            lambda step: 0.5 * (1 + math.cos(math.pi * step / max(1, settings.iterations))),
+        )
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         integers = {id(p) for n, p in named if n == "reals"}
         begin = int(LATER * settings.iterations)
         best, found = self.judge(soft), [p.detach().clone() for p in parameters]
         for step in range(settings.iterations):
-            fall = 0.5 * (1 + math.cos(math.pi * step / settings.iterations))
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate * fall
             x, wanted = self._batch()
             loss = (self.run(x, soft) - wanted).square().mean() / scale
             gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
@@ -207,6 +196,7 @@ class _Learner:
                 still = id(parameter) in integers and step < begin
                 parameter.grad = None if still else gradient
             optimizer.step()
+            schedule.step()
             progress(step + 1)
             if (step + 1) % max(1, settings.iterations // LOOKS) == 0:
                 now = self.judge(soft)
@@ -220,11 +210,11 @@ class _Learner:
         """Random images: the block's input, and what it should give."""
         count = torch.Size((self.settings.batch,))
         picked = self.learned[torch.randint(len(self.learned), count, generator=self.generator)]
-        x = self.quantized.rows(picked)
+        x = _rows(self.quantized, picked)
         if self.mixes:
             keep = torch.rand(x.shape, generator=self.generator) < DROP
-            x = torch.where(keep, self.floats.rows(picked), x)
-        return x, self.wanted.rows(picked)
+            x = torch.where(keep, _rows(self.floats, picked), x)
+        return x, _rows(self.wanted, picked)
 
 
 def _soften(
@@ -257,11 +247,7 @@ def _differentiable(module: nn.Module) -> Iterator[None]:
 
 
 def block_states(block: Block, walk: LockStep) -> dict[str, dict[str, Tensor]]:
-    """The state of every module that a block calls, by module path."""
+    """A copy of the state of every module that a block calls, by module path."""
     names = [str(n.target) for n in block.nodes if n.op == "call_module"]
-    return {name: walk.modules[name].state_dict() for name in names}
-
-
-def copied(states: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
-    """States that later changes of the modules leave alone."""
+    states = {name: walk.modules[name].state_dict() for name in names}
     return {name: {k: v.clone() for k, v in s.items()} for name, s in states.items()}

@@ -4,15 +4,13 @@ At each layer the inputs of both networks are at hand: the integer weights are c
 quantized input against the float output, then the bias takes up what is left of the mean error
 (Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction", 2019,
 section 4.2, here with measured means). Later layers see the quantized network as it then is. Where
-a block of layers ends, a `Learner` may go over it again as a whole.
+a block of layers ends, a `BlockLearner` may go over it again as a whole.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, fx, nn
@@ -21,6 +19,7 @@ from mpq.errors import UsageError
 from mpq.graph.ir import QuantGraph
 from mpq.numerics import per_axis
 from mpq.ptq.blocks import Block, blocks
+from mpq.ptq.blockwise import BlockLearner, Finished
 from mpq.ptq.store import ActivationStore, Stored
 from mpq.ptq.walk import FLOAT, QUANTIZED, LockStep, Target
 from mpq.quant.layer import IslandLayer, QuantLayer
@@ -46,36 +45,6 @@ BATCH_BYTES = 64 * 2**20
 """A batch is as large as lets its largest activation fit in this."""
 
 
-@dataclass(frozen=True)
-class Finished:
-    """What a block came to.
-
-    Args:
-        states: of its modules, by path.
-        uncorrected: biases before their correction, by layer, where the output of the block is
-            what the corrections made of it; empty where the block was evaluated anew.
-    """
-
-    states: dict[str, dict[str, Tensor]]
-    uncorrected: dict[str, Tensor]
-
-
-class Learner(Protocol):
-    """What may follow on the rounding of a block's layers."""
-
-    def restore(self, block: Block, walk: LockStep) -> Finished | None:
-        """What a block that was done before came to."""
-
-    def learn(self, block: Block, walk: LockStep, targets: Mapping[str, Target]) -> None:
-        """Improve a block in place.
-
-        Args:
-            block: its nodes; the values of `block.entry` and of its last node are kept.
-            walk: both networks; the exit's quantized values are renewed.
-            targets: what its layers stand for, by path.
-        """
-
-
 def batch_size(qg: QuantGraph) -> int:
     """Images at a time, 4 to 128: as many as `BATCH_BYTES` allows."""
     largest = max(max(info.in_elements, info.out_elements) for info in qg.layers.values())
@@ -90,7 +59,7 @@ def quantize_layers(
     batch: int | None = None,
     learn_rounding: bool = True,
     correct_bias: bool = True,
-    learner: Learner | None = None,
+    learner: BlockLearner | None = None,
     memory_mb: float = MEMORY_MB,
     progress: Progress | None = None,
 ) -> int:
@@ -135,7 +104,7 @@ class _Sequential:
         walk: LockStep,
         learn_rounding: bool,
         correct_bias: bool,
-        learner: Learner | None,
+        learner: BlockLearner | None,
         progress: Progress | None,
     ) -> None:
         self.walk, self.learner, self.progress = walk, learner, progress

@@ -22,7 +22,7 @@ QUANTIZED, FLOAT = 0, 1
 
 
 def evaluate(
-    root: nn.Module,
+    interpreter: fx.Interpreter,
     node: fx.Node,
     value: Callable[[fx.Node], Any],
     module: Callable[..., Any] | None = None,
@@ -30,25 +30,16 @@ def evaluate(
     """What a node gives.
 
     Args:
-        root: the graph's module.
+        interpreter: of the graph.
         node: any node but a placeholder.
         value: the values of the nodes before it.
         module: stands in for the module that the node calls.
     """
     args: Any = fx.node.map_arg(node.args, value)
     kwargs: Any = fx.node.map_arg(node.kwargs, value)
-    if node.op == "output":
-        return args[0]
-    if node.op == "get_attr":
-        found: Any = root
-        for name in str(node.target).split("."):
-            found = getattr(found, name)
-        return found
-    if node.op == "call_function":
-        return node.target(*args, **kwargs)  # type: ignore[operator]
-    if node.op == "call_method":
-        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-    return (module or root.get_submodule(str(node.target)))(*args, **kwargs)
+    if module is not None:
+        return module(*args, **kwargs)
+    return getattr(interpreter, node.op)(node.target, args, kwargs)
 
 
 @dataclass(frozen=True)
@@ -77,6 +68,7 @@ class LockStep:
         self, module: fx.GraphModule, parts: Sequence[Tensor], store: ActivationStore
     ) -> None:
         self.module, self.parts, self.store = module, parts, store
+        self.interpreter = fx.Interpreter(module, garbage_collect_values=False)
         self.modules: dict[str, nn.Module] = dict(module.named_modules())
         self.values: tuple[dict[fx.Node, list[Stored]], dict[fx.Node, list[Stored]]] = ({}, {})
         self.left = {n: len(n.users) for n in module.graph.nodes}
@@ -132,9 +124,9 @@ class LockStep:
 
         module = self.modules.get(str(node.target)) if node.op == "call_module" else None
         if which == QUANTIZED or module is None:
-            return evaluate(self.module, node, value)
+            return evaluate(self.interpreter, node, value)
         if isinstance(module, FakeQuant):
             x = value(node.all_input_nodes[0])
             return x if module.ceiling is None else x.clamp(max=module.ceiling)
         with switched_off(module):
-            return evaluate(self.module, node, value)
+            return evaluate(self.interpreter, node, value)
