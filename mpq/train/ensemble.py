@@ -91,15 +91,12 @@ class Ensemble(nn.Module):
 
     def answer(self, index: int, images: Tensor) -> Tensor:
         """Logits `[B, C]` of one member."""
-        return _logits(self.members[index], images)
-
-
-def _logits(member: Member, images: Tensor) -> Tensor:
-    if member.input and images.shape[2:] != member.input[1:]:
-        size = list(member.input[1:])
-        images = F.interpolate(images, size, mode="bilinear", antialias=True, align_corners=False)
-    logits: Tensor = member.module(normalize_unit(images, member.normalize))
-    return logits
+        member = self.members[index]
+        if member.input and images.shape[2:] != member.input[1:]:
+            size = list(member.input[1:])
+            images = F.interpolate(images, size, mode="bilinear", antialias=True)
+        logits: Tensor = member.module(normalize_unit(images, member.normalize))
+        return logits
 
 
 def measure(ensemble: Ensemble, images: Images, labels: Labels, *, batch: int = 250) -> Ensemble:

@@ -84,10 +84,8 @@ class Ema:
         """Take in the weights of a step."""
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        averaged: list[Tensor] = []
-        current: list[Tensor] = []
-        averaged.extend(self.module.parameters())
-        current.extend(p.detach() for p in model.parameters())
+        averaged: list[Tensor] = list(self.module.parameters())
+        current: list[Tensor] = [p.detach() for p in model.parameters()]
         buffers = zip(self.module.named_buffers(), model.buffers(), strict=True)
         for (name, own), new in buffers:
             if name.rpartition(".")[2] in AVERAGED_BUFFERS:
@@ -95,9 +93,5 @@ class Ema:
                 current.append(new)
             else:
                 own.copy_(new)
-        _lerp(averaged, current, 1 - decay)
-
-
-def _lerp(averaged: list[Tensor], current: list[Tensor], weight: float) -> None:
-    if averaged:
-        torch._foreach_lerp_(averaged, current, weight)
+        if averaged:
+            torch._foreach_lerp_(averaged, current, 1 - decay)

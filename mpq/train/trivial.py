@@ -70,10 +70,15 @@ def _grey(images: Tensor) -> Tensor:
     )
 
 
-def _affine(images: Tensor, matrix: Tensor) -> Tensor:
-    """Sample with `[N, 2, 3]` from output to input, in pixels from the centre; black outside."""
+def _affine(images: Tensor, *matrix: Tensor | float) -> Tensor:
+    """Sample with `[[a b c], [d e f]]` (each of all images or `[N]`) from output to input.
+
+    In pixels from the centre; black outside.
+    """
     height, width = images.shape[2:]
-    relative = matrix.clone()  # affine_grid counts in half sides
+    each = torch.ones(len(images), device=images.device)
+    relative = torch.stack([value * each for value in matrix], dim=1).view(-1, 2, 3)
+    # affine_grid counts in half sides
     relative[:, 0, 1] *= height / width
     relative[:, 1, 0] *= width / height
     relative[:, 0, 2] /= width / 2
@@ -82,45 +87,35 @@ def _affine(images: Tensor, matrix: Tensor) -> Tensor:
     return F.grid_sample(images, grid, mode="nearest", align_corners=False)
 
 
-def _matrix(a: Tensor, b: Tensor, c: Tensor, d: Tensor, e: Tensor, f: Tensor) -> Tensor:
-    """`[[a b c], [d e f]]` for each image."""
-    return torch.stack([a, b, c, d, e, f], dim=1).view(-1, 2, 3)
-
-
 def shear_x(images: Tensor, strength: Tensor, sign: Tensor) -> Tensor:
     """Rows shifted in proportion to their distance from the top, by up to 0.99 of it."""
     level = 0.99 * strength * sign
-    one, zero = torch.ones_like(level), torch.zeros_like(level)
-    return _affine(images, _matrix(one, level, level * images.shape[2] / 2, zero, one, zero))
+    return _affine(images, 1, level, level * images.shape[2] / 2, 0, 1, 0)
 
 
 def shear_y(images: Tensor, strength: Tensor, sign: Tensor) -> Tensor:
     """Columns shifted in proportion to their distance from the left, by up to 0.99 of it."""
     level = 0.99 * strength * sign
-    one, zero = torch.ones_like(level), torch.zeros_like(level)
-    return _affine(images, _matrix(one, zero, zero, level, one, level * images.shape[3] / 2))
+    return _affine(images, 1, 0, 0, level, 1, level * images.shape[3] / 2)
 
 
 def translate_x(images: Tensor, strength: Tensor, sign: Tensor) -> Tensor:
     """Shift by up to 32 pixels, at most the width."""
     level = (min(32, images.shape[3]) * strength).floor() * sign
-    one, zero = torch.ones_like(level), torch.zeros_like(level)
-    return _affine(images, _matrix(one, zero, -level, zero, one, zero))
+    return _affine(images, 1, 0, -level, 0, 1, 0)
 
 
 def translate_y(images: Tensor, strength: Tensor, sign: Tensor) -> Tensor:
     """Shift by up to 32 pixels, at most the height."""
     level = (min(32, images.shape[2]) * strength).floor() * sign
-    one, zero = torch.ones_like(level), torch.zeros_like(level)
-    return _affine(images, _matrix(one, zero, zero, zero, one, -level))
+    return _affine(images, 1, 0, 0, 0, 1, -level)
 
 
 def rotate(images: Tensor, strength: Tensor, sign: Tensor) -> Tensor:
     """Rotate about the centre by up to 135 degrees."""
     angle = torch.deg2rad(135 * strength * sign)
-    zero = torch.zeros_like(angle)
     cos, sin = angle.cos(), angle.sin()
-    return _affine(images, _matrix(cos, -sin, zero, sin, cos, zero))
+    return _affine(images, cos, -sin, 0, sin, cos, 0)
 
 
 def brightness(images: Tensor, strength: Tensor, sign: Tensor) -> Tensor:
