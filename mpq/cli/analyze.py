@@ -30,7 +30,7 @@ MINIMIZE = dict(zip(("bits", "size", "bops", "activation", "latency"), LIMITS, s
 
 
 @click.command(cls=options.ListCommand)
-@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("checkpoint", type=options.PATH)
 @options.model
 @options.data
 @options.data_root
@@ -39,22 +39,18 @@ MINIMIZE = dict(zip(("bits", "size", "bops", "activation", "latency"), LIMITS, s
 @options.widths("--bits", "8,4", "Weight widths to choose from.")
 @options.widths("--act-bits", "8", "Activation widths to choose from.")
 @with_budgets
-@click.option("--minimize", type=click.Choice(list(MINIMIZE)), default="bits", show_default=True,
-              help="What --max-drop makes small, and what the Pareto front is over.")  # fmt: skip
-@click.option("--profile", "profile_path", type=click.Path(path_type=Path), metavar="FILE",
+@options.choice("--minimize", MINIMIZE, default="bits",
+                help="What --max-drop makes small, and what the Pareto front is over.")  # fmt: skip
+@options.path("--profile", "profile_path",
               help="Latency profile.  [default: the run's, or the newest]")  # fmt: skip
-@click.option("--metric", type=click.Choice(METRICS), default=METRICS[0], show_default=True,
-              help="How layers are scored.")  # fmt: skip
-@click.option("--rounding", type=click.Choice(get_args(Rounding)), default="nearest",
-              show_default=True, help="Of scored weights; feedback: as mpq ptq.")  # fmt: skip
-@click.option("--num-score", metavar="COUNT", type=click.IntRange(min=1), default=512,
-              show_default=True, help="Training images to score on.")  # fmt: skip
-@click.option("--input-size", metavar="PIXELS", type=click.IntRange(min=8),
-              help="Image side, if not the usual one.")  # fmt: skip
-@click.option("--locked", type=click.Path(path_type=Path), metavar="POLICY",
-              help="Keep the locked layers of this policy.")  # fmt: skip
-@click.option("--validate", metavar="COUNT", type=click.IntRange(min=0), default=0,
-              help="Measure so many random policies and compare with their scores.")  # fmt: skip
+@options.choice("--metric", METRICS, default=METRICS[0], help="How layers are scored.")
+@options.choice("--rounding", get_args(Rounding), default="nearest",
+                help="Of scored weights; feedback: as mpq ptq.")  # fmt: skip
+@options.count("--num-score", default=512, help="Training images to score on.")
+@options.input_size
+@options.path("--locked", metavar="POLICY", help="Keep the locked layers of this policy.")
+@options.count("--validate", default=0, least=0,
+               help="Measure so many random policies and compare with their scores.")  # fmt: skip
 @click.option("--rescore", is_flag=True, help="Score anew, whatever scores there are already.")
 @options.target("The kind of CPU to plan for.")
 @options.seed

@@ -27,39 +27,24 @@ CALIBRATION = 512
 
 
 @click.command()
-@click.argument("files", nargs=-1, type=click.Path(path_type=Path))
-@click.option(
-    "--float",
-    "float_file",
-    type=click.Path(path_type=Path),
-    help="Float model that speed refers to.  [default: float.onnx beside the first file]",
-)
+@click.argument("files", nargs=-1, type=options.PATH)
+@options.path("--float", "float_file", metavar="PATH",
+              help="Float model that speed refers to.  [default: float.onnx beside the first file]",
+              )  # fmt: skip
 @options.data
 @options.data_root
 @options.trust_code
 @options.normalize
 @options.threads
 @options.batch
-@click.option(
-    "--runs",
-    metavar="COUNT",
-    type=click.IntRange(min=1),
-    default=200,
-    show_default=True,
-    help="Rounds timed.",
-)
+@options.count("--runs", default=200, help="Rounds timed.")
 @click.option(
     "--peers/--no-peers",
     default=False,
     show_default=True,
     help="Also onnxruntime's own static and dynamic int8 of the float model.",
 )
-@click.option(
-    "--limit",
-    metavar="COUNT",
-    type=click.IntRange(min=1),
-    help="Test images at most.  [default: all]",
-)
+@options.count("--limit", help="Test images at most.  [default: all]")
 @options.seed
 @options.as_json
 @options.out("Run folder for bench.jsonl.  [default: the run of the first file]")
@@ -183,9 +168,6 @@ def _show(rows: Sequence[BenchRow], as_json: bool, folder: Path | None) -> None:
     text = "".join(f"{row.to_json()}\n" for row in rows)
     if folder is not None:
         files.write_text(folder / "bench.jsonl", text)
-    if as_json:
-        click.echo(text, nl=False)
-        return
-    options.stdout.print(bench_table([asdict(row) for row in rows]))
-    if folder is not None:
+    options.result(as_json, text.rstrip("\n"), bench_table([asdict(row) for row in rows]))
+    if folder is not None and not as_json:
         options.say(f"wrote {folder / 'bench.jsonl'}")

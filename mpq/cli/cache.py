@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import click
 
 from mpq.cli import options
@@ -29,11 +27,11 @@ def cache(emptied: bool, as_json: bool) -> None:
     size = sum(path.stat().st_size for path in found)
     if emptied:
         clear()
-    if as_json:
-        told = {"folder": str(cache_folder()), "files": len(found), "bytes": size}
-        click.echo(json.dumps({**told, "limit_mb": current().cache_mb, "cleared": emptied}))
-        return
+    told = {"folder": str(cache_folder()), "files": len(found), "bytes": size}
     what = f"{counted(len(found), 'file')}, {size / 1e6:,.1f} MB"
-    limit = f"of at most {current().cache_mb:,.0f} MB"
-    done = "removed" if emptied else limit
-    options.show(f"{cache_folder()}: {what} {done}")
+    done = "removed" if emptied else f"of at most {current().cache_mb:,.0f} MB"
+    options.result(
+        as_json,
+        {**told, "limit_mb": current().cache_mb, "cleared": emptied},
+        f"{cache_folder()}: {what} {done}",
+    )

@@ -14,7 +14,7 @@ from mpq.report.tables import certificate_table
 
 
 @click.command()
-@click.argument("file", required=False, type=click.Path(path_type=Path))
+@click.argument("file", required=False, type=options.PATH)
 @options.target("The kind of CPU to judge for.")
 @options.as_json
 def certify(file: Path | None, target: str | None, as_json: bool) -> None:
@@ -30,12 +30,8 @@ def certify(file: Path | None, target: str | None, as_json: bool) -> None:
     if not path.is_file():
         raise UsageError(f"{path} does not exist. Name an ONNX file.")
     found = judge(path, target=target)
-    if as_json:
-        click.echo(found.to_json())
-    else:
-        options.stdout.print(certificate_table(json.loads(found.to_json())))
-        for note in found.notes:
-            options.show(note)
+    text = found.to_json()
+    options.result(as_json, text, certificate_table(json.loads(text)), *found.notes)
     if found.broken():
         names = ", ".join(row.name for row in found.broken())
         raise ExportError(f"{path} does not run as its policy asks: {names}.")

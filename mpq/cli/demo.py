@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 
@@ -32,11 +31,9 @@ def demo(seed: int, as_json: bool, force: bool, out: Path | None) -> None:
             tell = options.say
         rows = run_demo(folder, seed=seed, tell=tell)
     shown = [asdict(row) for row in rows]
-    if as_json:
-        click.echo(json.dumps(shown))
-        return
-    options.stdout.print(demo_table(shown))
-    options.say(
-        f"wrote {folder}: demo.json, policy.yaml, sensitivity.png, pareto.png and a run for each "
-        f"configuration; next: mpq report {folder}"
-    )
+    options.result(as_json, shown, demo_table(shown))
+    if not as_json:
+        options.say(
+            f"wrote {folder}: demo.json, policy.yaml, sensitivity.png, pareto.png and a run for "
+            f"each configuration; next: mpq report {folder}"
+        )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
@@ -10,12 +9,13 @@ import click
 from mpq.cli import options
 from mpq.compare import compare
 from mpq.policy import Policy
+from mpq.report.grid import Grid
 from mpq.report.tables import diff_table
 
 
 @click.command()
-@click.argument("a", type=click.Path(path_type=Path))
-@click.argument("b", type=click.Path(path_type=Path))
+@click.argument("a", type=options.PATH)
+@click.argument("b", type=options.PATH)
 @click.option("--exit-code", is_flag=True, help="Exit with 1 if the policies differ.")
 @options.as_json
 def diff(a: Path, b: Path, exit_code: bool, as_json: bool) -> int:
@@ -30,12 +30,9 @@ def diff(a: Path, b: Path, exit_code: bool, as_json: bool) -> int:
     """
     paths = [options.in_run(path, "policy.yaml") for path in (a, b)]
     found = compare(Policy.load(paths[0]), Policy.load(paths[1]))
-    content = found.to_json()
-    if as_json:
-        click.echo(json.dumps({"a": str(paths[0]), "b": str(paths[1]), **content}))
-    elif found.changes:
-        names = str(paths[0]), str(paths[1])
-        options.stdout.print(diff_table(content["changes"], content, names))
-    else:
-        options.show(f"{paths[0]} and {paths[1]} give every layer the same widths")
+    content, names = found.to_json(), (str(paths[0]), str(paths[1]))
+    shown: Grid | str = f"{names[0]} and {names[1]} give every layer the same widths"
+    if found.changes:
+        shown = diff_table(content["changes"], content, names)
+    options.result(as_json, {"a": names[0], "b": names[1], **content}, shown)
     return int(exit_code and bool(found.changes))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
@@ -17,7 +16,7 @@ from mpq.report.tables import ensemble_table
 
 
 @click.command()
-@click.argument("checkpoints", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("checkpoints", nargs=-1, required=True, type=options.PATH)
 @options.data
 @options.data_root
 @options.trust_code
@@ -25,8 +24,8 @@ from mpq.report.tables import ensemble_table
 @options.trust_pickle
 @options.as_json
 @options.force
-@click.option("--out", "-o", metavar="FILE", type=click.Path(path_type=Path),
-              default=Path("ens.pth"), show_default=True, help="File to write.")  # fmt: skip
+@click.option("--out", "-o", metavar="FILE", type=options.PATH, default=Path("ens.pth"),
+              show_default=True, help="File to write.")  # fmt: skip
 def ensemble(
     checkpoints: tuple[Path, ...],
     data: str | None,
@@ -58,10 +57,8 @@ def ensemble(
         for m in found.members
     ]
     rows.append({"name": "together (mean)", "arch": "", "normalize": "", "top1": found.top1})
-    if as_json:
-        members = [{k: row[k] for k in ("name", "arch", "top1")} for row in rows[:-1]]
-        click.echo(json.dumps({"file": str(out), "top1": found.top1, "members": members}))
-    else:
-        options.stdout.print(ensemble_table(rows))
+    members = [{k: row[k] for k in ("name", "arch", "top1")} for row in rows[:-1]]
+    content = {"file": str(out), "top1": found.top1, "members": members}
+    options.result(as_json, content, ensemble_table(rows))
     options.say(f"measured on {counted(len(dataset.validation), 'validation image')} of {name}")
     options.say(f"wrote {out}; next: mpq qat --teacher {out}")

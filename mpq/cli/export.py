@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import click
 
@@ -11,28 +12,32 @@ from mpq import rundir
 from mpq.cli import options
 from mpq.export import ExportResult
 from mpq.export.form import INT4_FORMATS
-from mpq.pipeline.exporting import Exporting, export_run, float_reference, refuse_export
+from mpq.pipeline.exporting import (
+    Exporting,
+    PixelLayout,
+    export_run,
+    float_reference,
+    refuse_export,
+)
 from mpq.pipeline.quantizing import load_quantized
 from mpq.pipeline.subject import DataSource
 from mpq.report.grid import counted
 
 
 @click.command()
-@click.argument("quantized", required=False, type=click.Path(path_type=Path))
+@click.argument("quantized", required=False, type=options.PATH)
 @click.option("--onnx", is_flag=True, required=True, help="Write ONNX (the one format).")
-@click.option("--verify", "images", metavar="COUNT", type=click.IntRange(min=0), default=1000,
-              show_default=True, help="Test images to verify on.")  # fmt: skip
+@options.count("--verify", "images", default=1000, least=0, help="Test images to verify on.")
 @click.option("--allow-float-fallback", is_flag=True,
               help="Accept layers that run in float against the policy.")  # fmt: skip
-@click.option("--int4-format", type=click.Choice(INT4_FORMATS),
-              help="Storage of 4-bit weights; dq is for other runtimes.  [default: cast, or "
-              "unpack for a --min-runtime below 1.23]")  # fmt: skip
+@options.choice("--int4-format", INT4_FORMATS,
+                help="Storage of 4-bit weights; dq is for other runtimes.  [default: cast, or "
+                "unpack for a --min-runtime below 1.23]")  # fmt: skip
 @click.option("--min-runtime", metavar="VERSION",
               help="The oldest onnxruntime that must run the file.  [default: 1.23]")  # fmt: skip
 @click.option("--input", "kind", type=click.Choice(("float", "uint8")), default="float",
               show_default=True, help="What the file takes: float images or pixels.")  # fmt: skip
-@click.option("--layout", type=click.Choice(("nhwc", "nchw")), default="nhwc", show_default=True,
-              help="Of raw pixels.")  # fmt: skip
+@options.choice("--layout", get_args(PixelLayout), default="nhwc", help="Of raw pixels.")
 @options.target("The kind of CPU to certify for.")
 @options.data
 @options.data_root
@@ -91,10 +96,7 @@ def export(
             reference=reference,
             force=force,
         )
-    if as_json:
-        click.echo(json.dumps(_summary(result)))
-    else:
-        _show(result)
+    options.result(as_json, _summary(result), *_told(result))
     more = ", float.onnx" if reference is not None else ""
     options.say(f"wrote {result.path}, certificate.json{more}; next: mpq bench")
 
@@ -111,20 +113,19 @@ def _summary(result: ExportResult) -> dict[str, object]:
     }
 
 
-def _show(result: ExportResult) -> None:
+def _told(result: ExportResult) -> Iterator[str]:
     certificate, checked = result.certificate, result.verification
     boundaries = counted(certificate.boundaries, "precision boundary", "precision boundaries")
-    options.show(
+    yield (
         f"{result.bytes:,} bytes; {certificate.integer_macs_fraction:.1%} of the MACs run as "
         f"integers, {boundaries}; needs {certificate.needs}"
     )
-    for note in certificate.notes:
-        options.show(note)
+    yield from certificate.notes
     if checked is None:
-        options.show("not verified: there are no images to verify on")
+        yield "not verified: there are no images to verify on"
         return
     images, steps = counted(checked.n, "image"), counted(checked.max_step, "step")
-    options.show(
+    yield (
         f"same class as the simulation on {checked.top1_agreement:.2%} of {images}, "
         f"at most {steps} apart"
     )

@@ -5,10 +5,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -29,6 +30,7 @@ from mpq import rundir
 from mpq.data import Normalization
 from mpq.errors import printable
 from mpq.processes import leading
+from mpq.report.grid import Grid
 from mpq.spec import WIDTHS
 from mpq.target import TARGETS
 from mpq.trusted import is_name
@@ -149,15 +151,38 @@ def limits(flag: str, help: str) -> Decorator[Any]:
     return click.option(flag, multiple=True, metavar="NUMBER,...", callback=_positives, help=help)
 
 
+PATH = click.Path(path_type=Path)
+
+
+def path(*flags: str, help: str, metavar: str = "FILE") -> Decorator[Any]:
+    """An option that takes a path, or None."""
+    return click.option(*flags, metavar=metavar, type=PATH, help=help)
+
+
+def count(
+    *flags: str, help: str, metavar: str = "COUNT", default: int | None = None, least: int = 1
+) -> Decorator[Any]:
+    """An option that takes a whole number from `least` on, or its default."""
+    return click.option(*flags, metavar=metavar, type=click.IntRange(min=least), default=default,
+                        show_default=True, help=help)  # fmt: skip
+
+
+def choice(
+    flag: str, known: Iterable[str], *, help: str, default: str | None = None
+) -> Decorator[Any]:
+    """An option that takes one of the names known, or its default."""
+    kind = click.Choice(tuple(known))
+    return click.option(flag, type=kind, default=default, show_default=True, help=help)
+
+
 def out(help: str = "Run folder to write to.  [default: runs/NAME]") -> Decorator[Any]:
     """`--out`, `-o`: argument `out`, a Path or None. The help says what is written there."""
-    return click.option("--out", "-o", metavar="RUN", type=_path(), help=help)
+    return path("--out", "-o", metavar="RUN", help=help)
 
 
 def target(help: str) -> Decorator[Any]:
     """`--target`: argument `target`, a name or None."""
-    known = click.Choice(tuple(TARGETS))
-    return click.option("--target", type=known, help=f"{help}  [default: that of this computer]")
+    return choice("--target", TARGETS, help=f"{help}  [default: that of this computer]")
 
 
 @contextmanager
@@ -236,6 +261,15 @@ def show(text: str) -> None:
     stdout.print(printable(text), markup=False, soft_wrap=True)
 
 
+def result(as_json: bool, content: object, *shown: Grid | str) -> None:
+    """The result on stdout: `content` as JSON (a text that is JSON as it is), or what is shown."""
+    if as_json:
+        click.echo(content if isinstance(content, str) else json.dumps(content))
+        return
+    for one in shown:
+        show(one) if isinstance(one, str) else stdout.print(one)
+
+
 def outcome(top1: float | None, where: str) -> str:
     """What is said of a network's accuracy in percent."""
     if top1 is None:
@@ -280,27 +314,14 @@ def run_of(policy: Path, out: Path | None) -> Path:
     return rundir.resolve_out(out, policy.stem)
 
 
-def _path() -> click.Path:
-    return click.Path(path_type=Path)
-
-
 # policy_path: Path | None
-policy = click.option(
+policy = path(
     "--policy",
     "policy_path",
-    metavar="FILE",
-    type=_path(),
     help="Policy file, or a run that has one.  [default: the newest run's]",
 )
 # seed: int
-seed = click.option(
-    "--seed",
-    metavar="N",
-    type=click.IntRange(min=0),
-    default=0,
-    show_default=True,
-    help="Of all randomness.",
-)
+seed = count("--seed", metavar="N", default=0, least=0, help="Of all randomness.")
 # data: str | None
 data = click.option(
     "--data",
@@ -309,10 +330,9 @@ data = click.option(
     help="digits, cifar10, cifar100, a folder, a zip, module:factory, or none.",
 )
 # data_root: Path | None
-data_root = click.option(
+data_root = path(
     "--data-root",
     metavar="FOLDER",
-    type=_path(),
     help="Where the data lie.  [default: $MPQ_DATA, then torchvision's places]",
 )
 # as_json: bool
@@ -322,27 +342,17 @@ force = click.option("--force", is_flag=True, help="Replace files that exist.")
 # resume: bool
 resume = click.option("--resume", is_flag=True, help="Go on where an interrupted run stopped.")
 # threads: int
-threads = click.option(
-    "--threads",
-    metavar="N",
-    type=click.IntRange(min=1),
-    default=1,
-    show_default=True,
-    help="Threads to use.",
-)
+threads = count("--threads", metavar="N", default=1, help="Threads to use.")
 # batch: int
-batch = click.option(
-    "--batch",
-    metavar="N",
-    type=click.IntRange(min=1),
-    default=1,
-    show_default=True,
-    help="Images at a time.",
+batch = count("--batch", metavar="N", default=1, help="Images at a time.")
+# input_size: int | None
+input_size = count(
+    "--input-size", metavar="PIXELS", least=8, help="Image side, if not the usual one."
 )
 # int16_form: Int16Form | None
-int16_form = click.option(
+int16_form = choice(
     "--int16-form",
-    type=click.Choice(INT16_FORMS),
+    INT16_FORMS,
     help="16-bit layers: fast leaves their inputs in float, exact rounds them to 16 bits, as the "
     "file then does.  [default: the policy's formats]",
 )

@@ -16,16 +16,14 @@ from mpq.report.tables import profile_table
 
 
 @click.command()
-@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("checkpoint", type=options.PATH)
 @options.model
 @options.trust_code
 @options.trust_pickle
-@click.option("--input-size", metavar="PIXELS", type=click.IntRange(min=8),
-              help="Image side, if not the usual one.")  # fmt: skip
+@options.input_size
 @options.threads
 @options.batch
-@click.option("--check", type=click.Path(path_type=Path), metavar="FILE",
-              help="Hold the prediction against this exported file.")  # fmt: skip
+@options.path("--check", help="Hold the prediction against this exported file.")
 @options.as_json
 @click.option("--force", is_flag=True, help="Measure again, and replace profile.json.")
 @options.out()
@@ -69,7 +67,7 @@ def profile(
         if kept.is_file() and kept.read_text(encoding="utf-8") != found.to_json() + "\n":
             rundir.refuse_overwrite(kept, force)  # of another CPU, runtime, batch or threads
         checked = None if check is None else hold(found, check)
-    content = json.loads(found.to_json())
+    content, told = json.loads(found.to_json()), []
     if checked is not None:
         content["check"] = {
             "file": checked.file,
@@ -77,15 +75,11 @@ def profile(
             "measured_ms": checked.measured_ms,
             "error_percent": checked.error,
         }
-    if as_json:
-        click.echo(json.dumps(content))
-    else:
-        options.stdout.print(profile_table(content))
-    if checked is not None and not as_json:
-        options.show(
+        told.append(
             f"{checked.file}: predicted {checked.predicted_ms:.3f} ms, measured "
             f"{checked.measured_ms:.3f} ms, {checked.error:+.1f} %"
         )
+    options.result(as_json, content, profile_table(content), *told)
     rundir.touch_run(folder)
     found.save(kept)
     options.say(f"wrote {kept}; next: mpq analyze --max-latency-ms")

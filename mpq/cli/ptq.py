@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
@@ -34,22 +33,18 @@ from mpq.wide import Int16Form
 @options.data
 @options.data_root
 @options.trust_code
-@click.option("--calibration", type=click.Choice(METHODS), default="mse", show_default=True,
-              help="How activation ranges are chosen.")  # fmt: skip
-@click.option("--effort", type=click.Choice(EFFORTS), default="good", show_default=True,
-              help="fast: ranges and biases; good: also rounding with error feedback, seconds; "
-              "best: also learned rounding, minutes.")  # fmt: skip
-@click.option("--equalize", type=click.Choice(EQUALIZE), default="auto", show_default=True,
-              help="Rescale channels between layers: where it clearly pays, wherever it does, "
-              "never.")  # fmt: skip
-@click.option("--iterations", metavar="COUNT", type=click.IntRange(min=1),
-              default=Learning.iterations, show_default=True,
-              help="Steps per block of --effort best.")  # fmt: skip
-@click.option("--num-calib", metavar="COUNT", type=click.IntRange(min=1),
-              help="Training images to calibrate on.  [default: the policy's]")  # fmt: skip
-@click.option("--memory-mb", metavar="MB", type=click.IntRange(min=1), default=MEMORY_MB,
-              show_default=True,
-              help="Activations to hold in memory; more lie in temporary files.")  # fmt: skip
+@options.choice("--calibration", METHODS, default="mse", help="How activation ranges are chosen.")
+@options.choice("--effort", EFFORTS, default="good",
+                help="fast: ranges and biases; good: also rounding with error feedback, seconds; "
+                "best: also learned rounding, minutes.")  # fmt: skip
+@options.choice("--equalize", EQUALIZE, default="auto",
+                help="Rescale channels between layers: where it clearly pays, wherever it does, "
+                "never.")  # fmt: skip
+@options.count("--iterations", default=Learning.iterations,
+               help="Steps per block of --effort best.")  # fmt: skip
+@options.count("--num-calib", help="Training images to calibrate on.  [default: the policy's]")
+@options.count("--memory-mb", metavar="MB", default=MEMORY_MB,
+               help="Activations to hold in memory; more lie in temporary files.")  # fmt: skip
 @click.option("--dynamic", is_flag=True,
               help="Linear layers that read floats (after norms, attention, GELU) take their "
               "range at run time: for transformers.")  # fmt: skip
@@ -114,9 +109,8 @@ def ptq(
         found = run_ptq(policy, subject, settings, run)
     save_quantized(found, written, path)
     (folder / PROGRESS).unlink(missing_ok=True)  # the run is complete
-    if as_json:
-        click.echo(json.dumps({"file": str(written), **found.metrics}))
-    else:
-        top1 = found.metrics["validation_top1"]
-        options.show(options.outcome(top1, "a sample of the validation split, simulated"))
+    told = options.outcome(
+        found.metrics["validation_top1"], "a sample of the validation split, simulated"
+    )
+    options.result(as_json, {"file": str(written), **found.metrics}, told)
     options.say(f"wrote {written}; next: mpq export --onnx")

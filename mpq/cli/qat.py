@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -94,11 +93,9 @@ def qat(
         return
     save_quantized(found, written)
     (folder / "checkpoint.pth").unlink(missing_ok=True)  # the run is complete
-    if as_json:
-        click.echo(json.dumps({"file": str(written), **found.metrics}))
-    else:
-        top1 = found.metrics["validation_top1"]
-        options.show(options.outcome(top1, "the validation split, simulated"))
-        before = found.metrics["calibrated_top1"]
+    before, top1 = found.metrics["calibrated_top1"], found.metrics["validation_top1"]
+    told = options.outcome(top1, "the validation split, simulated")
+    options.result(as_json, {"file": str(written), **found.metrics}, told)
+    if not as_json:
         training.gain(before, top1, chosen, start="what mpq ptq gives")
     options.say(f"wrote {written}; next: mpq export --onnx")

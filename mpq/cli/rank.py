@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
@@ -25,16 +24,13 @@ from mpq.rundir import Run
 @options.trust_code
 @options.normalize
 @options.limit("--effective-bits", "Mean weight bits of the mixed policy.  [default: 4.8]")
-@click.option("--effort", type=click.Choice(EFFORTS), default="good", show_default=True,
-              help="As in mpq ptq.")  # fmt: skip
+@options.choice("--effort", EFFORTS, default="good", help="As in mpq ptq.")
 @training.recipe("plain")
-@click.option("--epochs", metavar="N", type=click.IntRange(min=1), default=10, show_default=True,
-              help="Training of candidates that are architectures.")  # fmt: skip
+@options.count("--epochs", metavar="N", default=10,
+               help="Training of candidates that are architectures.")  # fmt: skip
 @training.settings
-@click.option("--num-calib", metavar="COUNT", type=click.IntRange(min=1), default=512,
-              show_default=True, help="Training images to score and calibrate on.")  # fmt: skip
-@click.option("--num-val", metavar="COUNT", type=click.IntRange(min=1), default=2000,
-              show_default=True, help="Validation images to measure on.")  # fmt: skip
+@options.count("--num-calib", default=512, help="Training images to score and calibrate on.")
+@options.count("--num-val", default=2000, help="Validation images to measure on.")
 @options.seed
 @training.device
 @options.as_json
@@ -88,8 +84,5 @@ def command(
             normalize=normalize,
             hooks=Hooks(options.say, training_hooks),
         )
-    if as_json:
-        click.echo(json.dumps(rows))
-    else:
-        options.stdout.print(rank_table(rows))
+    options.result(as_json, rows, rank_table(rows))
     options.say(f"wrote {folder / FILE} and {folder / PICTURE}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
@@ -12,7 +11,7 @@ from mpq.cli import options
 
 
 @click.command()
-@click.argument("run", required=False, type=click.Path(path_type=Path))
+@click.argument("run", required=False, type=options.PATH)
 @options.as_json
 def report(run: Path | None, as_json: bool) -> None:
     """Write RUN/report.html: one self-contained page of all that the run holds.
@@ -31,7 +30,4 @@ def report(run: Path | None, as_json: bool) -> None:
     if folder.is_dir():
         rundir.refuse_overwrite(folder / "report.html", force=True)
     path = write_page(folder)
-    if as_json:
-        click.echo(json.dumps({"report": str(path)}))
-    else:
-        options.show(f"wrote {path}")
+    options.result(as_json, {"report": str(path)}, f"wrote {path}")

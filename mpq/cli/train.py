@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
@@ -29,8 +28,7 @@ from mpq.train.plan import TrainingPlan
 @training.teacher
 @training.teacher_normalize
 @training.answers
-@click.option("--init", metavar="FILE", type=click.Path(path_type=Path),
-              help="Checkpoint to start from.")  # fmt: skip
+@options.path("--init", help="Checkpoint to start from.")
 @training.recipe("plain")
 @training.epochs
 @training.settings
@@ -41,8 +39,8 @@ from mpq.train.plan import TrainingPlan
 @options.as_json
 @options.force
 @options.resume
-@click.option("--out", "-o", metavar="FILE", type=click.Path(path_type=Path), show_default=True,
-              default=Path("model.pth"), help="Checkpoint to write.")  # fmt: skip
+@click.option("--out", "-o", metavar="FILE", type=options.PATH, default=Path("model.pth"),
+              show_default=True, help="Checkpoint to write.")  # fmt: skip
 def train(
     arch: str,
     data: str | None,
@@ -98,10 +96,8 @@ def train(
         result = run_train(subject, plan, out, run, hooks)
     if not leading():
         return
-    if as_json:
-        click.echo(json.dumps({"file": str(out), "validation_top1": result.top1}))
-    else:
-        options.show(options.outcome(result.top1, "the validation split"))
-        if init is not None:
-            training.gain(result.start, result.top1, chosen, start=str(init))
+    told = options.outcome(result.top1, "the validation split")
+    options.result(as_json, {"file": str(out), "validation_top1": result.top1}, told)
+    if init is not None and not as_json:
+        training.gain(result.start, result.top1, chosen, start=str(init))
     options.say(f"wrote {out}; next: mpq analyze {out}")

@@ -29,11 +29,8 @@ def _device(ctx: click.Context, param: click.Parameter, value: str) -> str:
 
 
 # teacher: Path | None
-teacher = click.option(
-    "--teacher",
-    metavar="FILE",
-    type=click.Path(path_type=Path),
-    help="An ensemble (ens.pth) or a single checkpoint to distil from.",
+teacher = options.path(
+    "--teacher", help="An ensemble (ens.pth) or a single checkpoint to distil from."
 )
 # teacher_normalize: str
 teacher_normalize = click.option(
@@ -51,10 +48,10 @@ answers = click.option(
     help="Keep the teachers' answers there, for other runs on the same images.",
 )
 # holdout: int | None
-holdout = click.option(
+holdout = options.count(
     "--holdout",
     metavar="N",
-    type=click.IntRange(min=0),
+    least=0,
     help="Training images kept out, to choose by; 0 trains on all.  [default: 10 %]",
 )
 # unlabelled: str | None
@@ -65,9 +62,7 @@ unlabelled = click.option(
     help="More images to distil from, named as --data is; their labels do not count.",
 )
 # epochs: int | None
-epochs = click.option(
-    "--epochs", metavar="N", type=click.IntRange(min=1), help="Epochs, instead of the recipe's."
-)
+epochs = options.count("--epochs", metavar="N", help="Epochs, instead of the recipe's.")
 # settings: tuple[str, ...]
 settings = click.option(
     "--set",

@@ -18,13 +18,12 @@ from mpq.report.tables import exact_table, verify_table
 
 
 @click.command()
-@click.argument("file", required=False, type=click.Path(path_type=Path))
+@click.argument("file", required=False, type=options.PATH)
 @click.option("--exact", is_flag=True,
               help="Predict every integer tensor of the runtime, bit for bit.")  # fmt: skip
-@click.option("--quantized", metavar="PATH", type=click.Path(path_type=Path),
+@options.path("--quantized", metavar="PATH",
               help="What FILE was made from.  [default: quantized.pth beside FILE]")  # fmt: skip
-@click.option("--images", metavar="COUNT", type=click.IntRange(min=1),
-              help="Test images.  [default: 1000, with --exact 4]")  # fmt: skip
+@options.count("--images", help="Test images.  [default: 1000, with --exact 4]")
 @options.data
 @options.data_root
 @options.trust_code
@@ -109,11 +108,8 @@ def _keeps(path: Path) -> bool:
 
 def _tell(path: Path, name: str, text: str, as_json: bool) -> None:
     """Show a report; keep it where the file is the model of a run."""
-    if as_json:
-        click.echo(text)
-    else:
-        table = exact_table if name == "exact.json" else verify_table
-        options.stdout.print(table(json.loads(text)))
+    table = exact_table if name == "exact.json" else verify_table
+    options.result(as_json, text, table(json.loads(text)))
     if _keeps(path):
         files.write_text(path.parent / name, text + "\n")
         options.say(f"wrote {path.parent / name}")
