@@ -40,6 +40,7 @@ from mpq.policy import Constraints, DataInfo, Policy
 from mpq.ptq import EFFORTS, EQUALIZE, Learning, PtqSettings
 from mpq.rundir import Run
 from mpq.target import TARGETS, this_target
+from mpq.userimport import trust
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,7 @@ class Bench:
     def __init__(self, name: str, options: argparse.Namespace) -> None:
         self.name, self.options = name, options
         network = NETWORKS[name]
+        trust(network.arch or "")  # our own module
         self.subject: Subject = open_checkpoint(
             Path(os.environ["MPQ_DATA"]) / "checkpoints" / network.file,
             DataSource(network.data),

@@ -39,6 +39,7 @@ from mpq.pipeline.dropping import quantized
 from mpq.pipeline.subject import DataSource, Subject, open_checkpoint
 from mpq.policy import Constraints
 from mpq.train.evaluate import predict, top1
+from mpq.userimport import trust
 
 Config = dict[str, Widths]
 Row = dict[str, Any]
@@ -164,6 +165,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     normalize = Normalization.parse(args.normalize) if args.normalize else None
+    trust(args.model or "")  # the user has named it
     subject = open_checkpoint(
         args.checkpoint, DataSource(args.data), arch=args.model, normalize=normalize
     )

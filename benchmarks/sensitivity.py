@@ -35,6 +35,7 @@ from mpq.files import write_json
 from mpq.graph.ir import QuantGraph
 from mpq.graph.passes import to_float
 from mpq.layers import Widths
+from mpq.userimport import trust
 
 KINDS: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
     "w84": ((8, 4), (8,)),
@@ -51,6 +52,7 @@ Labelled = tuple[Tensor, Tensor]
 
 def load(args: argparse.Namespace) -> tuple[QuantGraph, Labelled, Labelled]:
     """The float graph, and (images, labels) of training and of test."""
+    trust(args.model or "")  # the user has named it
     loaded = load_model(args.checkpoint, arch=args.model)
     data = open_data(args.data or loaded.data, root=args.data_root, size=loaded.info.input[1:])
     normalize = Normalization.parse(args.normalize or loaded.info.normalize)
