@@ -118,6 +118,17 @@ def test_the_activation_inside_a_norm_stays():
     ]
 
 
+def test_statistics_of_a_norm_by_function_stay_when_shapes_are_asked():
+    class Mean(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.mean((2, 3))  # a rewrite runs the example for its rank
+
+    torch.manual_seed(0)
+    norm = NormAct(8)
+    nn.init.uniform_(norm.running_var, 0.5, 2)
+    graph_of(nn.Sequential(nn.Conv2d(3, 8, 3), norm, Mean()).eval())
+
+
 def test_a_weight_that_others_read_leaves_its_module_in_place():
     class Tied(nn.Module):
         def __init__(self) -> None:

@@ -139,7 +139,7 @@ def _norm(rank: int, values: dict[str, Any], given: dict[str, Any]) -> nn.Module
     if weight is not None:
         norm.weight = _parameter(weight)
         norm.bias = _parameter(torch.zeros_like(weight) if bias is None else bias)
-    return norm
+    return norm.eval()  # a later rewrite may run the graph, and its statistics must not move
 
 
 def _parameter(value: Tensor) -> nn.Parameter:
