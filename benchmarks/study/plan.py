@@ -194,6 +194,7 @@ class Plan(Strict):
                 "data": self.data.model_copy(update={"limit": images}),
                 "recipes": {name: values | short for name, values in self.recipes.items()},
                 "latency_runs": 2,
+                "rank": None,  # it takes all images
                 "effort": "fast",
             }
         )

@@ -20,8 +20,10 @@ from benchmarks.study.stages import Stage, select, stages_of
 from mpq.checkpoint import load_model
 from mpq.data import DataSet
 from mpq.errors import UsageError
-from mpq.export.bench import bench
+from mpq.export.bench import Timing, bench
 from mpq.pipeline.ranking import Ranking, rank
+from mpq.pipeline.subject import DataSource
+from mpq.rundir import Run
 
 logger = logging.getLogger(__name__)
 SAMPLE = 64
@@ -147,19 +149,12 @@ class Study:
     def _rank(self, stage: Stage) -> Result:
         part = self.plan.rank
         assert part is not None
-        how = Ranking(
-            effective_bits=part.effective_bits, recipe=self.plan.recipe(part.recipe),
-            seed=stage.seed,
-        )  # fmt: skip
-        folder = self.shelf.folder(stage)
-        rows = rank(
-            part.candidates,
-            networks.source_of(self.plan.data),
-            folder,
-            how,
-            resume=(folder / "rank.json").is_file(),
-            device=self.device,
-        )
+        how = Ranking(part.effective_bits, recipe=self.plan.recipe(part.recipe))
+        folder, data = self.shelf.folder(stage), self.plan.data
+        # Candidates are trained here, so that training images held out are there to measure on.
+        source = DataSource(data.name, holdout=data.holdout or None)
+        run = Run(folder, stage.seed, self.device, resume=(folder / "rank.json").is_file())
+        rows = rank(part.candidates, source, how, run)
         return {"rows": rows}
 
     def _latency(self, stage: Stage, by_name: Mapping[str, Stage]) -> Result:
@@ -172,7 +167,7 @@ class Study:
             paths,
             images=None,
             float_file=paths[0] if floats else None,
-            runs=self.plan.latency_runs,
+            timing=Timing(runs=self.plan.latency_runs),
         )
         times = {
             stage.of: {"ms": row.latency_ms.median, "ratio": row.ratio_to_float}
