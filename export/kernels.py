@@ -29,7 +29,7 @@ def quantize(x: Array, scale: Array, zero: Array) -> Array:
     return _saturate(np.rint(x / scale) + zero.astype(F32), zero.dtype)
 
 
-def dequantize(q: Array, scale: Array, zero: Array | None) -> Array:
+def dequantize(q: Array, scale: Array, zero: Array | None = None) -> Array:
     """DequantizeLinear, per tensor: `(q - z) s`."""
     shifted = q.astype(np.int32) - (0 if zero is None else zero.astype(np.int32))
     return shifted.astype(F32) * scale
@@ -208,7 +208,7 @@ def max_pool(inputs: Sequence[Array | None], attributes: Attributes) -> Array:
 Kernel = Callable[[Sequence[Array | None], Attributes], Array | list[Array]]
 KERNELS: dict[str, Kernel] = {
     "QuantizeLinear": lambda inputs, attributes: quantize(*_all(inputs[:3])),
-    "DequantizeLinear": lambda inputs, attributes: dequantize(*(*inputs, None)[:3]),  # type: ignore[arg-type]
+    "DequantizeLinear": lambda inputs, attributes: dequantize(*_all(inputs[:2]), *inputs[2:3]),
     "QLinearConv": conv,
     "QGemm": gemm,
     "QLinearMatMul": matmul,

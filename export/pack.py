@@ -30,7 +30,7 @@ def pack(model: ir.Model, bits: Mapping[str, int], form: Form) -> int:
     Returns:
         The number of weights that changed form.
     """
-    weights = {path: weight for path, weight in stored_weights(model.graph)}
+    weights = dict(stored_weights(model.graph))
     narrow = [
         (weights[path], width) for path, width in bits.items() if width < 8 and path in weights
     ]

@@ -42,9 +42,9 @@ def declare_missing() -> torch.library.Library | None:
     missing = [s for n, s in _SCHEMAS.items() if not hasattr(torch.ops.torchvision, n)]
     if not missing:
         return None
-    library = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
+    library = torch.library.Library("torchvision", "FRAGMENT")
     for schema in missing:
-        library.define(schema)  # type: ignore[no-untyped-call]
+        library.define(schema)
     return library
 
 
@@ -54,6 +54,6 @@ def load_library() -> None:
     for folder in (spec.submodule_search_locations if spec else None) or []:
         for path in sorted(Path(folder).glob("_C*.so")) + sorted(Path(folder).glob("_C*.pyd")):
             try:
-                torch.ops.load_library(str(path))  # type: ignore[no-untyped-call]
+                torch.ops.load_library(str(path))
             except OSError:  # it asks for a CUDA library that is not here
                 continue

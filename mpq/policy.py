@@ -297,7 +297,7 @@ class Policy(_Value):
 
 
 def _none_if_float(spec: QuantSpec | Float) -> QuantSpec | None:
-    return None if spec == "float" else spec  # type: ignore[return-value]
+    return None if spec == "float" else spec
 
 
 def _match(pattern: str, names: Sequence[str], where: str) -> list[str]:

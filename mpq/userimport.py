@@ -129,11 +129,11 @@ def import_callable(name: str, option: str, error: type[MpqError]) -> Callable[.
             f"the module {module_name!r} of {option} {name} must be importable from the working "
             f"directory or the environment. It raised {type(reason).__name__}: {reason}"
         ) from reason
-    found = getattr(module, attribute, None)
+    found: Callable[..., Any] | None = getattr(module, attribute, None)
     if not callable(found):
         known = [n for n in dir(module) if not n.startswith("_") and callable(getattr(module, n))]
         raise error(
             f"{option} {name} must name a function or class of {module_name}, which has no "
             f"callable {attribute!r}{nearest(attribute, known)}"
         )
-    return found  # type: ignore[no-any-return]
+    return found

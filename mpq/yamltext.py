@@ -35,7 +35,7 @@ class _Loader(yaml.SafeLoader):
         self.count += 1
         if self.count > limits.current().yaml_values:
             raise yaml.YAMLError(limits.exceeded("it", "yaml_values", "more values"))
-        node: yaml.Node | None = super().compose_node(parent, index)  # type: ignore[no-untyped-call]
+        node: yaml.Node | None = super().compose_node(parent, index)
         return node
 
 

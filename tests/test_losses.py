@@ -29,10 +29,10 @@ def softmax(z: np.ndarray) -> np.ndarray:
 LABELS = torch.tensor([0, 4, 2, 1, 3, 2])
 
 LOSSES = {
-    "kd": lambda s, t, T: kd_loss(s, t, temperature=T),
-    "standardized": lambda s, t, T: kd_loss(standardize(s), standardize(t), temperature=T),
-    "dkd": lambda s, t, T: dkd_loss(s, t, LABELS, temperature=T, beta=2.0),
-    "dist": lambda s, t, T: dist_loss(s, t, temperature=T),
+    "kd": lambda s, t, temp: kd_loss(s, t, temperature=temp),
+    "standardized": lambda s, t, temp: kd_loss(standardize(s), standardize(t), temperature=temp),
+    "dkd": lambda s, t, temp: dkd_loss(s, t, LABELS, temperature=temp, beta=2.0),
+    "dist": lambda s, t, temp: dist_loss(s, t, temperature=temp),
 }
 
 

@@ -54,7 +54,7 @@ class File:
         return helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
 
 
-def conv(
+def conv(  # noqa: PLR0913 - one argument for each detail that can be wrong
     *,
     zero: Any = None,
     out_zero: Any = None,

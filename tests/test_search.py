@@ -32,8 +32,7 @@ def problem(
     for info in layers:
         for part in ("weight", "activation"):
             base = scale * 10 ** rng.uniform(-4, -1)
-            for bits in (16, 8, 4):
-                rows.append(Row(info.name, part, bits, base * 4.0 ** (4 - bits)))
+            rows += [Row(info.name, part, b, base * 4.0 ** (4 - b)) for b in (16, 8, 4)]
     held = [tuple((f"l{i}", rng.randint(50, 2000)) for i in (k, k + 1)) for k in range(count - 1)]
     live_sets = tuple(LiveSet(rng.randint(0, 4000), pair) for pair in held)
     return Sensitivity(

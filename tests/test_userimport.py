@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from mpq.errors import DataError, UsageError
-from mpq.userimport import import_callable, working_directory
+from mpq.userimport import import_callable, trusting, working_directory
 
 MODULE = "code_of_somebody"
 
 
 @pytest.fixture(autouse=True)
-def code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     (tmp_path / f"{MODULE}.py").write_text("def make(): return 7\nclass Kind: pass\nnumber = 3\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.delitem(sys.modules, MODULE, raising=False)
+    with trusting(*(f"{MODULE}:{name}" for name in ("make", "Kind", "mke", "number"))):
+        yield
+
+
+def test_what_nobody_has_trusted_is_not_even_imported():
+    with pytest.raises(UsageError, match=f"--trust-code {MODULE}:other"):
+        import_callable(f"{MODULE}:other", "--model", UsageError)
+    assert MODULE not in sys.modules
 
 
 def test_functions_and_classes_of_the_working_directory_are_found():
@@ -40,7 +49,7 @@ def test_functions_and_classes_of_the_working_directory_are_found():
     ],
 )
 def test_what_is_not_there(name, message, error):
-    with pytest.raises(error, match=message):
+    with trusting("absent_module:make"), pytest.raises(error, match=message):
         import_callable(name, "--model", error)
 
 

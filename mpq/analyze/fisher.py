@@ -83,7 +83,7 @@ def fisher_terms(
         logits = recorder.run(part.images)
         require_finite(logits, candidates.graph, part.images)
         generator = torch.Generator().manual_seed(seed + STRIDE * part.index)
-        (logits * _direction(logits.detach(), temperature, generator)).sum().backward()  # type: ignore[no-untyped-call]
+        (logits * _direction(logits.detach(), temperature, generator)).sum().backward()
         require_finite(recorder.terms, candidates.graph, part.images)
         part.tick()
         return recorder.terms.numpy()
@@ -140,7 +140,7 @@ class _Recorder:
                     noise = op.float(x, self.candidates.weights[name, bits], None)
                     self._record(index, grad, noise)
 
-            out.register_hook(backward)  # type: ignore[no-untyped-call]
+            out.register_hook(backward)
 
         return hook
 
@@ -153,7 +153,7 @@ class _Recorder:
                 for index in indices:
                     self._record(index, grad, noise)
 
-        x.register_hook(backward)  # type: ignore[no-untyped-call]
+        x.register_hook(backward)
         return x
 
     def _record(self, index: int, grad: Tensor, noise: Tensor) -> None:

@@ -114,7 +114,7 @@ def _hooked(module: nn.Module) -> list[tuple[str, str]]:
         elif isinstance(hook, SpectralNorm):
             remove_spectral_norm(module, hook.name)
         elif isinstance(hook, prune.BasePruningMethod):
-            prune.remove(module, hook._tensor_name)  # type: ignore[no-untyped-call]
+            prune.remove(module, hook._tensor_name)
         else:
             continue
         made.append((getattr(hook, "name", "weight"), type(hook).__name__))

@@ -11,7 +11,7 @@ import click
 from mpq import rundir
 from mpq.cli import options
 from mpq.export import ExportResult
-from mpq.export.form import INT4_FORMATS
+from mpq.export.form import INT4_FORMATS, Int4Format
 from mpq.pipeline.exporting import (
     Exporting,
     PixelLayout,
@@ -51,10 +51,10 @@ def export(
     onnx: bool,
     images: int,
     allow_float_fallback: bool,
-    int4_format: str | None,
+    int4_format: Int4Format | None,
     min_runtime: str | None,
     kind: str,
-    layout: str,
+    layout: PixelLayout,
     target: str | None,
     data: str | None,
     data_root: Path | None,
@@ -76,9 +76,9 @@ def export(
     refuse_export(folder, force)
     source = DataSource(data, data_root)
     how = Exporting(
-        int4_format=int4_format,  # type: ignore[arg-type]
+        int4_format=int4_format,
         min_runtime=min_runtime,
-        pixels=layout if kind == "uint8" else None,  # type: ignore[arg-type]
+        pixels=layout if kind == "uint8" else None,
         target=target,
         allow_float_fallback=allow_float_fallback,
     )

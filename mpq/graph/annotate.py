@@ -20,7 +20,7 @@ import logging
 
 from torch import fx, nn
 
-from mpq.graph.ir import LayerPlan, QuantGraph, Site
+from mpq.graph.ir import LayerPlan, QuantGraph, Role, Site
 from mpq.graph.kinds import kind_of, moves
 from mpq.layers import LayerChoice
 from mpq.policy import LayerPolicy, Policy
@@ -92,7 +92,7 @@ class _Annotator:
     def __init__(self, qg: QuantGraph, target: Target, choices: dict[str, LayerChoice]) -> None:
         self.qg, self.target, self.choices = qg, target, choices
         self.modules: dict[str, nn.Module] = dict(qg.module.named_modules())
-        self.nodes = [n for n in qg.module.graph.nodes]
+        self.nodes = list(qg.module.graph.nodes)
         self.kinds = {n: kind_of(n, self.modules) for n in self.nodes}
         self.sites: dict[fx.Node, Site] = {}
         self._wanted: dict[fx.Node, bool] = {}
@@ -206,7 +206,7 @@ class _Annotator:
             self.quantize(self.source(n), "demand")
         self.quantize(self.tail(node), "op")
 
-    def quantize(self, node: fx.Node, role: str) -> None:
+    def quantize(self, node: fx.Node, role: Role) -> None:
         """Put a quantizer behind a node, once."""
         if node in self.sites:
             return
@@ -215,7 +215,7 @@ class _Annotator:
         placed = Site(
             name=f"quantizers.{node.name}",
             node=node.name,
-            role="input" if node.op == "placeholder" else role,  # type: ignore[arg-type]
+            role="input" if node.op == "placeholder" else role,
             spec=ROUNDED_16 if self.wide(node) else _widest([s for s in specs if s is not None]),
             ceiling=CEILINGS.get(self.kinds[node]),
             readers=tuple(str(r.target) for r in readers),

@@ -66,7 +66,8 @@ def _kind(module: nn.Module) -> LayerKind:
 
 
 def _info(name: str, module: nn.Module, x: Tensor, out: Tensor) -> LayerInfo:
-    weight: Tensor = module.weight  # type: ignore[assignment]
+    weight = module.weight
+    assert isinstance(weight, Tensor)
     op = LayerOp.of(module)
     channels = out.shape[-1] if op.kind == "linear" else out.shape[1]
     positions = (x if op.kind == "conv_transpose" else out).numel() // out.shape[0]

@@ -14,6 +14,7 @@ from mpq.policy import Policy
 from mpq.spec import QuantSpec
 from mpq.target import Support
 
+Role = Literal["input", "layer", "op", "demand"]
 Stage = Literal["traced", "float", "annotated", "prepared", "frozen"]
 
 
@@ -32,7 +33,7 @@ class Site:
 
     name: str
     node: str
-    role: Literal["input", "layer", "op", "demand"]
+    role: Role
     spec: QuantSpec
     ceiling: float | None = None
     readers: tuple[str, ...] = ()

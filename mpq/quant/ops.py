@@ -85,13 +85,13 @@ def _dynamic_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | Non
 # Defined by schema rather than by `torch.library.custom_op`: the same operators, but the first call
 # of one made that way imports torch's compiler, two seconds that no command of ours needs. Each is
 # composed of torch's operators, which tell a tracer the shape of what it gives.
-_LIBRARY = torch.library.Library("mpq", "DEF")  # type: ignore[no-untyped-call]
+_LIBRARY = torch.library.Library("mpq", "DEF")
 
 
 def _operator(signature: str, kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
     name = kernel.__name__.removeprefix("_")
-    _LIBRARY.define(f"{name}({signature}) -> Tensor")  # type: ignore[no-untyped-call]
-    _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    _LIBRARY.define(f"{name}({signature}) -> Tensor")
+    _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
     made: Callable[..., Tensor] = getattr(torch.ops.mpq, name).default
     return made
 

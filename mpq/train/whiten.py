@@ -55,7 +55,7 @@ def _filters(images: Tensor, size: tuple[int, ...]) -> Tensor:
     products = torch.outer(total, total)
     count = 0
     # Patches take nine times the room of their images.
-    for part in torch.split(images, 250):  # type: ignore[no-untyped-call]
+    for part in torch.split(images, 250):
         patches = F.unfold(part, size).transpose(1, 2).flatten(0, 1).double()
         total, products = total + patches.sum(0), products + patches.T @ patches
         count += len(patches)
