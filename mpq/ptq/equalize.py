@@ -193,7 +193,7 @@ def _columns(op: LayerOp, weight: Tensor, channels: int) -> Tensor:
     if op.kind == "conv_transpose":
         return weight.flatten(1).reshape(channels, -1, 1).transpose(0, 1)
     groups = weight.reshape(op.groups, weight.shape[0] // op.groups, -1)
-    spread: Tensor = torch.block_diag(*groups)  # type: ignore[no-untyped-call]
+    spread: Tensor = torch.block_diag(*groups)
     return spread.reshape(weight.shape[0], channels, -1)
 
 
