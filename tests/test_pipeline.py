@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ from mpq.pipeline.subject import DataSource
 from mpq.pipeline.training import new_subject, run_train
 from mpq.policy import Policy
 from mpq.train.ensemble import load_ensemble
-from mpq.train.plan import TrainingPlan
+from mpq.train.plan import Hooks, TrainingPlan
 from mpq.train.recipe import Recipe
 
 MPQ = [sys.executable, "-c", "import sys; from mpq.cli import main; sys.exit(main())"]
@@ -428,11 +429,11 @@ def test_a_killed_qat_is_resumed_bit_for_bit(here, capsys):
 def test_a_resumed_run_keeps_its_policy(here, capsys, monkeypatch):
     from mpq.pipeline import quantizing
 
-    def interrupted(*_args, on_epoch, **_kwargs):
+    def interrupted(model, data, plan, run, hooks):
         def stop(record):
             raise KeyboardInterrupt
 
-        return real(*_args, on_epoch=stop, **_kwargs)
+        return real(model, data, plan, run, replace(hooks or Hooks(), on_epoch=stop))
 
     real = quantizing.fit
     monkeypatch.setattr(quantizing, "fit", interrupted)

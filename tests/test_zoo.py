@@ -12,7 +12,8 @@ from mpq.errors import CheckpointError, UsageError
 from mpq.userimport import trusting
 from mpq.zoo.architectures import ARCHITECTURES
 from mpq.zoo.builder import torchvision_names
-from mpq.zoo.detection import WithoutMemory, family_key, recognize, template
+from mpq.zoo.detection import family_key, recognize, template
+from mpq.zoo.memoryless import WithoutMemory
 
 # Parameters for 10 classes. ResNet: He et al. 2016, table 6 (0.27, 0.46, 0.66, 0.85, 1.7 million);
 # the rest: the figures of the papers, which give two or three digits, or of the public code.

@@ -19,15 +19,14 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
-import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from mpq.errors import CheckpointError
 from mpq.zoo.architectures import ARCHITECTURES, INPUT_SIZE
 from mpq.zoo.builder import build, input_size, torchvision_names
+from mpq.zoo.memoryless import WithoutMemory
 
 logger = logging.getLogger(__name__)
 
@@ -264,41 +263,6 @@ def template(arch: str) -> Template:
         shapes = _shapes(_counted(build(arch, 10).state_dict()))
     head = [k for k, s in shapes.items() if k.endswith("weight") and len(s) >= 2][-1]
     return Template(shapes, head)
-
-
-_INITIALIZERS = (
-    Tensor.normal_,
-    Tensor.uniform_,
-    Tensor.fill_,
-    Tensor.zero_,
-    Tensor.erfinv_,
-    Tensor.clamp_,
-    Tensor.mul_,
-    Tensor.add_,
-    nn.init.constant_,
-    nn.init.kaiming_uniform_,
-    nn.init.normal_,
-    nn.init.uniform_,
-)
-
-
-class WithoutMemory(TorchFunctionMode):
-    """Put `torch.empty` on the meta device: weights have shapes only, constants stay real.
-
-    `with torch.device("meta")` would take the constants as well, and some networks compute
-    their widths or attention windows from them.
-    """
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        options = dict(kwargs or {})
-        if func is torch.empty and options.get("device") is None:
-            options["device"] = "meta"
-        target = args[0] if args else options.get("tensor")  # as torch.nn.init passes it on
-        if func in _INITIALIZERS and isinstance(target, Tensor) and target.is_meta:
-            return target  # such a call on a meta tensor is slow, and the first imports for seconds
-        return func(*args, **options)
 
 
 def _fitting(shapes: Mapping[str, Shape], archs: Iterable[str]) -> list[tuple[str, int]]:
