@@ -137,7 +137,9 @@ def table(out: Path) -> str:
     lines = ["| group | networks | traced | recorded | passes | layers | s, median and most |"]
     lines += ["|---" * 7 + "|", *(_line(group, of) for group, of in groups.items())]
     lines += [_line("all", rows), "", "What was not taken whole:", ""]
-    return _HEAD + "\n".join([*lines, *_refusals(rows)]) + "\n"
+    told = _refusals(rows) or ["nothing"]
+    measured = f"torch {torch.__version__}; {len(rows)} of {len(NETWORKS)} networks measured.\n\n"
+    return _HEAD + measured + "\n".join([*lines, *told]) + "\n"
 
 
 def _line(group: str, rows: list[dict[str, Any]]) -> str:
