@@ -72,10 +72,8 @@ def limits(
         measure: Callable[[Mapping[str, Widths]], float],
         fixed: float = 0.0,
     ) -> Limit:
-        row = np.append(np.array(values, dtype=np.float64), np.zeros(len(keys) + edges))
-        return Limit(
-            name, csr_array(row[None, : len(keys) + edges]), np.array([fixed]), unit, measure
-        )
+        row = np.array([*values, *[0.0] * edges], dtype=np.float64)
+        return Limit(name, csr_array(row[None]), np.array([fixed]), unit, measure)
 
     found = [
         linear(
@@ -105,11 +103,17 @@ def limits(
     return {limit.name: limit for limit in found}
 
 
-def _activation(sensitivity: Sensitivity, keys: Sequence[Key], edges: int) -> Limit:
-    """Bits alive at each moment."""
+def places_of(keys: Sequence[Key]) -> dict[str, list[int]]:
+    """The variables of each layer."""
     places: dict[str, list[int]] = {}
     for index, (name, _) in enumerate(keys):
         places.setdefault(name, []).append(index)
+    return places
+
+
+def _activation(sensitivity: Sensitivity, keys: Sequence[Key], edges: int) -> Limit:
+    """Bits alive at each moment."""
+    places = places_of(keys)
     entries = [
         (count * (keys[index][1][1] or 32), row, index)
         for row, held in enumerate(sensitivity.live_sets)
@@ -162,10 +166,7 @@ def conversions(
     With `I` the sum of a layer's integer choices, for the edge from u to v:
     `I_u - I_v <= y`, `I_v - I_u <= y`, `y <= I_u + I_v`, `y <= 2 - I_u - I_v`.
     """
-    places: dict[str, list[int]] = {}
-    for index, (name, _) in enumerate(keys):
-        if integer[index]:
-            places.setdefault(name, []).append(index)
+    places = {n: [i for i in own if integer[i]] for n, own in places_of(keys).items()}
     entries: list[tuple[float, int, int]] = []
     limit: list[float] = []
     for edge, (u, v) in enumerate(profile.boundary_ms):

@@ -113,9 +113,14 @@ class Perturbations:
 
 def module_weight(module: nn.Module, layer: str) -> Tensor:
     """The weight tensor of a layer, detached."""
+    return parameter(module, layer).detach()
+
+
+def parameter(module: nn.Module, layer: str) -> Tensor:
+    """The weight tensor of a layer, as gradients reach it."""
     weight = module.get_submodule(layer).weight
     assert isinstance(weight, Tensor)
-    return weight.detach()
+    return weight
 
 
 def perturb(

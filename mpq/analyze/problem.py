@@ -16,7 +16,15 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_array, hstack, vstack
 
-from mpq.analyze.limits import Key, Limit, conversions, limits, run_as_integers, sparse
+from mpq.analyze.limits import (
+    Key,
+    Limit,
+    conversions,
+    limits,
+    places_of,
+    run_as_integers,
+    sparse,
+)
 from mpq.analyze.sensitivity import PARTS, Sensitivity, by_name
 from mpq.analyze.solver import Program, solve
 from mpq.errors import InfeasibleError, PolicyError
@@ -87,23 +95,16 @@ class Problem:
         return [self.locked[name]] if name in self.locked else self.pairs
 
     def _score(self, name: str, pair: Widths) -> float:
-        if name not in self.locked:
-            return sum(
-                self.sensitivity.score(name, part, b) for part, b in zip(PARTS, pair, strict=True)
-            )
         # A locked width that was not scored changes no decision.
-        known = {part: self.sensitivity.bits(part) for part in PARTS}
         return sum(
             self.sensitivity.score(name, part, b)
             for part, b in zip(PARTS, pair, strict=True)
-            if b in known[part]
+            if name not in self.locked or b in self.sensitivity.bits(part)
         )
 
     def _structure(self) -> tuple[csr_array, Vector]:
         """One candidate per layer, and agreement within groups."""
-        places: dict[str, list[int]] = {}
-        for index, (name, _) in enumerate(self.keys):
-            places.setdefault(name, []).append(index)
+        places = places_of(self.keys)
         entries = [(1.0, row, i) for row, name in enumerate(self.layers) for i in places[name]]
         right = [1.0] * len(self.layers)
         for first, *others in self.sensitivity.groups:
@@ -204,17 +205,10 @@ class Problem:
         limit = self.limit(name)
         rows = limit.rows.toarray()
         if len(rows) > 1:  # the row that is largest where every layer is as wide as it may be
-            tops = [rows[:, i].max(axis=1) for i in self._places()]
+            tops = [rows[:, i].max(axis=1) for i in places_of(self.keys).values()]
             rows = rows[[int(np.argmax(np.sum(tops, axis=0) + limit.fixed))]]
         found = solve(self.program(-rows[0], others))
         return None if found is None else limit.measure(self.widths(found.z))
-
-    def _places(self) -> list[list[int]]:
-        """Variables of each layer."""
-        places: dict[str, list[int]] = {}
-        for index, (name, _) in enumerate(self.keys):
-            places.setdefault(name, []).append(index)
-        return list(places.values())
 
     def infeasible(self) -> InfeasibleError:
         """Why there is no configuration: the achievable range of every budget."""

@@ -18,10 +18,10 @@ from dataclasses import replace
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from mpq.analyze.batches import Batch, Batches, Rows
-from mpq.analyze.perturb import Column, Perturbations
+from mpq.analyze.perturb import Column, Perturbations, parameter
 from mpq.analyze.watch import Watch, require_finite
 from mpq.quant.operation import LayerOp
 
@@ -54,13 +54,12 @@ def trace_scores(
 
     def measure(part: Batch) -> Rows:
         assert part.labels is not None
-        values = probe.run(part.images)
-        logits = values.logits
+        logits, tensors = probe.run(part.images)
         require_finite(logits, candidates.graph, part.images)
         loss = F.cross_entropy(logits, part.labels.to(logits.device))
         generator = torch.Generator().manual_seed(seed + part.index)
-        squares = _curvature(loss, values.tensors, len(part.images), hessian, generator)
-        found = np.array([probe.score(c, squares, values, hessian=hessian) for c in columns])
+        squares = _curvature(loss, tensors, len(part.images), hessian, generator)
+        found = np.array([probe.score(c, squares, tensors, hessian=hessian) for c in columns])
         part.tick()
         return np.repeat(found[None], len(part.images), axis=0)
 
@@ -88,39 +87,37 @@ def _curvature(
     }
 
 
-class _Run:
-    """What one forward pass leaves: logits, and the tensors that the trace is taken over."""
-
-    def __init__(self, logits: Tensor, tensors: dict[str, Tensor]) -> None:
-        self.logits, self.tensors = logits, tensors
-
-
 class _Probe:
     """Runs the network with weights and activations that gradients can be taken of."""
 
     def __init__(self, candidates: Perturbations, columns: Sequence[Column]) -> None:
         self.candidates = candidates
         self.module = candidates.graph.module
-        self.weights = {n: _parameter(self.module, n) for n in candidates.graph.layers}
+        self.weights = {n: parameter(self.module, n) for n in candidates.graph.layers}
         seen = {candidates.tensor_of(n) for n, part, _ in columns if part == "activation"}
         self.seen: dict[str, Tensor] = {}
         self.watch = Watch(candidates.graph, [t for t in seen if t], self._see)
         for weight in self.weights.values():
             weight.requires_grad_(True)
 
-    def run(self, images: Tensor) -> _Run:
-        """One forward pass."""
+    def run(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Logits, and the tensors that the trace is taken over."""
         self.seen = {}
         logits = self.watch.run(images.detach().clone().requires_grad_(True))
         weights: dict[str, Tensor] = {f"weight {n}": w for n, w in self.weights.items()}
-        return _Run(logits, weights | {f"tensor {n}": t for n, t in self.seen.items()})
+        return logits, weights | {f"tensor {n}": t for n, t in self.seen.items()}
 
     def _see(self, name: str, x: Tensor) -> Tensor:
         self.seen[name] = x
         return x
 
     def score(
-        self, column: Column, squares: dict[str, Tensor], values: _Run, *, hessian: bool
+        self,
+        column: Column,
+        squares: dict[str, Tensor],
+        tensors: dict[str, Tensor],
+        *,
+        hessian: bool,
     ) -> float:
         """The score of a candidate from one batch."""
         layer, part, bits = column
@@ -129,7 +126,7 @@ class _Probe:
             grid = None if tensor is None else self.candidates.grids.get((tensor, bits))
             if grid is None:
                 return 0.0
-            trace, x = squares[f"tensor {tensor}"], values.tensors[f"tensor {tensor}"].detach()
+            trace, x = squares[f"tensor {tensor}"], tensors[f"tensor {tensor}"].detach()
             if hessian:
                 return float(trace.sum() / trace.numel() * grid.noise(x).square().sum())
             return float(trace.sum() * grid.scale.square()) / 12
@@ -141,9 +138,3 @@ class _Probe:
         flat = self.candidates.weight(layer).transpose(0, axis).flatten(1)
         step = (flat.amax(1) - flat.amin(1)) / (2**bits - 1)
         return float((trace.transpose(0, axis).flatten(1).sum(1) * step.square()).sum()) / 12
-
-
-def _parameter(module: nn.Module, layer: str) -> Tensor:
-    weight = module.get_submodule(layer).weight
-    assert isinstance(weight, Tensor)
-    return weight

@@ -72,13 +72,12 @@ class Validation:
 
     def to_json(self) -> dict[str, Any]:
         """The content of `validation.json`."""
-        rho_loss = self.rho_loss
         return {
             "metric": self.metric,
             "images": self.images,
             "seed": self.seed,
             "rho": _number(self.rho),
-            "rho_loss": None if rho_loss is None else _number(rho_loss),
+            "rho_loss": _number(self.rho_loss),
             "policies": [asdict(t) for t in self.truths],
         }
 
@@ -90,7 +89,8 @@ def spearman(predicted: Sequence[float], measured: Sequence[float]) -> float:
     return float(spearmanr(predicted, measured)[0])
 
 
-def _number(value: float) -> float | None:
+def _number(value: float | None) -> float | None:
+    """None for NaN, which JSON has not."""
     return value if value == value else None
 
 

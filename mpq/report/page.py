@@ -69,11 +69,11 @@ def facts(folder: Path) -> list[tuple[str, str]]:
     found = []
     if (folder / "policy.yaml").is_file():
         found += _policy_facts(Policy.load(folder / "policy.yaml"))
-    rows = _lines(folder, "bench.jsonl") or []
+    rows = _content(folder, "bench.jsonl") or []
     found += _read(folder, "bench.jsonl", lambda: _bench_facts(rows))
-    if certificate := _json(folder, "certificate.json"):
+    if certificate := _content(folder, "certificate.json"):
         found.append(("MACs that run as integers", f"{certificate['integer_macs_fraction']:.1%}"))
-    if verify := _json(folder, "verify.json"):
+    if verify := _content(folder, "verify.json"):
         found.append(("agreement with the simulation", f"{verify['top1_agreement']:.2%}"))
     return found
 
@@ -105,12 +105,38 @@ def _bench_facts(rows: list[Json]) -> list[tuple[str, str]]:
     return found
 
 
-def _bench(folder: Path) -> Section | None:
-    rows = _lines(folder, "bench.jsonl")
-    if not rows:
-        return None
-    grid = _read(folder, "bench.jsonl", lambda: tables.bench_table(rows))
-    return Section("Accuracy, size and speed", grids=(grid,))
+def _shown(
+    title: str, name: str, *makers: Callable[[Any], Figure | Grid | None]
+) -> Callable[[Path], Section | None]:
+    """A section of plots and tables of one file of a run; None where they show nothing."""
+
+    def section(folder: Path) -> Section | None:
+        data = _content(folder, name)
+        if data is None:
+            return None
+        made = _read(folder, name, lambda: [make(data) for make in makers])
+        pictures = tuple(_data_uri(plots.png(one)) for one in made if isinstance(one, Figure))
+        grids = tuple(one for one in made if isinstance(one, Grid))
+        return Section(title, pictures, grids) if pictures or grids else None
+
+    return section
+
+
+_scores = _shown(
+    "Sensitivity and search",
+    "sensitivity.json",
+    plots.sensitivity_plot,
+    plots.pareto_plot,
+    tables.configurations_table,
+    tables.sensitivity_table,
+)
+
+
+def _sensitivity(folder: Path) -> Section | None:
+    """What the scores say, or the pictures of them where the scores are gone."""
+    paths = [folder / name for name in ("sensitivity.png", "pareto.png")]
+    pictures = tuple(_data_uri(path.read_bytes()) for path in paths if path.is_file())
+    return _scores(folder) or (Section("Sensitivity", pictures) if pictures else None)
 
 
 def _policy(folder: Path) -> Section | None:
@@ -118,63 +144,18 @@ def _policy(folder: Path) -> Section | None:
     return Section("Policy", text=path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
-def _sensitivity(folder: Path) -> Section | None:
-    name = "sensitivity.json"
-    data = _json(folder, name)
-    if data is None:
-        return _pictures(folder, "Sensitivity", "sensitivity.png", "pareto.png")
-    figures = _read(folder, name, lambda: (plots.sensitivity_plot(data), plots.pareto_plot(data)))
-    grids = _read(
-        folder, name, lambda: (tables.configurations_table(data), tables.sensitivity_table(data))
-    )
-    return Section("Sensitivity and search", tuple(map(_uri, figures)), grids)
-
-
-def _validation(folder: Path) -> Section | None:
-    name = "validation.json"
-    data = _json(folder, name)
-    if data is None:
-        return None
-    figure = _read(folder, name, lambda: plots.validation_plot(data))
-    grid = _read(folder, name, lambda: tables.validation_table(data))
-    return Section("Scores against measurements", (_uri(figure),), (grid,))
-
-
-def _pictures(folder: Path, title: str, *names: str) -> Section | None:
-    found = [(folder / name).read_bytes() for name in names if (folder / name).is_file()]
-    return Section(title, tuple(map(_data_uri, found))) if found else None
-
-
-def _training(folder: Path) -> Section | None:
-    rows = _lines(folder, "metrics.jsonl")
-    figure = _read(folder, "metrics.jsonl", lambda: plots.curves_plot(rows or []))
-    return Section("Training", (_uri(figure),)) if figure is not None else None
-
-
-def _certificate(folder: Path) -> Section | None:
-    name = "certificate.json"
-    data = _json(folder, name)
-    if data is None:
-        return None
-    grid = _read(folder, name, lambda: tables.certificate_table(data))
-    return Section("Certificate", grids=(grid,))
-
-
-def _verify(folder: Path) -> Section | None:
-    data = _json(folder, "verify.json")
-    if data is None:
-        return None
-    grid = _read(folder, "verify.json", lambda: tables.verify_table(data))
-    return Section("Verification", grids=(grid,))
-
-
 SECTIONS: tuple[Callable[[Path], Section | None], ...] = (
-    _bench,
+    _shown("Accuracy, size and speed", "bench.jsonl", tables.bench_table),
     _sensitivity,
-    _validation,
-    _training,
-    _certificate,
-    _verify,
+    _shown(
+        "Scores against measurements",
+        "validation.json",
+        plots.validation_plot,
+        tables.validation_table,
+    ),
+    _shown("Training", "metrics.jsonl", plots.curves_plot),
+    _shown("Certificate", "certificate.json", tables.certificate_table),
+    _shown("Verification", "verify.json", tables.verify_table),
     _policy,
 )
 """The page from top to bottom; each gives None where the run lacks its file."""
@@ -186,22 +167,16 @@ def _files(folder: Path) -> list[tuple[str, str]]:
     return [(p.name, f"{p.stat().st_size:,}") for p in there if p.is_file()]
 
 
-def _json(folder: Path, name: str) -> Any:
-    path = folder / name
-    return _parse(path, json.loads) if path.is_file() else None
-
-
-def _lines(folder: Path, name: str) -> list[Json] | None:
+def _content(folder: Path, name: str) -> Any:
+    """What a file of the run holds, of `.jsonl` its rows; None where there is nothing."""
     path = folder / name
     if not path.is_file():
         return None
-    rows: list[Json] = _parse(path, lambda text: [json.loads(t) for t in text.splitlines() if t])
-    return rows
-
-
-def _parse(path: Path, parse: Callable[[str], Any]) -> Any:
     try:
-        return parse(limits.read_text(path, UsageError))
+        text = limits.read_text(path, UsageError)
+        if path.suffix == ".jsonl":
+            return [json.loads(line) for line in text.splitlines() if line] or None
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UsageError(_not_right(path, f"It is not JSON: {error}")) from None
 
@@ -218,10 +193,6 @@ def _read(folder: Path, name: str, make: Callable[[], Any]) -> Any:
 def _not_right(path: Path, reason: str) -> str:
     writer = rundir.FILES[path.name]
     return f"{path} must be as `{writer}` writes it. {reason}. Write it again, or remove it."
-
-
-def _uri(figure: Figure) -> str:
-    return _data_uri(plots.png(figure))
 
 
 def _data_uri(picture: bytes) -> str:
