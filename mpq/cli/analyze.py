@@ -12,13 +12,12 @@ from mpq import rundir
 from mpq.analyze.limits import LIMITS
 from mpq.analyze.perturb import Rounding
 from mpq.analyze.score import METRICS, Metric, Scoring
-from mpq.cli import options, training
-from mpq.cli.budgets import budgets as with_budgets
-from mpq.data import Normalization
+from mpq.cli import bundles, options, training
+from mpq.data import DataSource, Normalization
 from mpq.latency import LatencyProfile
 from mpq.pipeline.analysis import Analysis, analysis_json, write_analysis
 from mpq.pipeline.analyzing import Analyzing, find_policy
-from mpq.pipeline.subject import DataSource, Subject, open_checkpoint
+from mpq.pipeline.subject import Subject, open_checkpoint
 from mpq.policy import Constraints, Policy
 from mpq.processes import leading
 from mpq.report.grid import counted
@@ -32,13 +31,11 @@ MINIMIZE = dict(zip(("bits", "size", "bops", "activation", "latency"), LIMITS, s
 @click.command(cls=options.ListCommand)
 @click.argument("checkpoint", type=options.PATH)
 @options.model
-@options.data
-@options.data_root
-@options.trust_code
+@bundles.source
 @options.normalize
 @options.widths("--bits", "8,4", "Weight widths to choose from.")
 @options.widths("--act-bits", "8", "Activation widths to choose from.")
-@with_budgets
+@bundles.budgets
 @options.choice("--minimize", MINIMIZE, default="bits",
                 help="What --max-drop makes small, and what the Pareto front is over.")  # fmt: skip
 @options.path("--profile", "profile_path",
@@ -62,8 +59,7 @@ MINIMIZE = dict(zip(("bits", "size", "bops", "activation", "latency"), LIMITS, s
 def analyze(
     checkpoint: Path,
     model: str | None,
-    data: str | None,
-    data_root: Path | None,
+    source: DataSource,
     normalize: Normalization | None,
     bits: tuple[int, ...],
     act_bits: tuple[int, ...],
@@ -106,7 +102,7 @@ def analyze(
     )
     subject = open_checkpoint(
         checkpoint,
-        DataSource(data, data_root),
+        source,
         arch=model,
         normalize=normalize,
         trust_pickle=trust_pickle,

@@ -13,8 +13,8 @@ import click
 from numpy.typing import NDArray
 
 from mpq import files, rundir
-from mpq.cli import options
-from mpq.data import DataSet, Normalization, load_arrays, open_data, sample_indices
+from mpq.cli import bundles, options
+from mpq.data import DataSet, DataSource, Normalization, load_arrays, open_data, sample_indices
 from mpq.errors import UsageError
 from mpq.export import peers as peer_tools
 from mpq.export.bench import BenchRow, FileInfo, Timing, file_info
@@ -31,9 +31,7 @@ CALIBRATION = 512
 @options.path("--float", "float_file", metavar="PATH",
               help="Float model that speed refers to.  [default: float.onnx beside the first file]",
               )  # fmt: skip
-@options.data
-@options.data_root
-@options.trust_code
+@bundles.source
 @options.normalize
 @options.threads
 @options.batch
@@ -51,8 +49,7 @@ CALIBRATION = 512
 def bench(
     files: tuple[Path, ...],
     float_file: Path | None,
-    data: str | None,
-    data_root: Path | None,
+    source: DataSource,
     normalize: Normalization | None,
     threads: int,
     batch: int,
@@ -80,7 +77,7 @@ def bench(
     if folder is not None:
         options.hold(folder)
     info = _known([*paths, *([reference] if reference else [])])
-    images, labels, dataset = _load(data or info.data, data_root, info, limit, seed)
+    images, labels, dataset = _load(source, info, limit, seed)
     with ExitStack() as stack, options.status() as tell:
         if peers:
             tell("onnxruntime's own int8")
@@ -116,9 +113,10 @@ def _known(paths: Sequence[Path]) -> FileInfo:
 
 
 def _load(
-    name: str | None, root: Path | None, info: FileInfo, limit: int | None, seed: int
+    source: DataSource, info: FileInfo, limit: int | None, seed: int
 ) -> tuple[Array | None, Array | None, DataSet | None]:
     """Test images and labels, and the data set they are from; no images without labels."""
+    name = source.data or info.data
     if name is None:
         raise UsageError(
             "the files do not say which data they were made for. Name it with --data NAME, or "
@@ -127,7 +125,7 @@ def _load(
     options.say(f"data: {name}")
     if name == "none":
         return None, None, None
-    dataset = open_data(name, root=root, size=info.input[1:] if info.input else None)
+    dataset = open_data(name, root=source.root, size=info.input[1:] if info.input else None)
     if not dataset.labelled:
         options.say("they have no labels: accuracy is not measured")
         return None, None, dataset

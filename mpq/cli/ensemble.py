@@ -7,9 +7,8 @@ from pathlib import Path
 import click
 
 from mpq import rundir
-from mpq.cli import options
-from mpq.data import Normalization
-from mpq.pipeline.subject import DataSource
+from mpq.cli import bundles, options
+from mpq.data import DataSource, Normalization
 from mpq.pipeline.training import build_ensemble, write_ensemble
 from mpq.report.grid import counted
 from mpq.report.tables import ensemble_table
@@ -17,9 +16,7 @@ from mpq.report.tables import ensemble_table
 
 @click.command()
 @click.argument("checkpoints", nargs=-1, required=True, type=options.PATH)
-@options.data
-@options.data_root
-@options.trust_code
+@bundles.source
 @options.normalize
 @options.trust_pickle
 @options.as_json
@@ -28,8 +25,7 @@ from mpq.report.tables import ensemble_table
               show_default=True, help="File to write.")  # fmt: skip
 def ensemble(
     checkpoints: tuple[Path, ...],
-    data: str | None,
-    data_root: Path | None,
+    source: DataSource,
     normalize: Normalization | None,
     trust_pickle: bool,
     as_json: bool,
@@ -47,7 +43,6 @@ def ensemble(
     rundir.refuse_overwrite(options.hold_file(out), force)
     with options.status() as tell:
         tell("measuring the teachers")
-        source = DataSource(data, data_root)
         found, dataset, name = build_ensemble(
             checkpoints, source, normalize=normalize, trust_pickle=trust_pickle
         )

@@ -9,7 +9,8 @@ from typing import get_args
 import click
 
 from mpq import rundir
-from mpq.cli import options
+from mpq.cli import bundles, options
+from mpq.data import DataSource
 from mpq.export import ExportResult
 from mpq.export.form import INT4_FORMATS, Int4Format
 from mpq.pipeline.exporting import (
@@ -20,7 +21,6 @@ from mpq.pipeline.exporting import (
     refuse_export,
 )
 from mpq.pipeline.quantizing import load_quantized
-from mpq.pipeline.subject import DataSource
 from mpq.report.grid import counted
 
 
@@ -39,9 +39,7 @@ from mpq.report.grid import counted
               show_default=True, help="What the file takes: float images or pixels.")  # fmt: skip
 @options.choice("--layout", get_args(PixelLayout), default="nhwc", help="Of raw pixels.")
 @options.target("The kind of CPU to certify for.")
-@options.data
-@options.data_root
-@options.trust_code
+@bundles.source
 @options.seed
 @options.as_json
 @options.force
@@ -56,8 +54,7 @@ def export(
     kind: str,
     layout: PixelLayout,
     target: str | None,
-    data: str | None,
-    data_root: Path | None,
+    source: DataSource,
     seed: int,
     as_json: bool,
     force: bool,
@@ -74,7 +71,6 @@ def export(
     path = options.in_run(quantized, "quantized.pth")
     folder = options.hold(path.parent if out is None else rundir.resolve_out(out, ""))
     refuse_export(folder, force)
-    source = DataSource(data, data_root)
     how = Exporting(
         int4_format=int4_format,
         min_runtime=min_runtime,

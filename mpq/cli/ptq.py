@@ -7,10 +7,11 @@ from pathlib import Path
 import click
 
 from mpq import rundir
-from mpq.cli import options
+from mpq.cli import bundles, options
+from mpq.data import DataSource
 from mpq.pipeline.guard import check_start
 from mpq.pipeline.quantizing import check_policy_file, keep_policy, run_ptq, save_quantized
-from mpq.pipeline.subject import DataSource, policy_subject
+from mpq.pipeline.subject import policy_subject
 from mpq.policy import Policy
 from mpq.ptq import (
     EFFORTS,
@@ -30,9 +31,7 @@ from mpq.wide import Int16Form
 
 @click.command()
 @options.policy
-@options.data
-@options.data_root
-@options.trust_code
+@bundles.source
 @options.choice("--calibration", METHODS, default="mse", help="How activation ranges are chosen.")
 @options.choice("--effort", EFFORTS, default="good",
                 help="fast: ranges and biases; good: also rounding with error feedback, seconds; "
@@ -57,8 +56,7 @@ from mpq.wide import Int16Form
 @options.out("Run folder to write to.  [default: the policy's]")
 def ptq(
     policy_path: Path | None,
-    data: str | None,
-    data_root: Path | None,
+    source: DataSource,
     calibration: Method,
     effort: Effort,
     equalize: Equalize,
@@ -91,7 +89,6 @@ def ptq(
     check_policy_file(path, folder, force=force)
     if num_calib:
         policy = policy.replace(data=policy.data.replace(samples=num_calib))
-    source = DataSource(data, data_root)
     subject = policy_subject(policy, path, source, weights=True, trust_pickle=trust_pickle)
     if effort == "best":
         keep_policy(path, rundir.touch_run(folder))

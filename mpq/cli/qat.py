@@ -9,9 +9,10 @@ import click
 
 from mpq import rundir
 from mpq.cli import options, training
+from mpq.data import DataSource
 from mpq.pipeline.guard import check_start
 from mpq.pipeline.quantizing import check_policy_file, keep_policy, run_qat, save_quantized
-from mpq.pipeline.subject import DataSource, policy_subject
+from mpq.pipeline.subject import policy_subject
 from mpq.policy import Policy
 from mpq.processes import leading
 from mpq.rundir import Run
@@ -24,11 +25,7 @@ from mpq.wide import Int16Form, take_form
 @training.teacher
 @training.teacher_normalize
 @training.answers
-@options.data
-@options.data_root
-@options.trust_code
-@training.holdout
-@training.unlabelled
+@training.source
 @training.recipe("qat")
 @training.epochs
 @training.settings
@@ -46,10 +43,7 @@ def qat(
     teacher: Path | None,
     teacher_normalize: str,
     answers: Path | None,
-    data: str | None,
-    data_root: Path | None,
-    holdout: int | None,
-    unlabelled: str | None,
+    source: DataSource,
     recipe: str,
     epochs: int | None,
     settings: tuple[str, ...],
@@ -78,8 +72,7 @@ def qat(
     resume = check_start(folder, written, resume=resume, force=force)
     check_policy_file(path, folder, force=force)
     chosen = training.recipe_from(recipe, epochs, settings, compiling=compiling)
-    training.check_plan(chosen, device=device, teacher=teacher, unlabelled=unlabelled)
-    source = DataSource(data, data_root, holdout, unlabelled)
+    training.check_plan(chosen, device=device, teacher=teacher, unlabelled=source.unlabelled)
     subject = policy_subject(policy, path, source, weights=True, trust_pickle=trust_pickle)
     guide = training.load_teacher(teacher, teacher_normalize)
     plan = TrainingPlan(chosen, guide, answers=answers)

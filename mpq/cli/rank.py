@@ -7,10 +7,9 @@ from pathlib import Path
 import click
 
 from mpq import rundir
-from mpq.cli import options, training
-from mpq.data import Normalization
+from mpq.cli import bundles, options, training
+from mpq.data import DataSource, Normalization
 from mpq.pipeline.ranking import FILE, PICTURE, Hooks, Ranking, rank
-from mpq.pipeline.subject import DataSource
 from mpq.ptq import EFFORTS, Effort
 from mpq.report.ranking import rank_table
 from mpq.rundir import Run
@@ -19,9 +18,7 @@ from mpq.rundir import Run
 @click.command("rank")
 @click.argument("candidates", nargs=-1, required=True, metavar="ARCH...|CHECKPOINT...",
                 callback=options.named)  # fmt: skip
-@options.data
-@options.data_root
-@options.trust_code
+@bundles.source
 @options.normalize
 @options.limit("--effective-bits", "Mean weight bits of the mixed policy.  [default: 4.8]")
 @options.choice("--effort", EFFORTS, default="good", help="As in mpq ptq.")
@@ -39,8 +36,7 @@ from mpq.rundir import Run
 @options.out("Run folder to write to.  [default: runs/rank]")
 def command(
     candidates: tuple[str, ...],
-    data: str | None,
-    data_root: Path | None,
+    source: DataSource,
     normalize: Normalization | None,
     effective_bits: float | None,
     effort: Effort,
@@ -78,7 +74,7 @@ def command(
     with training.live(epochs) as training_hooks:
         rows = rank(
             candidates,
-            DataSource(data, data_root),
+            source,
             how,
             Run(folder, seed, device, resume),
             normalize=normalize,

@@ -7,9 +7,8 @@ from pathlib import Path
 import click
 
 from mpq.cli import options, training
-from mpq.data import Normalization
+from mpq.data import DataSource, Normalization
 from mpq.pipeline.guard import check_start
-from mpq.pipeline.subject import DataSource
 from mpq.pipeline.training import initial_weights, new_subject, run_train, working_folder
 from mpq.processes import leading
 from mpq.report.grid import counted
@@ -19,11 +18,7 @@ from mpq.train.plan import TrainingPlan
 
 @click.command()
 @click.argument("arch", callback=options.named)
-@options.data
-@options.data_root
-@options.trust_code
-@training.holdout
-@training.unlabelled
+@training.source
 @options.normalize
 @training.teacher
 @training.teacher_normalize
@@ -43,10 +38,7 @@ from mpq.train.plan import TrainingPlan
               show_default=True, help="Checkpoint to write.")  # fmt: skip
 def train(
     arch: str,
-    data: str | None,
-    data_root: Path | None,
-    holdout: int | None,
-    unlabelled: str | None,
+    source: DataSource,
     normalize: Normalization | None,
     teacher: Path | None,
     teacher_normalize: str,
@@ -77,11 +69,10 @@ def train(
     if show_recipe:
         click.echo(chosen.to_yaml(), nl=False)
         return
-    training.check_plan(chosen, device=device, teacher=teacher, unlabelled=unlabelled)
+    training.check_plan(chosen, device=device, teacher=teacher, unlabelled=source.unlabelled)
     options.hold_file(out)
     options.hold(working_folder(out))
     resume = check_start(working_folder(out), out, resume=resume, force=force)
-    source = DataSource(data, data_root, holdout, unlabelled)
     subject = new_subject(arch, source, normalize=normalize, seed=seed)
     options.say(
         f"{arch} on {subject.data_name}: {subject.info.classes} classes, "

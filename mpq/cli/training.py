@@ -11,7 +11,7 @@ import click
 import torch
 import yaml
 
-from mpq.cli import options
+from mpq.cli import bundles, options
 from mpq.data import Normalization
 from mpq.errors import UsageError
 from mpq.processes import leading
@@ -47,20 +47,19 @@ answers = click.option(
     type=click.Path(path_type=Path, file_okay=False),
     help="Keep the teachers' answers there, for other runs on the same images.",
 )
-# holdout: int | None
-holdout = options.count(
+_holdout = options.count(
     "--holdout",
     metavar="N",
     least=0,
     help="Training images kept out, to choose by; 0 trains on all.  [default: 10 %]",
 )
-# unlabelled: str | None
-unlabelled = click.option(
+_unlabelled = click.option(
     "--unlabelled",
     metavar="NAME",
     callback=options.named,
     help="More images to distil from, named as --data is; their labels do not count.",
 )
+source = bundles.source_with(_holdout, _unlabelled)
 # epochs: int | None
 epochs = options.count("--epochs", metavar="N", help="Epochs, instead of the recipe's.")
 # settings: tuple[str, ...]

@@ -8,11 +8,11 @@ from pathlib import Path
 import click
 
 from mpq import files, rundir
-from mpq.cli import options
+from mpq.cli import bundles, options
+from mpq.data import DataSource
 from mpq.errors import ExportError, UsageError
 from mpq.export.certify import saturating_here
 from mpq.pipeline.quantizing import load_quantized
-from mpq.pipeline.subject import DataSource
 from mpq.pipeline.verifying import exact_run, verify_run
 from mpq.report.tables import exact_table, verify_table
 
@@ -24,9 +24,7 @@ from mpq.report.tables import exact_table, verify_table
 @options.path("--quantized", metavar="PATH",
               help="What FILE was made from.  [default: quantized.pth beside FILE]")  # fmt: skip
 @options.count("--images", help="Test images.  [default: 1000, with --exact 4]")
-@options.data
-@options.data_root
-@options.trust_code
+@bundles.source
 @options.seed
 @options.as_json
 def verify(
@@ -34,8 +32,7 @@ def verify(
     exact: bool,
     quantized: Path | None,
     images: int | None,
-    data: str | None,
-    data_root: Path | None,
+    source: DataSource,
     seed: int,
     as_json: bool,
 ) -> None:
@@ -55,7 +52,6 @@ def verify(
         raise UsageError(f"{path} does not exist. Name an ONNX file, or a run that holds one.")
     if _keeps(path):
         options.hold(path.parent)
-    source = DataSource(data, data_root)
     if exact:
         if quantized is not None:
             raise UsageError("--exact needs nothing but the file. Give it without --quantized.")

@@ -11,13 +11,14 @@
 from __future__ import annotations
 
 from mpq.data.cache import load_arrays
-from mpq.data.catalog import open_data, open_unlabelled
+from mpq.data.catalog import DataSource, open_data, open_unlabelled
 from mpq.data.dataset import DataSet, Split
 from mpq.data.normalize import Normalization
 from mpq.data.splits import sample_indices
 
 __all__ = [
     "DataSet",
+    "DataSource",
     "Normalization",
     "Split",
     "load_arrays",

@@ -6,6 +6,7 @@ import glob
 import logging
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from mpq.data.cifar import CIFAR, batches_in, open_batches, open_cifar_images
@@ -68,6 +69,26 @@ def open_unlabelled(
     A test split that the data bring is left alone. Raises as `open_data`.
     """
     return _open(str(name).strip(), root, size).train
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """Where a command finds its images: `--data`, `--data-root`, `--holdout`, `--unlabelled`."""
+
+    data: str | None = None
+    root: Path | None = None
+    holdout: int | None = None
+    unlabelled: str | None = None
+
+    def more(self, size: tuple[int, int]) -> Split | None:
+        """The images without labels, resized to `size`, if any are named.
+
+        Raises:
+            DataError: nothing under that name.
+        """
+        if self.unlabelled is None:
+            return None
+        return open_unlabelled(self.unlabelled, root=self.root, size=size)
 
 
 def _open(name: str, root: str | Path | None, size: tuple[int, int] | None) -> Splits | DataSet:

@@ -13,13 +13,13 @@ from pathlib import Path
 
 from mpq import files
 from mpq.analyze.score import Scoring
-from mpq.data import load_arrays
+from mpq.data import DataSource, load_arrays
 from mpq.export.bench import BenchRow, bench
 from mpq.pipeline.analysis import write_analysis
 from mpq.pipeline.analyzing import Analyzing, find_policy
 from mpq.pipeline.exporting import export_float, export_run
 from mpq.pipeline.quantizing import Quantized, run_ptq, run_qat, save_quantized
-from mpq.pipeline.subject import DataSource, Subject, open_checkpoint
+from mpq.pipeline.subject import Subject, open_checkpoint
 from mpq.pipeline.training import build_ensemble, new_subject, run_train, write_ensemble
 from mpq.policy import Constraints, Policy
 from mpq.rundir import Run

@@ -10,13 +10,13 @@ from typing import Literal
 from torch import Tensor
 
 from mpq import files, rundir
-from mpq.data import sample_indices
+from mpq.data import DataSource, sample_indices
 from mpq.errors import CheckpointError, PolicyError
 from mpq.export import ExportResult, float_to_onnx, to_onnx
 from mpq.export.form import Int4Format
 from mpq.export.pixels import PixelInput
 from mpq.pipeline.quantizing import Quantized
-from mpq.pipeline.subject import DataSource, Subject, policy_subject
+from mpq.pipeline.subject import Subject, policy_subject
 from mpq.staging import together
 
 PixelLayout = Literal["nhwc", "nchw"]

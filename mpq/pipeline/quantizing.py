@@ -11,14 +11,14 @@ from torch import Tensor
 
 from mpq import files, rundir
 from mpq.checkpoint import load_safe, save_atomic
-from mpq.data import sample_indices
+from mpq.data import DataSource, sample_indices
 from mpq.errors import CheckpointError, UsageError
 from mpq.graph.annotate import make_dynamic
 from mpq.graph.ir import QuantGraph
 from mpq.graph.norms import absorb_norms, attach_norms
 from mpq.graph.passes import prepare
 from mpq.pipeline.guard import check_teacher
-from mpq.pipeline.subject import DataSource, Subject, policy_subject, settle
+from mpq.pipeline.subject import Subject, policy_subject, settle
 from mpq.pipeline.training import training_data
 from mpq.policy import Policy
 from mpq.ptq import FinishedBlocks, PtqSettings, equalize, quantize_graph

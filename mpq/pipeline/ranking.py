@@ -18,14 +18,14 @@ from typing import Any
 from mpq import files, rundir, zoo
 from mpq.analyze import cost
 from mpq.analyze.score import Scoring
-from mpq.data import Normalization, sample_indices
+from mpq.data import DataSource, Normalization, sample_indices
 from mpq.errors import UsageError
 from mpq.graph.ir import QuantGraph
 from mpq.limits import read_text
 from mpq.numerics import kl_divergence
 from mpq.pipeline.analyzing import Analyzing, find_policy
 from mpq.pipeline.quantizing import run_ptq
-from mpq.pipeline.subject import DataSource, Subject, open_checkpoint
+from mpq.pipeline.subject import Subject, open_checkpoint
 from mpq.pipeline.training import new_subject, run_train, working_folder
 from mpq.policy import Constraints, DataInfo, Policy
 from mpq.ptq import Effort, PtqSettings

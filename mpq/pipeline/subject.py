@@ -17,10 +17,10 @@ from mpq import zoo
 from mpq.checkpoint import Loaded, load_model
 from mpq.data import (
     DataSet,
+    DataSource,
     Normalization,
     load_arrays,
     open_data,
-    open_unlabelled,
     sample_indices,
 )
 from mpq.data.dataset import Split
@@ -36,26 +36,6 @@ PROPOSAL_IMAGES = 256
 MIN_PROPOSAL = 2.0
 """A proposed normalization must classify at least this many times better than chance."""
 _NEUTRAL = NAMED["none"]
-
-
-@dataclass(frozen=True)
-class DataSource:
-    """Where a command finds its images: `--data`, `--data-root`, `--holdout`, `--unlabelled`."""
-
-    data: str | None = None
-    root: Path | None = None
-    holdout: int | None = None
-    unlabelled: str | None = None
-
-    def more(self, size: tuple[int, int]) -> Split | None:
-        """The images without labels, resized to `size`, if any are named.
-
-        Raises:
-            DataError: nothing under that name.
-        """
-        if self.unlabelled is None:
-            return None
-        return open_unlabelled(self.unlabelled, root=self.root, size=size)
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ import torch
 
 from mpq import rundir, zoo
 from mpq.checkpoint import load_model, load_safe, loaded_from, save_model
-from mpq.data import DataSet, Normalization, load_arrays, open_data
+from mpq.data import DataSet, DataSource, Normalization, load_arrays, open_data
 from mpq.errors import DataError
 from mpq.pipeline.guard import check_teacher
-from mpq.pipeline.subject import DataSource, Subject, subject_of
+from mpq.pipeline.subject import Subject, subject_of
 from mpq.policy import ModelInfo
 from mpq.processes import leading
 from mpq.rundir import Run

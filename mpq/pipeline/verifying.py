@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mpq.data import Normalization, open_data, sample_indices
+from mpq.data import DataSource, Normalization, open_data, sample_indices
 from mpq.errors import DataError, UsageError
 from mpq.export import bench, runtime
 from mpq.export.exact import ExactReport, verify_exact
@@ -21,7 +21,6 @@ from mpq.export.onnx_file import verify_file
 from mpq.export.verify import VerifyReport
 from mpq.pipeline.exporting import held_out
 from mpq.pipeline.quantizing import Quantized
-from mpq.pipeline.subject import DataSource
 
 logger = logging.getLogger(__name__)
 

@@ -1,17 +1,19 @@
-"""The limits that `mpq analyze` searches within: options that come together as `budgets`."""
+"""Options that come together and reach a command as one argument: `source`, `budgets`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
+from pathlib import Path
 from typing import Any, get_args
 
 import click
 
 from mpq.cli import options
+from mpq.data import DataSource
 from mpq.policy import Constraints, DropType
 
-_OPTIONS = (
+_BUDGETS = (
     options.limits("--effective-bits", "Mean bits per weight; of several, each gets a policy file."
                    "  [default: 4.8 without other limits]"),
     options.limit("--max-size-mb", "Size of the file in MB (10^6 bytes)."),
@@ -24,6 +26,36 @@ _OPTIONS = (
     click.option("--drop-type", type=click.Choice(get_args(DropType)), default="absolute",
                  show_default=True, help="--max-drop in points, or in percent of float."),
 )  # fmt: skip
+
+
+def source_with(*more: options.Decorator[Any]) -> options.Decorator[Any]:
+    """`--data`, `--data-root`, `--trust-code` and `more`: argument `source`, a `DataSource`."""
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(command)
+        def folded(
+            *,
+            data: str | None,
+            data_root: Path | None,
+            holdout: int | None = None,
+            unlabelled: str | None = None,
+            **others: Any,
+        ) -> Any:
+            return command(source=DataSource(data, data_root, holdout, unlabelled), **others)
+
+        return _given(folded, options.data, options.data_root, options.trust_code, *more)
+
+    return decorate
+
+
+source = source_with()
+
+
+def _given(command: Callable[..., Any], *wanted: options.Decorator[Any]) -> Callable[..., Any]:
+    """A command with options, in that order in its help."""
+    for option in reversed(wanted):
+        command = option(command)
+    return command
 
 
 def budgets(command: Callable[..., None]) -> Callable[..., None]:
@@ -55,7 +87,4 @@ def budgets(command: Callable[..., None]) -> Callable[..., None]:
         ]
         command(budgets=found, **others)
 
-    made: Callable[..., None] = folded
-    for option in reversed(_OPTIONS):
-        made = option(made)
-    return made
+    return _given(folded, *_BUDGETS)
