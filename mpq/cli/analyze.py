@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import get_args
 
@@ -134,33 +133,27 @@ def _profile(path: Path | None, folder: Path) -> LatencyProfile:
 
 def _show(found: Analysis, folder: Path, as_json: bool) -> None:
     results = [(folder / c.file, c.policy.result) for c in found.choices]
-    if as_json:
-        policies = [
-            {"file": str(path), **r.model_dump(mode="json", exclude_none=True)}
-            for path, r in results
-            if r is not None
-        ]
-        rho = None if found.validation is None else found.validation.to_json()["rho"]
-        extra = {} if found.validation is None else {"rho": rho}
-        click.echo(json.dumps({**policies[0], "policies": policies, **extra}))
-        return
-    shown = analysis_json(found)
-    options.stdout.print(sensitivity_table(shown))
-    options.stdout.print(configurations_table(shown))
+    policies, told, extra = [], [], {}
     for path, result in results:
         assert result is not None
+        policies.append({"file": str(path), **result.model_dump(mode="json", exclude_none=True)})
         drop = "" if result.measured_drop is None else f", measured drop {result.measured_drop:.2f}"
-        options.show(
+        told.append(
             f"{path.name}: {result.status}: {result.effective_bits:.2f} effective bits, "
             f"{result.weight_bytes:,} bytes of weights, file of about "
             f"{result.predicted_bytes:,}{drop}"
         )
-    if found.validation:
-        truth = found.validation
-        options.show(
+    if truth := found.validation:
+        extra["rho"] = truth.to_json()["rho"]
+        told.append(
             f"scores against {len(truth.truths)} measured policies: Spearman's rho {truth.rho:.3f} "
             f"({counted(truth.images, 'validation image')})"
         )
+    data = analysis_json(found)
+    tables = sensitivity_table(data), configurations_table(data)
+    options.result(as_json, {**policies[0], "policies": policies, **extra}, *tables, *told)
+    if as_json:
+        return
     if found.scores_from:
         options.say(f"scores from {found.scores_from}; --rescore scores anew")
     written = ", ".join(str(path) for path, _ in results)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import click
@@ -69,12 +70,7 @@ def profile(
         checked = None if check is None else hold(found, check)
     content, told = json.loads(found.to_json()), []
     if checked is not None:
-        content["check"] = {
-            "file": checked.file,
-            "predicted_ms": checked.predicted_ms,
-            "measured_ms": checked.measured_ms,
-            "error_percent": checked.error,
-        }
+        content["check"] = {**asdict(checked), "error_percent": checked.error}
         told.append(
             f"{checked.file}: predicted {checked.predicted_ms:.3f} ms, measured "
             f"{checked.measured_ms:.3f} ms, {checked.error:+.1f} %"

@@ -50,7 +50,7 @@ def sensitivity_plot(sensitivity: Json) -> Figure:
     axes = figure.subplots(1, max(len(parts), 1), sharey=True, squeeze=False)[0]
     for axis, part in zip(axes, parts, strict=False):
         _score_panel(axis, sensitivity, part, names)
-    axes[0].set_yticks(range(len(names)), [_label(n) for n in names], fontsize=8)
+    axes[0].set_yticks(range(len(names)), [shortened(n) for n in names], fontsize=8)
     axes[0].set_ylim(len(names) - 0.4, -0.6)  # the first layer on top
     zero = "; 0 stands at the left" if any(r["score"] <= 0 for r in sensitivity["rows"]) else ""
     told = f"{sensitivity['metric']}, {sensitivity['samples']} images"
@@ -58,8 +58,8 @@ def sensitivity_plot(sensitivity: Json) -> Figure:
     return figure
 
 
-def _label(name: str, longest: int = 36) -> str:
-    """A layer's name, its middle left out where it would push the plot off the page."""
+def shortened(name: str, longest: int = 36) -> str:
+    """A name, its middle left out where it would push the plot off the page."""
     half = (longest - 3) // 2
     return name if len(name) <= longest else f"{name[:half]}...{name[-half:]}"
 
@@ -124,9 +124,7 @@ def pareto_plot(sensitivity: Json) -> Figure:
         _mark_chosen(axis, spot, front[index], name, _LINES[(place + 1) % len(_LINES)])
     axis.set_xlabel(label)
     axis.set_ylabel("predicted drop")
-    clean(axis)
-    axis.grid(axis="y", color="#eeeeee")
-    axis.legend(loc="upper right", fontsize=8, frameon=False)
+    clean(axis, legend="upper right")
     return figure
 
 
@@ -188,9 +186,7 @@ def _curve_panel(axis: Axes, metrics: Sequence[Json], keys: Sequence[str]) -> No
         axis.plot(epochs, values, color=colour, lw=1.4, marker="o", ms=2.5, label=key)
     axis.set_xlabel("epoch", fontsize=9)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    clean(axis)
-    axis.grid(axis="y", color="#eeeeee")
-    axis.legend(fontsize=8, frameon=False)
+    clean(axis, legend="best")
 
 
 def _is_curve(metrics: Sequence[Json], key: str) -> bool:
@@ -201,7 +197,10 @@ def _number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def clean(axis: Axes) -> None:
-    """Take away what a plot does not need."""
+def clean(axis: Axes, *, legend: str = "") -> None:
+    """Take away what a plot does not need; curves get their legend there, and lines of height."""
     axis.spines[["top", "right"]].set_visible(False)
     axis.tick_params(labelsize=8, colors="#333333")
+    if legend:
+        axis.grid(axis="y", color="#eeeeee")
+        axis.legend(loc=legend, fontsize=8, frameon=False)

@@ -9,12 +9,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from mpq.report.grid import Grid, columns, fixed, short, tiny
-from mpq.report.plots import STYLES, clean
+from mpq.report.plots import STYLES, clean, shortened
 
 Json = Mapping[str, Any]
 _POINTS = (("8", "8 bits", STYLES[8]), ("mixed", "mixed", ("#009E73", "*")),
            ("4", "4 bits", STYLES[4]))  # fmt: skip
-_LIMIT = 24
 
 
 def rank_table(rows: Sequence[Json]) -> Grid:
@@ -58,9 +57,7 @@ def _change(drop: float | None) -> str:
 
 def _short(name: str) -> str:
     """A path's last part, its middle left out where it is long."""
-    plain = name.rpartition("/")[2]
-    half = (_LIMIT - 3) // 2
-    return plain if len(plain) <= _LIMIT else f"{plain[:half]}...{plain[-half:]}"
+    return shortened(name.rpartition("/")[2], 24)
 
 
 def rank_plot(rows: Sequence[Json]) -> Figure:
@@ -89,7 +86,5 @@ def rank_plot(rows: Sequence[Json]) -> Figure:
     axis.margins(x=0.2)
     axis.set_xlabel("predicted size of the file, kB")
     axis.set_ylabel("top-1, percent (dotted: float)")
-    clean(axis)
-    axis.grid(axis="y", color="#eeeeee")
-    axis.legend(loc="best", fontsize=8, frameon=False)
+    clean(axis, legend="best")
     return figure
