@@ -462,9 +462,9 @@ def test_an_unknown_metric_names_the_nearest(graph: QuantGraph, images: Tensor) 
         score_layers(graph, images, how=Scoring(metric="fischer"))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("bits", [(), (8, 7)])
+@pytest.mark.parametrize("bits", [(), (8, 9)])
 def test_widths_must_exist(bits: tuple[int, ...], graph: QuantGraph, images: Tensor) -> None:
-    with pytest.raises(UsageError, match="weight widths must be some of 16 8 6"):
+    with pytest.raises(UsageError, match="weight widths must be some of 16 8 7 6"):
         score_layers(graph, images, how=Scoring(bits=bits))
 
 

@@ -11,7 +11,7 @@ from mpq import rundir
 from mpq.analyze.limits import LIMITS
 from mpq.analyze.perturb import Rounding
 from mpq.analyze.score import METRICS, Metric, Scoring
-from mpq.cli import bundles, options, training
+from mpq.cli import bundles, options, terminal, training
 from mpq.data import DataSource, Normalization
 from mpq.latency import LatencyProfile
 from mpq.pipeline.analysis import Analysis, analysis_json, write_analysis
@@ -108,7 +108,7 @@ def analyze(
         input_size=input_size,
     )
     _introduce(checkpoint, subject)
-    with options.bars() as tell, options.quiet_c():
+    with terminal.bars() as tell, terminal.quiet_c():
         found = find_policy(subject, budgets, how, Run(folder, seed, device, progress=tell))
     if leading():
         write_analysis(found, folder, force=force)
@@ -117,7 +117,7 @@ def analyze(
 
 def _introduce(checkpoint: Path, subject: Subject) -> None:
     """Say what was opened."""
-    options.say(
+    terminal.say(
         f"{checkpoint}: {subject.info.arch}, {subject.info.classes} classes, data "
         f"{subject.data_name}, normalization {subject.info.normalize or 'unknown'}"
     )
@@ -151,10 +151,10 @@ def _show(found: Analysis, folder: Path, as_json: bool) -> None:
         )
     data = analysis_json(found)
     tables = sensitivity_table(data), configurations_table(data)
-    options.result(as_json, {**policies[0], "policies": policies, **extra}, *tables, *told)
+    terminal.result(as_json, {**policies[0], "policies": policies, **extra}, *tables, *told)
     if as_json:
         return
     if found.scores_from:
-        options.say(f"scores from {found.scores_from}; --rescore scores anew")
+        terminal.say(f"scores from {found.scores_from}; --rescore scores anew")
     written = ", ".join(str(path) for path, _ in results)
-    options.say(f"wrote {written}; next: mpq ptq, or mpq qat --teacher ens.pth")
+    terminal.say(f"wrote {written}; next: mpq ptq, or mpq qat --teacher ens.pth")

@@ -13,7 +13,7 @@ import click
 from numpy.typing import NDArray
 
 from mpq import files, rundir
-from mpq.cli import bundles, options
+from mpq.cli import bundles, options, terminal
 from mpq.data import DataSet, DataSource, Normalization, load_arrays, open_data, sample_indices
 from mpq.errors import UsageError
 from mpq.export import peers as peer_tools
@@ -78,7 +78,7 @@ def bench(
         options.hold(folder)
     info = _known([*paths, *([reference] if reference else [])])
     images, labels, dataset = _load(source, info, limit, seed)
-    with ExitStack() as stack, options.status() as tell:
+    with ExitStack() as stack, terminal.status() as tell:
         if peers:
             tell("onnxruntime's own int8")
             place = folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -122,15 +122,15 @@ def _load(
             "the files do not say which data they were made for. Name it with --data NAME, or "
             "measure latency, size and memory alone with --data none."
         )
-    options.say(f"data: {name}")
+    terminal.say(f"data: {name}")
     if name == "none":
         return None, None, None
     dataset = open_data(name, root=source.root, size=info.input[1:] if info.input else None)
     if not dataset.labelled:
-        options.say("they have no labels: accuracy is not measured")
+        terminal.say("they have no labels: accuracy is not measured")
         return None, None, dataset
     if not len(dataset.test):
-        options.say("they are too few for a test split: accuracy is not measured")
+        terminal.say("they are too few for a test split: accuracy is not measured")
         return None, None, dataset
     if limit is None or limit >= len(dataset.test):
         images, labels = load_arrays(dataset.test)
@@ -166,6 +166,6 @@ def _show(rows: Sequence[BenchRow], as_json: bool, folder: Path | None) -> None:
     text = "".join(f"{row.to_json()}\n" for row in rows)
     if folder is not None:
         files.write_text(folder / "bench.jsonl", text)
-    options.result(as_json, text.rstrip("\n"), bench_table([asdict(row) for row in rows]))
+    terminal.result(as_json, text.rstrip("\n"), bench_table([asdict(row) for row in rows]))
     if folder is not None and not as_json:
-        options.say(f"wrote {folder / 'bench.jsonl'}")
+        terminal.say(f"wrote {folder / 'bench.jsonl'}")

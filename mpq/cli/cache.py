@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from mpq.cli import options
+from mpq.cli import options, terminal
 from mpq.data.cache import cache_folder, cached_files, clear
 from mpq.limits import current
 from mpq.report.grid import counted
@@ -30,7 +30,7 @@ def cache(emptied: bool, as_json: bool) -> None:
     told = {"folder": str(cache_folder()), "files": len(found), "bytes": size}
     what = f"{counted(len(found), 'file')}, {size / 1e6:,.1f} MB"
     done = "removed" if emptied else f"of at most {current().cache_mb:,.0f} MB"
-    options.result(
+    terminal.result(
         as_json,
         {**told, "limit_mb": current().cache_mb, "cleared": emptied},
         f"{cache_folder()}: {what} {done}",

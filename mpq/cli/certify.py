@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from mpq.cli import options
+from mpq.cli import options, terminal
 from mpq.errors import ExportError, UsageError
 from mpq.export.certify import certify as judge
 from mpq.report.tables import certificate_table
@@ -31,7 +31,7 @@ def certify(file: Path | None, target: str | None, as_json: bool) -> None:
         raise UsageError(f"{path} does not exist. Name an ONNX file.")
     found = judge(path, target=target)
     text = found.to_json()
-    options.result(as_json, text, certificate_table(json.loads(text)), *found.notes)
+    terminal.result(as_json, text, certificate_table(json.loads(text)), *found.notes)
     if found.broken():
         names = ", ".join(row.name for row in found.broken())
         raise ExportError(f"{path} does not run as its policy asks: {names}.")

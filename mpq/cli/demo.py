@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from mpq import rundir
-from mpq.cli import options
+from mpq.cli import options, terminal
 from mpq.pipeline.demo import run_demo
 from mpq.report.tables import demo_table
 
@@ -26,14 +26,14 @@ def demo(seed: int, as_json: bool, force: bool, out: Path | None) -> None:
     folder = options.hold(rundir.resolve_out(out, "demo"))
     rundir.refuse_overwrite(folder / "demo.json", force)
     rundir.touch_run(folder)
-    with options.status() as tell:
-        if not options.stderr.is_terminal:
-            tell = options.say
+    with terminal.status() as tell:
+        if not terminal.stderr.is_terminal:
+            tell = terminal.say
         rows = run_demo(folder, seed=seed, tell=tell)
     shown = [asdict(row) for row in rows]
-    options.result(as_json, shown, demo_table(shown))
+    terminal.result(as_json, shown, demo_table(shown))
     if not as_json:
-        options.say(
+        terminal.say(
             f"wrote {folder}: demo.json, policy.yaml, sensitivity.png, pareto.png and a run for "
             f"each configuration; next: mpq report {folder}"
         )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from mpq.cli import options
+from mpq.cli import options, terminal
 from mpq.compare import compare
 from mpq.policy import Policy
 from mpq.report.grid import Grid
@@ -34,5 +34,5 @@ def diff(a: Path, b: Path, exit_code: bool, as_json: bool) -> int:
     shown: Grid | str = f"{names[0]} and {names[1]} give every layer the same widths"
     if found.changes:
         shown = diff_table(content["changes"], content, names)
-    options.result(as_json, {"a": names[0], "b": names[1], **content}, shown)
+    terminal.result(as_json, {"a": names[0], "b": names[1], **content}, shown)
     return int(exit_code and bool(found.changes))

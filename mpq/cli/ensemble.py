@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from mpq import rundir
-from mpq.cli import bundles, options
+from mpq.cli import bundles, options, terminal
 from mpq.data import DataSource, Normalization
 from mpq.pipeline.training import build_ensemble, write_ensemble
 from mpq.report.grid import counted
@@ -41,7 +41,7 @@ def ensemble(
     mpq ensemble d.pth --normalize cifar10 ens.pth -o all.pth
     """
     rundir.refuse_overwrite(options.hold_file(out), force)
-    with options.status() as tell:
+    with terminal.status() as tell:
         tell("measuring the teachers")
         found, dataset, name = build_ensemble(
             checkpoints, source, normalize=normalize, trust_pickle=trust_pickle
@@ -54,6 +54,6 @@ def ensemble(
     rows.append({"name": "together (mean)", "arch": "", "normalize": "", "top1": found.top1})
     members = [{k: row[k] for k in ("name", "arch", "top1")} for row in rows[:-1]]
     content = {"file": str(out), "top1": found.top1, "members": members}
-    options.result(as_json, content, ensemble_table(rows))
-    options.say(f"measured on {counted(len(dataset.validation), 'validation image')} of {name}")
-    options.say(f"wrote {out}; next: mpq qat --teacher {out}")
+    terminal.result(as_json, content, ensemble_table(rows))
+    terminal.say(f"measured on {counted(len(dataset.validation), 'validation image')} of {name}")
+    terminal.say(f"wrote {out}; next: mpq qat --teacher {out}")

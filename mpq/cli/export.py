@@ -9,7 +9,7 @@ from typing import get_args
 import click
 
 from mpq import rundir
-from mpq.cli import bundles, options
+from mpq.cli import bundles, options, terminal
 from mpq.data import DataSource
 from mpq.export import ExportResult
 from mpq.export.form import INT4_FORMATS, Int4Format
@@ -78,7 +78,7 @@ def export(
         target=target,
         allow_float_fallback=allow_float_fallback,
     )
-    with options.status() as tell:
+    with terminal.status() as tell:
         tell("loading")
         found = load_quantized(path, source)
         reference = float_reference(found, path, source)
@@ -92,9 +92,9 @@ def export(
             reference=reference,
             force=force,
         )
-    options.result(as_json, _summary(result), *_told(result))
+    terminal.result(as_json, _summary(result), *_told(result))
     more = ", float.onnx" if reference is not None else ""
-    options.say(f"wrote {result.path}, certificate.json{more}; next: mpq bench")
+    terminal.say(f"wrote {result.path}, certificate.json{more}; next: mpq bench")
 
 
 def _summary(result: ExportResult) -> dict[str, object]:

@@ -1,36 +1,20 @@
-"""Options that mean the same in every command, and how values are shown.
+"""Options that mean the same in every command.
 
 `@options.seed` adds one; a command names the argument as the comment says.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import click
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-)
 
 from mpq import rundir
+from mpq.cli import terminal
 from mpq.data import Normalization
-from mpq.errors import printable
-from mpq.processes import leading
-from mpq.report.grid import Grid
 from mpq.spec import WIDTHS
 from mpq.target import TARGETS
 from mpq.trusted import is_name
@@ -39,19 +23,6 @@ from mpq.wide import INT16_FORMS
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 Decorator = Callable[[Command], Command]
-
-
-class Tell(Protocol):
-    """What `bars` yields."""
-
-    def __call__(self, phase: str, done: int, total: int, note: str = "") -> None:
-        """So much of a phase is done; the note stands behind its bar."""
-
-
-stdout = Console(highlight=False)
-"""Results: tables, and nothing else where `--json` is set."""
-stderr = Console(stderr=True, highlight=False)
-"""Progress, and which files were chosen."""
 
 
 def _normalization(
@@ -185,55 +156,6 @@ def target(help: str) -> Decorator[Any]:
     return choice("--target", TARGETS, help=f"{help}  [default: that of this computer]")
 
 
-@contextmanager
-def status() -> Iterator[Callable[[str], None]]:
-    """A line on a terminal that tells what is being done; nothing where stderr is no terminal."""
-    if not stderr.is_terminal:
-        yield lambda _: None
-        return
-    with stderr.status("") as line:
-        yield lambda text: line.update(escape(text))
-
-
-@contextmanager
-def bars() -> Iterator[Tell]:
-    """Progress bars on stderr; nothing where stderr is no terminal."""
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(compact=True),
-        TextColumn("{task.fields[note]}"),
-        console=stderr,
-        transient=True,
-        disable=not stderr.is_terminal,
-    ) as progress:
-        tasks: dict[str, TaskID] = {}
-
-        def tell(phase: str, done: int, total: int, note: str = "") -> None:
-            if phase not in tasks:
-                tasks[phase] = progress.add_task(escape(phase), total=total, note="")
-            progress.update(tasks[phase], completed=done, total=total, note=escape(note))
-
-        yield tell
-
-
-@contextmanager
-def quiet_c() -> Iterator[None]:
-    """What C libraries print to their stdout goes to stderr; the search's solver does so at times.
-
-    Nothing may be printed inside: Python's own stdout goes the same way.
-    """
-    sys.stdout.flush()
-    kept = os.dup(1)
-    try:
-        os.dup2(2, 1)
-        yield
-    finally:
-        os.dup2(kept, 1)
-        os.close(kept)
-
-
 def hold(folder: Path) -> Path:
     """Be the only command that writes into a run, from here to the end of the command.
 
@@ -248,33 +170,6 @@ def hold_file(path: Path) -> Path:
     """`hold` for a file that is no run's."""
     click.get_current_context().with_resource(rundir.held_file(path))
     return path
-
-
-def say(text: str) -> None:
-    """One line on stderr: what was chosen, what was written. The leading process speaks."""
-    if leading():
-        stderr.print(printable(text), markup=False, soft_wrap=True)
-
-
-def show(text: str) -> None:
-    """A line of the result on stdout, not broken where the terminal ends."""
-    stdout.print(printable(text), markup=False, soft_wrap=True)
-
-
-def result(as_json: bool, content: object, *shown: Grid | str) -> None:
-    """The result on stdout: `content` as JSON (a text that is JSON as it is), or what is shown."""
-    if as_json:
-        click.echo(content if isinstance(content, str) else json.dumps(content))
-        return
-    for one in shown:
-        show(one) if isinstance(one, str) else stdout.print(one)
-
-
-def outcome(top1: float | None, where: str) -> str:
-    """What is said of a network's accuracy in percent."""
-    if top1 is None:
-        return "no images were held out to measure on"
-    return f"top-1 {top1:.2f} % on {where}"
 
 
 def in_run(path: Path | None, file: str) -> Path:
@@ -296,7 +191,7 @@ def newest(file: str) -> Path:
         UsageError: no run has one.
     """
     path = rundir.newest_run(file) / file
-    say(f"no file named: using {path}")
+    terminal.say(f"no file named: using {path}")
     return path
 
 

@@ -10,7 +10,7 @@ import click
 
 from mpq import rundir
 from mpq.checkpoint import load_model
-from mpq.cli import options
+from mpq.cli import options, terminal
 from mpq.pipeline.profiling import check as hold
 from mpq.pipeline.profiling import profile_module
 from mpq.report.tables import profile_table
@@ -55,7 +55,7 @@ def profile(
     channels, height, width = loaded.info.input
     size = (channels, input_size or height, input_size or width)
     kept = folder / "profile.json"
-    with options.status() as tell:
+    with terminal.status() as tell:
         found = profile_module(
             loaded.module,
             size,
@@ -75,7 +75,7 @@ def profile(
             f"{checked.file}: predicted {checked.predicted_ms:.3f} ms, measured "
             f"{checked.measured_ms:.3f} ms, {checked.error:+.1f} %"
         )
-    options.result(as_json, content, profile_table(content), *told)
+    terminal.result(as_json, content, profile_table(content), *told)
     rundir.touch_run(folder)
     found.save(kept)
-    options.say(f"wrote {kept}; next: mpq analyze --max-latency-ms")
+    terminal.say(f"wrote {kept}; next: mpq analyze --max-latency-ms")

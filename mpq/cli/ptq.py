@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from mpq import rundir
-from mpq.cli import bundles, options
+from mpq.cli import bundles, options, terminal
 from mpq.data import DataSource
 from mpq.pipeline.guard import check_start
 from mpq.pipeline.quantizing import check_policy_file, keep_policy, run_ptq, save_quantized
@@ -101,13 +101,13 @@ def ptq(
         dynamic=dynamic,
         int16_form=int16_form,
     )
-    with options.bars() as progress:
+    with terminal.bars() as progress:
         run = Run(folder, seed, resume=resume, progress=progress)
         found = run_ptq(policy, subject, settings, run)
     save_quantized(found, written, path)
     (folder / PROGRESS).unlink(missing_ok=True)  # the run is complete
-    told = options.outcome(
+    told = terminal.outcome(
         found.metrics["validation_top1"], "a sample of the validation split, simulated"
     )
-    options.result(as_json, {"file": str(written), **found.metrics}, told)
-    options.say(f"wrote {written}; next: mpq export --onnx")
+    terminal.result(as_json, {"file": str(written), **found.metrics}, told)
+    terminal.say(f"wrote {written}; next: mpq export --onnx")

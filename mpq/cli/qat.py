@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from mpq import rundir
-from mpq.cli import options, training
+from mpq.cli import options, terminal, training
 from mpq.data import DataSource
 from mpq.pipeline.guard import check_start
 from mpq.pipeline.quantizing import check_policy_file, keep_policy, run_qat, save_quantized
@@ -87,8 +87,8 @@ def qat(
     save_quantized(found, written)
     (folder / "checkpoint.pth").unlink(missing_ok=True)  # the run is complete
     before, top1 = found.metrics["calibrated_top1"], found.metrics["validation_top1"]
-    told = options.outcome(top1, "the validation split, simulated")
-    options.result(as_json, {"file": str(written), **found.metrics}, told)
+    told = terminal.outcome(top1, "the validation split, simulated")
+    terminal.result(as_json, {"file": str(written), **found.metrics}, told)
     if not as_json:
         training.gain(before, top1, chosen, start="what mpq ptq gives")
-    options.say(f"wrote {written}; next: mpq export --onnx")
+    terminal.say(f"wrote {written}; next: mpq export --onnx")

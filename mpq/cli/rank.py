@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from mpq import rundir
-from mpq.cli import bundles, options, training
+from mpq.cli import bundles, options, terminal, training
 from mpq.data import DataSource, Normalization
 from mpq.pipeline.ranking import FILE, PICTURE, Hooks, Ranking, rank
 from mpq.ptq import EFFORTS, Effort
@@ -78,7 +78,7 @@ def command(
             how,
             Run(folder, seed, device, resume),
             normalize=normalize,
-            hooks=Hooks(options.say, training_hooks),
+            hooks=Hooks(terminal.say, training_hooks),
         )
-    options.result(as_json, rows, rank_table(rows))
-    options.say(f"wrote {folder / FILE} and {folder / PICTURE}")
+    terminal.result(as_json, rows, rank_table(rows))
+    terminal.say(f"wrote {folder / FILE} and {folder / PICTURE}")

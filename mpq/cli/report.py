@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from mpq import rundir
-from mpq.cli import options
+from mpq.cli import options, terminal
 
 
 @click.command()
@@ -25,9 +25,9 @@ def report(run: Path | None, as_json: bool) -> None:
     folder = run
     if folder is None:
         folder = rundir.newest_run("policy.yaml")
-        options.say(f"no run named: using {folder}")
+        terminal.say(f"no run named: using {folder}")
     rundir.tidy(folder)
     if folder.is_dir():
         rundir.refuse_overwrite(folder / "report.html", force=True)
     path = write_page(folder)
-    options.result(as_json, {"report": str(path)}, f"wrote {path}")
+    terminal.result(as_json, {"report": str(path)}, f"wrote {path}")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from mpq.cli import options, training
+from mpq.cli import options, terminal, training
 from mpq.data import DataSource, Normalization
 from mpq.pipeline.guard import check_start
 from mpq.pipeline.training import initial_weights, new_subject, run_train, working_folder
@@ -74,7 +74,7 @@ def train(
     options.hold(working_folder(out))
     resume = check_start(working_folder(out), out, resume=resume, force=force)
     subject = new_subject(arch, source, normalize=normalize, seed=seed)
-    options.say(
+    terminal.say(
         f"{arch} on {subject.data_name}: {subject.info.classes} classes, "
         f"normalization {subject.info.normalize}, {counted(chosen.epochs, 'epoch')}"
     )
@@ -87,8 +87,8 @@ def train(
         result = run_train(subject, plan, out, run, hooks)
     if not leading():
         return
-    told = options.outcome(result.top1, "the validation split")
-    options.result(as_json, {"file": str(out), "validation_top1": result.top1}, told)
+    told = terminal.outcome(result.top1, "the validation split")
+    terminal.result(as_json, {"file": str(out), "validation_top1": result.top1}, told)
     if init is not None and not as_json:
         training.gain(result.start, result.top1, chosen, start=str(init))
-    options.say(f"wrote {out}; next: mpq analyze {out}")
+    terminal.say(f"wrote {out}; next: mpq analyze {out}")

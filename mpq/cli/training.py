@@ -11,7 +11,7 @@ import click
 import torch
 import yaml
 
-from mpq.cli import bundles, options
+from mpq.cli import bundles, options, terminal
 from mpq.data import Normalization
 from mpq.errors import UsageError
 from mpq.processes import leading
@@ -157,9 +157,9 @@ def gain(before: float | None, after: float | None, recipe: Recipe, *, start: st
     """
     if before is None or after is None:
         return
-    options.say(f"before training it was {before:.2f} %")
+    terminal.say(f"before training it was {before:.2f} %")
     if after < before:
-        options.say(
+        terminal.say(
             "so training cost accuracy: its rate is too high for this network, or it was too "
             f"short. Try --set lr={recipe.lr / 10:g}, or keep {start}"
         )
@@ -178,7 +178,7 @@ def load_teacher(path: Path | None, normalize: str) -> Ensemble | None:
         return None
     known = str(Normalization.parse(normalize)) if normalize else ""
     found = load_ensemble(path, normalize=known)
-    options.say(f"teacher {path}: {', '.join(found.names)}")
+    terminal.say(f"teacher {path}: {', '.join(found.names)}")
     return found
 
 
@@ -191,7 +191,7 @@ def live(epochs: int) -> Iterator[Hooks]:
     if not leading():
         yield Hooks()
         return
-    with options.bars() as tell:
+    with terminal.bars() as tell:
 
         def on_step(epoch: int, step: int, steps: int, loss: float) -> None:
             tell("training", step + 1, steps, f"epoch {epoch + 1}/{epochs}  loss {loss:.3f}")
@@ -201,7 +201,7 @@ def live(epochs: int) -> Iterator[Hooks]:
             train = record["train_top1"]
             shown = "" if train is None else f"  training {train:.2f} %"
             shown += "" if val is None else f"  validation {val:.2f} %"
-            options.say(
+            terminal.say(
                 f"epoch {record['epoch'] + 1}/{epochs}  loss {record['train_loss']:.4f}"
                 f"{shown}  {record['seconds']:.1f} s"
             )

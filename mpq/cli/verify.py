@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from mpq import files, rundir
-from mpq.cli import bundles, options
+from mpq.cli import bundles, options, terminal
 from mpq.data import DataSource
 from mpq.errors import ExportError, UsageError
 from mpq.export.certify import saturating_here
@@ -61,7 +61,7 @@ def verify(
 
 
 def _exact(path: Path, source: DataSource, images: int, seed: int, as_json: bool) -> None:
-    with options.status() as tell:
+    with terminal.status() as tell:
         tell("comparing node by node")
         report = exact_run(path, source, images=images, seed=seed)
     _tell(path, "exact.json", report.to_json(), as_json)
@@ -85,7 +85,7 @@ def _against(
             f"{path} must be verified against the network it was made from, but {network} does "
             "not exist. Name it with --quantized, or use --exact, which needs none."
         )
-    with options.status() as tell:
+    with terminal.status() as tell:
         tell("loading")
         found = load_quantized(network, source)
         tell("comparing")
@@ -105,7 +105,7 @@ def _keeps(path: Path) -> bool:
 def _tell(path: Path, name: str, text: str, as_json: bool) -> None:
     """Show a report; keep it where the file is the model of a run."""
     table = exact_table if name == "exact.json" else verify_table
-    options.result(as_json, text, table(json.loads(text)))
+    terminal.result(as_json, text, table(json.loads(text)))
     if _keeps(path):
         files.write_text(path.parent / name, text + "\n")
-        options.say(f"wrote {path.parent / name}")
+        terminal.say(f"wrote {path.parent / name}")

@@ -1,0 +1,115 @@
+"""What a command prints: results on stdout, everything else on stderr."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+import click
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+from mpq.errors import printable
+from mpq.processes import leading
+from mpq.report.grid import Grid
+
+
+class Tell(Protocol):
+    """What `bars` yields."""
+
+    def __call__(self, phase: str, done: int, total: int, note: str = "") -> None:
+        """So much of a phase is done; the note stands behind its bar."""
+
+
+stdout = Console(highlight=False)
+"""Results: tables, and nothing else where `--json` is set."""
+stderr = Console(stderr=True, highlight=False)
+"""Progress, and which files were chosen."""
+
+
+@contextmanager
+def status() -> Iterator[Callable[[str], None]]:
+    """A line on a terminal that tells what is being done; nothing where stderr is no terminal."""
+    if not stderr.is_terminal:
+        yield lambda _: None
+        return
+    with stderr.status("") as line:
+        yield lambda text: line.update(escape(text))
+
+
+@contextmanager
+def bars() -> Iterator[Tell]:
+    """Progress bars on stderr; nothing where stderr is no terminal."""
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(compact=True),
+        TextColumn("{task.fields[note]}"),
+        console=stderr,
+        transient=True,
+        disable=not stderr.is_terminal,
+    ) as progress:
+        tasks: dict[str, TaskID] = {}
+
+        def tell(phase: str, done: int, total: int, note: str = "") -> None:
+            if phase not in tasks:
+                tasks[phase] = progress.add_task(escape(phase), total=total, note="")
+            progress.update(tasks[phase], completed=done, total=total, note=escape(note))
+
+        yield tell
+
+
+@contextmanager
+def quiet_c() -> Iterator[None]:
+    """What C libraries print to their stdout goes to stderr; the search's solver does so at times.
+
+    Nothing may be printed inside: Python's own stdout goes the same way.
+    """
+    sys.stdout.flush()
+    kept = os.dup(1)
+    try:
+        os.dup2(2, 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
+def say(text: str) -> None:
+    """One line on stderr: what was chosen, what was written. The leading process speaks."""
+    if leading():
+        stderr.print(printable(text), markup=False, soft_wrap=True)
+
+
+def show(text: str) -> None:
+    """A line of the result on stdout, not broken where the terminal ends."""
+    stdout.print(printable(text), markup=False, soft_wrap=True)
+
+
+def result(as_json: bool, content: object, *shown: Grid | str) -> None:
+    """The result on stdout: `content` as JSON (a text that is JSON as it is), or what is shown."""
+    if as_json:
+        click.echo(content if isinstance(content, str) else json.dumps(content))
+        return
+    for one in shown:
+        show(one) if isinstance(one, str) else stdout.print(one)
+
+
+def outcome(top1: float | None, where: str) -> str:
+    """What is said of a network's accuracy in percent."""
+    if top1 is None:
+        return "no images were held out to measure on"
+    return f"top-1 {top1:.2f} % on {where}"
