@@ -54,7 +54,7 @@ class LayerCertificate:
         broken: whether that is not what was asked.
         reason: why it runs in float, or what is broken.
         stored_bits: width of the weights as their decoding tells it, 32 for floats; 0 where it
-            cannot be told.
+            is not known.
     """
 
     name: str
@@ -143,7 +143,7 @@ def certify(
     asked = _inside(proto, layers, cpu) if graph is None else _of_graph(graph, cpu)
     macs = {} if graph is None else {name: layer.macs for name, layer in graph.layers.items()}
     found, shapes = executions(proto.graph, optimized.graph), _shapes(proto)
-    told = {p.key: p.value for p in proto.metadata_props}
+    metadata = {p.key: p.value for p in proto.metadata_props}
     rows = [
         _row(
             node,
@@ -152,7 +152,7 @@ def certify(
             macs.get(node.name) or _macs(node, roots[weight_of(node)], shapes),
             asked.get(node.name),
             wiring,
-            decoding_asked=told.get(INT4) == "dq",
+            decoding_asked=metadata.get(INT4) == "dq",
         )
         for node, run in zip(layers, found, strict=True)
     ]
@@ -163,7 +163,7 @@ def certify(
         runtime.version(),
         next((o.version for o in proto.opset_import if not o.domain), 0),
         len(model) if isinstance(model, bytes) else model.stat().st_size,
-        told.get(NEEDS, ""),
+        metadata.get(NEEDS, ""),
         cpu.name,
         saturating(
             {r.name: roots[weight_of(n)] for r, n in zip(rows, layers, strict=True) if r.integer},

@@ -70,12 +70,12 @@ def operation_of(node: onnx.NodeProto) -> Operation:
     """What a matrix node computes, as `Target.support` asks for it."""
     if "Conv" not in node.op_type:
         return Operation("linear")
-    told = {a.name: a for a in node.attribute}
-    steps = {name: max(told[name].ints, default=1) if name in told else 1
+    attributes = {a.name: a for a in node.attribute}
+    steps = {name: max(attributes[name].ints, default=1) if name in attributes else 1
              for name in ("strides", "dilations")}  # fmt: skip
     return Operation(
         "conv_transpose" if "Transpose" in node.op_type else "conv",
-        grouped="group" in told and told["group"].i > 1,
+        grouped="group" in attributes and attributes["group"].i > 1,
         strided=steps["strides"] > 1,
         dilated=steps["dilations"] > 1,
     )

@@ -55,8 +55,8 @@ class Form:
     def metadata(self) -> dict[str, str]:
         """What the file says of itself."""
         said = {NEEDS: f"onnxruntime>={self.needs[0]}.{self.needs[1]}"}
-        told = "unpack" if self.opset == 18 else "cast"
-        return said | ({INT4: self.int4} if self.int4 != told else {})
+        default = "unpack" if self.opset == 18 else "cast"
+        return said | ({INT4: self.int4} if self.int4 != default else {})
 
 
 def choose_form(
@@ -106,12 +106,12 @@ def choose_form(
 
 def form_of(model: onnx.ModelProto) -> Form | None:
     """The form that a file of mpq is written in; None where it does not say so."""
-    told = {p.key: p.value for p in model.metadata_props}
-    match = re.fullmatch(r"onnxruntime>=(\d+)\.(\d+)", told.get(NEEDS, ""))
+    metadata = {p.key: p.value for p in model.metadata_props}
+    match = re.fullmatch(r"onnxruntime>=(\d+)\.(\d+)", metadata.get(NEEDS, ""))
     if not match:
         return None
     opset = next((o.version for o in model.opset_import if not o.domain), 0)
-    int4 = told.get(INT4, "unpack" if opset == 18 else "cast")
+    int4 = metadata.get(INT4, "unpack" if opset == 18 else "cast")
     if int4 not in INT4_FORMATS:
         return None
     needs = int(match.group(1)), int(match.group(2))

@@ -57,7 +57,7 @@ class Stored:
 
     Args:
         type: name of the element type.
-        bits: width that its decoding makes of it, 32 for floats; 0 where that cannot be told.
+        bits: width that its decoding makes of it, 32 for floats; 0 where that cannot be known.
         low: least of the integers, where they are stored as they are; else 0.
         high: greatest, likewise.
     """

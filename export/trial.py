@@ -37,7 +37,7 @@ def hold(path: Path) -> None:
 
 
 def _try(path: Path) -> None:
-    """Load and run the file once; whatever else goes wrong is told by whoever loads it next."""
+    """Load and run the file once; whatever else goes wrong is reported by whoever loads it next."""
     script = str(Path(__file__).with_name("runtime.py"))
     try:
         subprocess.run(

@@ -89,7 +89,7 @@ class LatencyProfile:
             integer: whether each layer runs as integers (`mpq.target.Target.integers`).
 
         Raises:
-            PolicyError: a layer of the profile is not told of, or one that it does not have is.
+            PolicyError: a layer of the profile has no width, or one that it does not have has.
         """
         self.check(integer)
         layers = sum(

@@ -111,10 +111,10 @@ def _owner(opened: BinaryIO) -> str:
     """Who holds the lock, as its file says."""
     try:
         opened.seek(0)
-        told = json.loads(opened.read(10_000))
+        owner = json.loads(opened.read(10_000))
         return (
-            f"`{told['command']}` (process {told['process']} on {told['host']}, "
-            f"since {told['since']})"
+            f"`{owner['command']}` (process {owner['process']} on {owner['host']}, "
+            f"since {owner['since']})"
         )
     except (OSError, ValueError, TypeError, KeyError):  # it is just being written
         return "another command"

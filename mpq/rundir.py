@@ -68,7 +68,7 @@ class Run:
         seed: of all randomness.
         device: where networks work, `cpu` or `cuda`.
         resume: go on from what an interrupted stage has left in `folder`.
-        progress: told how far each phase of a stage is.
+        progress: called with how far each phase of a stage is.
     """
 
     folder: Path | None = None
@@ -112,8 +112,8 @@ def touch_run(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     here, full = Path.cwd(), folder.resolve()
     # Relative where possible, so that a project folder can be moved with its runs.
-    told = full.relative_to(here) if full.is_relative_to(here) else full
-    recent = [told, *(run for run in _recent() if run != told)]
+    noted = full.relative_to(here) if full.is_relative_to(here) else full
+    recent = [noted, *(run for run in _recent() if run != noted)]
     lines = "".join(f"{run.as_posix()}\n" for run in recent[:REMEMBERED])
     try:
         write_text(_pointer(), lines)

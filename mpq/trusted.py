@@ -92,8 +92,8 @@ def _is_sealed(name: str, entry: Any) -> bool:
 
 
 def _sealed(name: str, entry: dict[str, str]) -> dict[str, str]:
-    told = json.dumps([name, entry["file"], entry["sha256"]]).encode()
-    return {**entry, "seal": hmac.new(_key(), told, hashlib.sha256).hexdigest()}
+    sealed = json.dumps([name, entry["file"], entry["sha256"]]).encode()
+    return {**entry, "seal": hmac.new(_key(), sealed, hashlib.sha256).hexdigest()}
 
 
 def _key() -> bytes:

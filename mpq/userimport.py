@@ -89,7 +89,7 @@ def trust_run(folder: Path) -> None:
 
 
 def remember_trust(folder: Path) -> None:
-    """Keep what is trusted in a run, so that its later stages need not be told again."""
+    """Keep what is trusted in a run, so that its later stages need not name it again."""
     trust = _trust.get()
     remember(folder, trust.names, trust.runs)
 

@@ -35,7 +35,7 @@ class Batch:
         index: number of the batch; random draws depend on it and on the seed alone.
         images: `[n, C, H, W]`.
         labels: `[n]`, where there are any.
-        tick: to be called after each step of work, as often as `Batches.rows` was told.
+        tick: to be called after each step of work, as many times as `Batches.rows` was given.
     """
 
     index: int
@@ -54,7 +54,7 @@ class Batches:
         size: images at a time; bounds the memory.
         partial: where to keep what is done, to go on from there after an interruption; the name
             must say what is measured (a key), and the file goes when all is done.
-        progress: told (done, total) of this process's share.
+        progress: called with (done, total) of this process's share.
     """
 
     images: Tensor

@@ -2,7 +2,7 @@
 
 A limit's value is the largest of `rows @ z + fixed`: one row for sums (bits, bytes, BitOps,
 milliseconds), one row for each moment of a pass for the peak of activation memory. Milliseconds
-have variables of their own behind the choices: one for each edge that a conversion may fall on.
+have variables of their own after the choices: one for each edge that a conversion may fall on.
 """
 
 from __future__ import annotations
@@ -53,11 +53,11 @@ def limits(
     target: Target,
     profile: LatencyProfile | None,
 ) -> dict[str, Limit]:
-    """All limits that can be told, by name.
+    """All limits that apply, by name.
 
     Args:
         sensitivity: layers and live sets.
-        keys: the choices, in the order of the variables; edges of `profile` come behind them.
+        keys: the choices, in the order of the variables; edges of `profile` come after them.
         target: what a layer costs in the file.
         profile: measured times, if there are any.
     """

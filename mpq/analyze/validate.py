@@ -140,7 +140,7 @@ def validate(
         pairs: widths to draw from, all known to the simulator.
         count: number of configurations.
         seed: of the draw.
-        progress: told (done, count).
+        progress: called with (done, count).
     """
     truths = []
     drawn = random_widths(sensitivity, pairs, count=count, seed=seed)

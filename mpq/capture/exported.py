@@ -55,7 +55,7 @@ def open_exported(path: str | Path) -> Network:
     if program.example_inputs is None:
         raise _unusable(path, "it holds no sample inputs")
     args, kwargs = program.example_inputs
-    # A program's own module knows no eval(); its twin does.
+    # A program's own module knows no eval(); the module made from it does.
     return Network(fx.GraphModule(module, module.graph), tuple(args), dict(kwargs))
 
 

@@ -56,14 +56,14 @@ _SAME: dict[Any, Callable[..., Any]] = {
     aten.matmul.default: torch.matmul,
 }
 _OPERATORS: dict[Any, Callable[..., Any]] = {
-    getattr(aten, name + twin).Tensor: function
+    getattr(aten, name + suffix).Tensor: function
     for name, function in (
         ("add", operator.add),
         ("sub", operator.sub),
         ("mul", operator.mul),
         ("div", operator.truediv),
     )
-    for twin in ("", "_")
+    for suffix in ("", "_")
 }
 _EVERYTHING = 2**63 - 1
 """The end of a slice that has none."""

@@ -137,8 +137,8 @@ def _blame(record: Record | None, broken: list[str]) -> str:
         "reads a size as a plain number": [str(place) for place in record.fixed],
         "made a constant": [str(place) for place in record.constants.values()],
     }
-    told = [f"{', '.join(dict.fromkeys(at))} {what}" for what, at in places.items() if at]
-    return f" ({'; '.join(told[:1])})" if told else ""
+    described = [f"{', '.join(dict.fromkeys(at))} {what}" for what, at in places.items() if at]
+    return f" ({'; '.join(described[:1])})" if described else ""
 
 
 def _name(network: Network) -> str:

@@ -130,8 +130,8 @@ class _Printable(logging.Formatter):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line and return the exit code.
 
-    0: done. 2: a mistake that the user can mend, told in one message on stderr. 130: stopped by
-    Ctrl-C; 143: by SIGTERM. Whatever else goes wrong is a defect and keeps its traceback.
+    0: done. 2: a mistake that the user can mend, explained in one message on stderr. 130: stopped
+    by Ctrl-C; 143: by SIGTERM. Whatever else goes wrong is a defect and keeps its traceback.
     """
     keep_freed()
     with interrupts.watching(), trusting(), limited():
@@ -184,11 +184,9 @@ def _stopped(argv: Sequence[str] | None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     name = next((arg for arg in argv if arg in COMMANDS), "")
     number = interrupts.seen() or signal.SIGINT
-    told = "interrupted" if number == signal.SIGINT else "terminated"
-    told += "; no file is half-written"
-    if name in RESUMABLE:
-        told += f". mpq {name} ... --resume goes on from what was saved, or starts if nothing was"
-    _tell(told)
+    how = "interrupted" if number == signal.SIGINT else "terminated"
+    more = f". mpq {name} ... --resume goes on from what was saved, or starts if nothing was"
+    _tell(f"{how}; no file is half-written{more if name in RESUMABLE else ''}")
     return 128 + number
 
 

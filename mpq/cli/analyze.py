@@ -133,25 +133,25 @@ def _profile(path: Path | None, folder: Path) -> LatencyProfile:
 
 def _show(found: Analysis, folder: Path, as_json: bool) -> None:
     results = [(folder / c.file, c.policy.result) for c in found.choices]
-    policies, told, extra = [], [], {}
+    policies, notes, extra = [], [], {}
     for path, result in results:
         assert result is not None
         policies.append({"file": str(path), **result.model_dump(mode="json", exclude_none=True)})
         drop = "" if result.measured_drop is None else f", measured drop {result.measured_drop:.2f}"
-        told.append(
+        notes.append(
             f"{path.name}: {result.status}: {result.effective_bits:.2f} effective bits, "
             f"{result.weight_bytes:,} bytes of weights, file of about "
             f"{result.predicted_bytes:,}{drop}"
         )
     if truth := found.validation:
         extra["rho"] = truth.to_json()["rho"]
-        told.append(
+        notes.append(
             f"scores against {len(truth.truths)} measured policies: Spearman's rho {truth.rho:.3f} "
             f"({counted(truth.images, 'validation image')})"
         )
     data = analysis_json(found)
     tables = sensitivity_table(data), configurations_table(data)
-    terminal.result(as_json, {**policies[0], "policies": policies, **extra}, *tables, *told)
+    terminal.result(as_json, {**policies[0], "policies": policies, **extra}, *tables, *notes)
     if as_json:
         return
     if found.scores_from:

@@ -82,8 +82,8 @@ def bench(
         if peers:
             tell("onnxruntime's own int8")
             place = folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            told = normalize or (Normalization.parse(info.normalize) if info.normalize else None)
-            paths += _peers(place / "peers", reference, dataset, told, seed)
+            applied = normalize or (Normalization.parse(info.normalize) if info.normalize else None)
+            paths += _peers(place / "peers", reference, dataset, applied, seed)
         rows = measure(
             paths,
             float_file=reference,
@@ -108,8 +108,8 @@ def _run_of(path: Path) -> Path | None:
 def _known(paths: Sequence[Path]) -> FileInfo:
     """What the files say of themselves; where one is silent, the next is asked."""
     infos = [asdict(file_info(path)) for path in paths]
-    told = {key: next((i[key] for i in infos if i[key] is not None), None) for key in infos[0]}
-    return FileInfo(**told)
+    fields = {key: next((i[key] for i in infos if i[key] is not None), None) for key in infos[0]}
+    return FileInfo(**fields)
 
 
 def _load(

@@ -27,11 +27,11 @@ def cache(emptied: bool, as_json: bool) -> None:
     size = sum(path.stat().st_size for path in found)
     if emptied:
         clear()
-    told = {"folder": str(cache_folder()), "files": len(found), "bytes": size}
+    content = {"folder": str(cache_folder()), "files": len(found), "bytes": size}
     what = f"{counted(len(found), 'file')}, {size / 1e6:,.1f} MB"
     done = "removed" if emptied else f"of at most {current().cache_mb:,.0f} MB"
     terminal.result(
         as_json,
-        {**told, "limit_mb": current().cache_mb, "cleared": emptied},
+        {**content, "limit_mb": current().cache_mb, "cleared": emptied},
         f"{cache_folder()}: {what} {done}",
     )

@@ -68,14 +68,14 @@ def profile(
         if kept.is_file() and kept.read_text(encoding="utf-8") != found.to_json() + "\n":
             rundir.refuse_overwrite(kept, force)  # of another CPU, runtime, batch or threads
         checked = None if check is None else hold(found, check)
-    content, told = json.loads(found.to_json()), []
+    content, notes = json.loads(found.to_json()), []
     if checked is not None:
         content["check"] = {**asdict(checked), "error_percent": checked.error}
-        told.append(
+        notes.append(
             f"{checked.file}: predicted {checked.predicted_ms:.3f} ms, measured "
             f"{checked.measured_ms:.3f} ms, {checked.error:+.1f} %"
         )
-    terminal.result(as_json, content, profile_table(content), *told)
+    terminal.result(as_json, content, profile_table(content), *notes)
     rundir.touch_run(folder)
     found.save(kept)
     terminal.say(f"wrote {kept}; next: mpq analyze --max-latency-ms")

@@ -106,8 +106,8 @@ def ptq(
         found = run_ptq(policy, subject, settings, run)
     save_quantized(found, written, path)
     (folder / PROGRESS).unlink(missing_ok=True)  # the run is complete
-    told = terminal.outcome(
+    outcome = terminal.outcome(
         found.metrics["validation_top1"], "a sample of the validation split, simulated"
     )
-    terminal.result(as_json, {"file": str(written), **found.metrics}, told)
+    terminal.result(as_json, {"file": str(written), **found.metrics}, outcome)
     terminal.say(f"wrote {written}; next: mpq export --onnx")

@@ -87,8 +87,8 @@ def qat(
     save_quantized(found, written)
     (folder / "checkpoint.pth").unlink(missing_ok=True)  # the run is complete
     before, top1 = found.metrics["calibrated_top1"], found.metrics["validation_top1"]
-    told = terminal.outcome(top1, "the validation split, simulated")
-    terminal.result(as_json, {"file": str(written), **found.metrics}, told)
+    outcome = terminal.outcome(top1, "the validation split, simulated")
+    terminal.result(as_json, {"file": str(written), **found.metrics}, outcome)
     if not as_json:
         training.gain(before, top1, chosen, start="what mpq ptq gives")
     terminal.say(f"wrote {written}; next: mpq export --onnx")

@@ -30,7 +30,7 @@ class Tell(Protocol):
     """What `bars` yields."""
 
     def __call__(self, phase: str, done: int, total: int, note: str = "") -> None:
-        """So much of a phase is done; the note stands behind its bar."""
+        """So much of a phase is done; the note stands after its bar."""
 
 
 stdout = Console(highlight=False)

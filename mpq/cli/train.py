@@ -87,8 +87,8 @@ def train(
         result = run_train(subject, plan, out, run, hooks)
     if not leading():
         return
-    told = terminal.outcome(result.top1, "the validation split")
-    terminal.result(as_json, {"file": str(out), "validation_top1": result.top1}, told)
+    outcome = terminal.outcome(result.top1, "the validation split")
+    terminal.result(as_json, {"file": str(out), "validation_top1": result.top1}, outcome)
     if init is not None and not as_json:
         training.gain(result.start, result.top1, chosen, start=str(init))
     terminal.say(f"wrote {out}; next: mpq analyze {out}")

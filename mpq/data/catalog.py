@@ -115,7 +115,7 @@ def search_places(root: str | Path | None) -> list[Path]:
     """Folders to look in, first to last: `root`, `$MPQ_DATA`, the usual places that exist.
 
     Raises:
-        DataError: `root` is no folder. A missing `$MPQ_DATA` is only told when data are not found.
+        DataError: `root` is no folder. A missing `$MPQ_DATA` is named only if nothing is found.
     """
     if root is not None and not Path(root).expanduser().is_dir():
         raise DataError(f"the data root must be an existing folder. Got {root}.")

@@ -130,7 +130,7 @@ def _official_order(path: Path) -> Callable[[Entry], int] | None:
 
     def key(entry: Entry) -> int:
         stem = entry.name.rsplit("/", 1)[-1].rsplit(".", 1)[0]
-        # An image without an index stands behind the others; the sort is stable.
+        # An image without an index stands after the others; the sort is stable.
         return index.get((entry.split, f"{entry.label}/{stem}"), len(index))
 
     return key

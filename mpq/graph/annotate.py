@@ -11,7 +11,7 @@ Insertion reads the result and knows no policy. The rules follow what an integer
 - what only float layers read that round their input to 16 bits (`uint16/tensor`) is quantized to 16
   bits, unless an integer layer writes it, and operations between such tensors stay in float;
 - operations that move values (max pooling, flatten, slice, zero padding) pass the grid through;
-- everything else is a float island, and a quantizer stands behind it where a layer reads it.
+- everything else is a float island, and a quantizer stands after it where a layer reads it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from mpq.target import ROUNDED, Support, Target, get_target
 logger = logging.getLogger(__name__)
 ABSORBED = ("relu", "relu6")
 CEILINGS = {"relu6": 6.0, "hardsigmoid": 1 - 1e-4}
-"""Operations whose upper bound is the saturation of the quantizer behind them.
+"""Operations whose upper bound is the saturation of the quantizer after them.
 
 The hard-sigmoid's is a little lower, because `hardsigmoid(0) = 1/2`, its most frequent value, would
 lie between two integers of a grid that ends at 1, and runtimes would disagree on the rounding.
@@ -67,7 +67,7 @@ def reading_groups(qg: QuantGraph) -> list[list[str]]:
 def make_dynamic(qg: QuantGraph, policy: Policy) -> Policy:
     """The policy with `uint8/dynamic` for each linear layer that reads a float operation's result.
 
-    In transformers these are the layers behind norms, attention and GELU, whose ranges differ from
+    In transformers these are the layers after norms, attention and GELU, whose ranges differ from
     image to image. A layer that reads integers, such as the classifier of a convolutional network,
     stays as it is: its input's grid is there already.
 
@@ -207,7 +207,7 @@ class _Annotator:
         self.quantize(self.tail(node), "op")
 
     def quantize(self, node: fx.Node, role: Role) -> None:
-        """Put a quantizer behind a node, once."""
+        """Put a quantizer after a node, once."""
         if node in self.sites:
             return
         readers = [r for r in self.readers(node) if self.integer_layer(r) or self.rounding_layer(r)]

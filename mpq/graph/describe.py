@@ -11,7 +11,7 @@ from mpq.errors import GraphError
 from mpq.graph.ir import QuantGraph
 from mpq.graph.shapes import run_example
 from mpq.layers import LayerInfo, LayerKind
-from mpq.quant.operation import LAYERS, LayerOp, refuse
+from mpq.quant.operation import LAYERS, LayerOp, refusal
 
 logger = logging.getLogger(__name__)
 _CONTAINERS = (nn.Module, nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -26,7 +26,7 @@ def describe(qg: QuantGraph) -> int:
     found: dict[str, LayerInfo] = {}
     handles = []
     for name, module in qg.module.named_modules():
-        if type(module) in LAYERS and not refuse(module) and not _inside_of_torch(qg, name):
+        if type(module) in LAYERS and refusal(module) is None and not _inside_of_torch(qg, name):
             handles.append(module.register_forward_hook(_recorder(name, found)))
     try:
         run_example(qg, fx.Interpreter(qg.module))

@@ -55,7 +55,7 @@ def fold_bn(qg: QuantGraph) -> int:
 def _foldable(qg: QuantGraph, before: fx.Node, modules: dict[str, nn.Module]) -> bool:
     if kind_of(before, modules) != "layer" or len(before.users) != 1:
         return False
-    # Behind a matrix product of sequences it normalizes dimension 1, which is not the output.
+    # After a matrix product of sequences it normalizes dimension 1, which is not the output.
     linear = isinstance(modules[str(before.target)], nn.Linear)
     return not linear or ranks(qg)[before.name] == 2
 

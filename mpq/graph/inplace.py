@@ -1,6 +1,6 @@
 """Operations that overwrite their input become ones that make a new tensor.
 
-What a graph means should not hang on what shares memory: every later pass moves values (behind a
+What a graph means should not hang on what shares memory: every later pass moves values (after a
 quantizer, into an exported file, out of a backward pass) as if a node's value never changed.
 """
 
@@ -51,10 +51,10 @@ def _rewrite(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
             module.inplace = False  # type: ignore[assignment]
         return found
     if node.op == "call_method":
-        twin = str(node.target).removesuffix("_")
-        found = twin != node.target and callable(getattr(Tensor, twin, None))
+        pure = str(node.target).removesuffix("_")
+        found = pure != node.target and callable(getattr(Tensor, pure, None))
         if found:
-            node.target = twin
+            node.target = pure
         return found
     if node.op == "call_function":
         return _rewrite_function(node)
@@ -63,12 +63,12 @@ def _rewrite(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
 
 def _rewrite_function(node: fx.Node) -> bool:
     assert callable(node.target)
-    name, twin = getattr(node.target, "__name__", ""), _OPERATORS.get(node.target)
+    name, pure = getattr(node.target, "__name__", ""), _OPERATORS.get(node.target)
     for home in (torch, F):
         if name.endswith("_") and getattr(home, name, None) is node.target:
-            twin = getattr(home, name.removesuffix("_"), None)
-    if twin is not None:
-        node.target = twin
+            pure = getattr(home, name.removesuffix("_"), None)
+    if pure is not None:
+        node.target = pure
         return True
     if node.kwargs.get("inplace"):
         node.kwargs = {**node.kwargs, "inplace": False}

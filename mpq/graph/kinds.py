@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from mpq.quant.operation import LAYERS, refuse
+from mpq.quant.operation import LAYERS, refusal
 from mpq.target import MOVING_OPS
 
 MODULES: dict[type[nn.Module], str] = {
@@ -105,7 +105,7 @@ def kind_of(node: fx.Node, modules: dict[str, nn.Module]) -> str:
     if node.op == "call_module":
         module = modules[str(node.target)]
         if type(module) in LAYERS:
-            return "other" if refuse(module) else "layer"
+            return "layer" if refusal(module) is None else "other"
         if type(module) is nn.AdaptiveAvgPool2d:
             return "global_avgpool" if module.output_size in (1, (1, 1)) else "adaptive_avgpool"
         return MODULES.get(type(module), "other")

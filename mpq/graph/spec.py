@@ -4,7 +4,7 @@ A rule looks at one thing and yields what is wrong with it, as a sentence that n
 
     float      layers are there as torch's own modules, and nothing is quantized
     annotated  plans and sites fit policy, layers and nodes; the modules are still those of `float`
-    prepared   each planned layer is a QuantLayer, each site a FakeQuant behind its node
+    prepared   each planned layer is a QuantLayer, each site a FakeQuant after its node
     frozen     likewise FrozenLayer and FrozenQuant, integers within their formats
 """
 
@@ -150,7 +150,7 @@ def _sites_have_nodes(qg: QuantGraph) -> Iterator[str]:
         if site.name != name:
             yield f"site {name} calls itself {site.name}"
         if site.node not in names:
-            yield f"site {name} stands behind node {site.node}, which is not in the graph"
+            yield f"site {name} stands after node {site.node}, which is not in the graph"
         if site.node in seen:
             yield f"site {name}: node {site.node} is quantized twice"
         seen.add(site.node)
@@ -160,7 +160,7 @@ def _sites_have_nodes(qg: QuantGraph) -> Iterator[str]:
 
 
 def _sites_are(kind: type[FakeQuant] | type[FrozenQuant]) -> Rule:
-    """Each site has its quantizer, called once behind its node; there are no others."""
+    """Each site has its quantizer, called once after its node; there are no others."""
 
     def rule(qg: QuantGraph) -> Iterator[str]:
         calls = _calls(qg)
@@ -174,10 +174,10 @@ def _sites_are(kind: type[FakeQuant] | type[FrozenQuant]) -> Rule:
                 yield f"site {name} must round to {site.spec}, but rounds to {has}"
             if [str(node.args[0]) for node in nodes] != [site.node]:
                 where = [str(node.args[0]) for node in nodes] or "nothing"
-                yield f"site {name} must be called behind {site.node}, but is behind {where}"
+                yield f"site {name} must be called after {site.node}, but is after {where}"
                 continue
-            behind = nodes[0].all_input_nodes[0]
-            for other in behind.users.keys() - {nodes[0]}:
+            rounded = nodes[0].all_input_nodes[0]
+            for other in rounded.users.keys() - {nodes[0]}:
                 yield f"site {name}: {other.name} reads {site.node} past the quantizer"
         for name in calls.keys() - qg.sites.keys():
             if isinstance(_module(qg, name), (FakeQuant, FrozenQuant)):

@@ -76,7 +76,7 @@ def run_demo(folder: Path, *, seed: int = 0, tell: Tell = lambda _: None) -> lis
     Args:
         folder: gets a run per configuration, `demo.json` and the analysis with its plots.
         seed: of all randomness.
-        tell: told what is being done.
+        tell: called with what is being done.
     """
     teachers = _teachers(folder, seed, tell)
     plain = _student(folder, "student", None, seed, tell)

@@ -64,7 +64,7 @@ def profile_module(
         batch: images at a time.
         again: measure even if there is one.
         on_start: called before anything is measured; what it raises is raised.
-        progress: told what is being done.
+        progress: called with what is being done.
 
     Raises:
         GraphError: the network cannot be traced.

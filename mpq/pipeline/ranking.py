@@ -95,7 +95,7 @@ def rank(
             trained; to resume is to keep the rows of `rank.json` that were measured alike, and to
             go on with training.
         normalize: for checkpoints that do not carry it.
-        hooks: who is told what.
+        hooks: what is called on the way.
 
     Returns:
         A row for each candidate, best first: `name, params, macs, float_bytes, top1` and `forms`,

@@ -62,10 +62,10 @@ def _check_origin(found: Quantized, path: Path) -> None:
     keys = ("arch", "classes", "input", "sha256")
     differ = [k for k in keys if getattr(of_file, k) != getattr(of_network, k)]
     if differ:
-        told = ", ".join(f"{k} {getattr(of_file, k)}, not {getattr(of_network, k)}" for k in differ)
+        listed = (f"{k} {getattr(of_file, k)}, not {getattr(of_network, k)}" for k in differ)
         raise UsageError(
-            f"{path} was made from another network than the one it is compared with: {told}. Name "
-            "the quantized.pth that it was made from with --quantized."
+            f"{path} was made from another network than the one it is compared with: "
+            f"{', '.join(listed)}. Name the quantized.pth that it was made from with --quantized."
         )
 
 

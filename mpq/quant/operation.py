@@ -24,8 +24,8 @@ TRANSPOSED: dict[type[nn.Module], Callable[..., Tensor]] = {
 LAYERS = (*CONVS, *TRANSPOSED, nn.Linear)
 
 
-def refuse(module: nn.Module) -> str:
-    """Why a Conv or Linear module cannot be quantized, or an empty string."""
+def refusal(module: nn.Module) -> str | None:
+    """Why a Conv or Linear module cannot be quantized; None if it can."""
     if type(module) not in LAYERS:
         return f"{type(module).__name__} is not a layer that mpq quantizes"
     if getattr(module, "padding_mode", "zeros") != "zeros":
@@ -33,7 +33,7 @@ def refuse(module: nn.Module) -> str:
     padding = getattr(module, "padding", 0)
     if padding == "same" and _same_padding(module) is None:
         return "padding='same' with an even kernel pads unevenly"
-    return ""
+    return None
 
 
 def _same_padding(module: nn.Module) -> tuple[int, ...] | None:

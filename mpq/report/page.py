@@ -182,7 +182,7 @@ def _content(folder: Path, name: str) -> Any:
 
 
 def _read(folder: Path, name: str, make: Callable[[], Any]) -> Any:
-    """What `make` gives; a file that lacks what every such file has is told by name."""
+    """What `make` gives; a file that lacks what every such file has is named."""
     try:
         return make()
     except (KeyError, TypeError, AttributeError, IndexError) as error:

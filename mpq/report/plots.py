@@ -53,8 +53,8 @@ def sensitivity_plot(sensitivity: Json) -> Figure:
     axes[0].set_yticks(range(len(names)), [shortened(n) for n in names], fontsize=8)
     axes[0].set_ylim(len(names) - 0.4, -0.6)  # the first layer on top
     zero = "; 0 stands at the left" if any(r["score"] <= 0 for r in sensitivity["rows"]) else ""
-    told = f"{sensitivity['metric']}, {sensitivity['samples']} images"
-    figure.supxlabel(f"score ({told}): further right hurts more{zero}", fontsize=9)
+    basis = f"{sensitivity['metric']}, {sensitivity['samples']} images"
+    figure.supxlabel(f"score ({basis}): further right hurts more{zero}", fontsize=9)
     return figure
 
 
@@ -133,8 +133,8 @@ def _mark_chosen(
 ) -> None:
     # Its figures stand in the legend, where they cannot cover the curve.
     size = f"{chosen['effective_bits']:.2f} bits, {chosen['bytes'] / 1e3:,.0f} kB"
-    told = f"{name}: {size}, drop {spot[1]:.3g}"
-    axis.plot(*spot, "*", color=colour, ms=15, mec="black", mew=0.7, ls="", label=told)
+    label = f"{name}: {size}, drop {spot[1]:.3g}"
+    axis.plot(*spot, "*", color=colour, ms=15, mec="black", mew=0.7, ls="", label=label)
 
 
 def validation_plot(validation: Json) -> Figure:

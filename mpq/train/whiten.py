@@ -2,7 +2,7 @@
 
 For patches `p` of the images with covariance `V diag(l) V'`, the filters `v_k / sqrt(l_k + e)` give
 outputs of equal variance and without correlation: all directions are learned from at once, and not
-the brightness first. Both signs of each filter are there, for the ReLU behind. Filters of the
+the brightness first. Both signs of each filter are there, for the ReLU after it. Filters of the
 largest variance come first; what is left of the layer stays as it was.
 
 Source: Jordan, 94% on CIFAR-10 in 3.29 Seconds on a Single GPU, 2024, after Page, How to Train Your
