@@ -396,7 +396,7 @@ def test_computed_weights_become_plain(maker: Callable[..., Any], used: bool, ca
     model.eval()
     if used:
         model(draw(2, 3, 8, 8))
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", logger="mpq"):
         captured = capture(Network(model, (draw(2, 3, 8, 8),)))
     assert "conv.weight is computed by" in caplog.text
     assert isinstance(captured.module.conv.weight, nn.Parameter)

@@ -104,7 +104,7 @@ def test_functions_on_weights_are_layers(middle, layers):
 
 def test_a_computed_weight_is_said(caplog: pytest.LogCaptureFixture):
     torch.manual_seed(0)
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", logger="mpq"):
         graph_of(network(Standardized(8, 8, 3)))
     assert "the weight of conv2d is computed: taken as what it comes to" in caplog.text
 
