@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from mpq.errors import ExportError
 from mpq.graph.ir import QuantGraph
+from mpq.hooks import hooked
 from mpq.numerics import sqnr_db
 from mpq.quant.fake_quant import FrozenQuant
 
@@ -245,12 +246,8 @@ def _walk(
 
         return hook
 
-    handles = [qg.module.get_submodule(s).register_forward_hook(at(s)) for s in sites]
-    try:
+    with hooked(qg.module.get_submodule(s).register_forward_hook(at(s)) for s in sites):
         qg.module(images)
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _blocked(graph: onnx.GraphProto) -> set[str]:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from mpq.capture.network import Network
 from mpq.capture.running import as_written, unchanged
+from mpq.hooks import hooked
 
 _WINDOWED = ("ShiftedWindowAttention", "ShiftedWindowAttentionV2")
 MAX_LOGIT_SCALE = math.log(100.0)
@@ -81,18 +82,15 @@ def _calls(network: Network, modules: dict[str, nn.Module]) -> dict[str, tuple[A
 
         return hook
 
-    handles = [
+    watching = hooked(
         module.register_forward_pre_hook(watch(name), with_kwargs=True)
         for name, module in modules.items()
-    ]
+    )
     try:
-        with unchanged(network.module), as_written():
+        with watching, unchanged(network.module), as_written():
             network.module(*network.args, **network.kwargs)
     except Exception:  # recording says what is wrong with the network or the example
         return {}
-    finally:
-        for handle in handles:
-            handle.remove()
     return {name: made[0] for name, made in calls.items() if len(made) == 1 and made[0]}
 
 

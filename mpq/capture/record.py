@@ -28,6 +28,7 @@ from mpq.capture.refuse import SECOND_NAME, VALUE, Place, Refused, here
 from mpq.capture.running import as_written
 from mpq.capture.sizes import Ratio, Size, plain, sized
 from mpq.capture.vocabulary import VALUES, call_of, is_leaf, is_question, is_random, name_of
+from mpq.hooks import hooked
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,12 +118,8 @@ class _Recorder(TorchFunctionMode):
             hooks.register_module_forward_pre_hook(self.enter),
             hooks.register_module_forward_hook(self.leave, with_kwargs=True),
         )
-        try:
-            with self:
-                yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        with hooked(handles), self:
+            yield
 
     def finish(self, answer: Any) -> None:
         """Write the output, and drop questions that nobody needs."""

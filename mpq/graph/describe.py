@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 from mpq.errors import GraphError
 from mpq.graph.ir import QuantGraph
 from mpq.graph.shapes import run_example
+from mpq.hooks import hooked
 from mpq.layers import LayerInfo, LayerKind
 from mpq.quant.operation import LAYERS, LayerOp, refusal
 
@@ -24,15 +25,13 @@ def describe(qg: QuantGraph) -> int:
         GraphError: the model cannot run on the example, or has no layer to quantize.
     """
     found: dict[str, LayerInfo] = {}
-    handles = []
-    for name, module in qg.module.named_modules():
-        if type(module) in LAYERS and refusal(module) is None and not _inside_of_torch(qg, name):
-            handles.append(module.register_forward_hook(_recorder(name, found)))
-    try:
+    layers = (
+        (name, module)
+        for name, module in qg.module.named_modules()
+        if type(module) in LAYERS and refusal(module) is None and not _inside_of_torch(qg, name)
+    )
+    with hooked(m.register_forward_hook(_recorder(name, found)) for name, m in layers):
         run_example(qg, fx.Interpreter(qg.module))
-    finally:
-        for handle in handles:
-            handle.remove()
     if not found:
         raise GraphError("the model has no Conv or Linear layer, so there is nothing to quantize.")
     qg.layers = found

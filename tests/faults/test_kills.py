@@ -53,8 +53,8 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def forked(work: Callable[[], int]) -> int:
-    """The exit code of a process that does this; 99 for a traceback."""
+def started(work: Callable[[], int]) -> int:
+    """The id of a process that does this; it exits with 99 for a traceback."""
     child = os.fork()
     if child == 0:
         code = 99
@@ -62,7 +62,17 @@ def forked(work: Callable[[], int]) -> int:
             code = work()
         finally:
             os._exit(code)
+    return child
+
+
+def ended(child: int) -> int:
+    """The exit code of a process, when it is over."""
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def forked(work: Callable[[], int]) -> int:
+    """The exit code of a process that does this; 99 for a traceback."""
+    return ended(started(work))
 
 
 def counted(function: Any, left: list[int], act: Callable[[], None]) -> Any:
@@ -165,15 +175,9 @@ def test_signals_at_any_moment(
     assert forked(work) == 0
     whole = time.monotonic() - start
     for part in range(1, 9):
-        child = os.fork()
-        if child == 0:
-            code = 99
-            try:
-                code = work()
-            finally:
-                os._exit(code)
+        child = started(work)
         time.sleep(whole * part / 9)
         os.kill(child, number)
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        code = ended(child)
         assert code in (0, 128 + number)
         tell(f"{number.name} at any moment", "survived")
