@@ -27,6 +27,7 @@ LAYERS = {
     "mpq.lock": 1,
     "mpq.staging": 1,
     "mpq.processes": 1,
+    "mpq.threads": 0,
     "mpq.spec": 1,
     "mpq.trusted": 2,
     "mpq.userimport": 2,

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import click
 
-from mpq import interrupts
+from mpq import interrupts, threads
 from mpq.allocator import keep_freed
 from mpq.errors import MpqError, UsageError, nearest, printable
 from mpq.limits import limited, set_limit
@@ -61,7 +61,7 @@ class LazyGroup(click.Group):
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Import one command; None for an unknown name."""
-        return load_command(cmd_name) if cmd_name in COMMANDS else None
+        return _with_threads(load_command(cmd_name)) if cmd_name in COMMANDS else None
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -90,6 +90,27 @@ def load_command(name: str) -> click.Command:
         if (error.name or "").partition(".")[0] == "mpq" and error.name != module:
             raise  # a mistake of ours, worth its traceback
         raise UsageError(f"mpq {name} needs {error.name}, which is not installed.") from error
+    return command
+
+
+def _use_threads(ctx: click.Context, param: click.Parameter, value: int | None) -> None:
+    if value is not None:
+        threads.use(value)
+
+
+def _with_threads(command: click.Command) -> click.Command:
+    """The command with `--threads`, where it has none that says what it measures with."""
+    if not any(param.name == "threads" for param in command.params):
+        command.params.append(
+            click.Option(
+                ["--threads"],
+                type=click.IntRange(min=1),
+                metavar="N",
+                expose_value=False,
+                callback=_use_threads,
+                help="Threads to compute with.  [all that this process may use]",
+            )
+        )
     return command
 
 
@@ -133,6 +154,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     0: done. 2: a mistake that the user can mend, explained in one message on stderr. 130: stopped
     by Ctrl-C; 143: by SIGTERM. Whatever else goes wrong is a defect and keeps its traceback.
     """
+    threads.settle()
     keep_freed()
     with interrupts.watching(), trusting(), limited():
         try:
