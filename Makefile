@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-faults lint clean
+.PHONY: demo test test-faults test-install lint clean
 demo: $(STAMP)
 	$(BIN)/mpq demo --force
 
@@ -14,6 +14,14 @@ test: $(STAMP)
 # The long form of tests/faults, which writes the table of docs/security.md.
 test-faults: $(STAMP)
 	MPQ_FAULTS=1 OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest tests/faults
+
+# The wheel as a newcomer has it: a fresh environment, no checkout, `mpq demo` in an empty folder.
+test-install: $(STAMP)
+	rm -rf build/wheel build/fresh && mkdir -p build/wheel build/fresh/empty
+	$(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps -w build/wheel .
+	$(PYTHON) -m venv build/fresh/venv
+	build/fresh/venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt build/wheel/*.whl
+	cd build/fresh/empty && ../venv/bin/mpq doctor && ../venv/bin/mpq demo
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import click
 
-from mpq import interrupts, threads
+from mpq import __version__, interrupts, threads
 from mpq.allocator import keep_freed
 from mpq.errors import MpqError, UsageError, nearest, printable
 from mpq.limits import limited, set_limit
@@ -43,6 +43,7 @@ COMMANDS = {
     "verify": Entry("mpq.cli.verify:verify", "Does a file answer as promised, to the bit?"),
     "certify": Entry("mpq.cli.certify:certify", "What onnxruntime makes of any ONNX file."),
     "bench": Entry("mpq.cli.bench:bench", "Accuracy, latency and size of files, side by side."),
+    "doctor": Entry("mpq.cli.doctor:doctor", "What this computer has, runs, and lacks."),
     "cache": Entry("mpq.cli.cache:cache", "What is kept for the next time; --clear removes it."),
     "report": Entry("mpq.cli.report:report", "One self-contained HTML page of a run."),
 }
@@ -121,7 +122,7 @@ def _with_threads(command: click.Command) -> click.Command:
 @click.option("-v", "--verbose", is_flag=True, help="Tell what is being done, on stderr.")
 @click.option("--limit", "limits", multiple=True, metavar="NAME=VALUE",
               help="Change a limit on what is read, as messages name it; repeatable.")  # fmt: skip
-@click.version_option(package_name="mpq", message="mpq %(version)s")
+@click.version_option(__version__, message="mpq %(version)s")
 def cli(verbose: bool, limits: tuple[str, ...]) -> None:
     """Mixed-precision quantization of PyTorch vision models, down to one ONNX file.
 
