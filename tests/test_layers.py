@@ -39,6 +39,7 @@ LAYERS = {
     "mpq.layers": 2,
     "mpq.compare": 2,
     "mpq.rundir": 2,
+    "mpq.origins": 2,
     "mpq.policies": 2,
     "mpq.hooks": 3,
     "mpq.nonfinite": 3,

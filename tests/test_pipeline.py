@@ -249,14 +249,15 @@ def test_the_whole_way_in_the_exact_forms(here, capsys, monkeypatch):
     assert "optimal: 4." in out
     assert "wrote runs/model/policy.yaml" in err
     names = {p.name for p in Path("runs/model").iterdir()}
-    assert names == {"policy.yaml", "sensitivity.json", "sensitivity.png", "pareto.png"}
+    told = {"policy.yaml", "sensitivity.json", "sensitivity.png", "pareto.png"}
+    assert names == {*told, "origins.json"}
 
     shutil.copy("runs/model/policy.yaml", "p.yaml")
     out, err = say(capsys, "qat", "--policy", "p.yaml", "--teacher", "ens.pth", *FAST)
     assert "teacher ens.pth: model, small" in err
     assert re.search(r"^top-1 \d+\.\d\d % on the validation split, simulated$", out, re.M)
     names = {p.name for p in Path("runs/p").iterdir()}
-    assert names == {"policy.yaml", "quantized.pth", "metrics.jsonl"}
+    assert names == {"policy.yaml", "quantized.pth", "metrics.jsonl", "origins.json"}
     assert load_safe(Path("runs/p/quantized.pth"))["metrics"]["teachers"] == ["model", "small"]
 
     out, err = say(capsys, "export", "--onnx")

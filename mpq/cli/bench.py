@@ -12,7 +12,7 @@ from typing import Any
 import click
 from numpy.typing import NDArray
 
-from mpq import files, rundir
+from mpq import origins, rundir
 from mpq.cli import bundles, options, terminal
 from mpq.data import DataSet, DataSource, Normalization, load_arrays, open_data, sample_indices
 from mpq.errors import UsageError
@@ -20,7 +20,6 @@ from mpq.export import peers as peer_tools
 from mpq.export.bench import BenchRow, FileInfo, Timing, file_info
 from mpq.export.bench import bench as measure
 from mpq.report.tables import bench_table
-from mpq.userimport import trust_run
 
 Array = NDArray[Any]
 CALIBRATION = 512
@@ -70,9 +69,10 @@ def bench(
     """
     if out is not None:
         out = rundir.resolve_out(out, "")
-    paths = list(files) or [out / "model.onnx" if out else options.newest("model.onnx")]
-    trust_run(paths[0].parent)
+    paths = [options.in_run(path, "model.onnx") for path in files or [out]]
     reference = float_file or _beside(paths[0])
+    for path in [*paths, *([reference] if reference else [])]:
+        origins.require(path)
     folder = out or _run_of(paths[0])
     if folder is not None:
         options.hold(folder)
@@ -165,7 +165,7 @@ def _peers(
 def _show(rows: Sequence[BenchRow], as_json: bool, folder: Path | None) -> None:
     text = "".join(f"{row.to_json()}\n" for row in rows)
     if folder is not None:
-        files.write_text(folder / "bench.jsonl", text)
+        origins.keep(folder, "bench.jsonl", text, "bench", [Path(row.file) for row in rows])
     terminal.result(as_json, text.rstrip("\n"), bench_table([asdict(row) for row in rows]))
     if folder is not None and not as_json:
         terminal.say(f"wrote {folder / 'bench.jsonl'}")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from mpq import origins
 from mpq.cli import options, terminal
 from mpq.errors import ExportError, UsageError
 from mpq.export.certify import certify as judge
@@ -26,9 +27,10 @@ def certify(file: Path | None, target: str | None, as_json: bool) -> None:
     \b
     mpq certify model.onnx
     """
-    path = file or options.newest("model.onnx")
+    path = options.in_run(file, "model.onnx")
     if not path.is_file():
-        raise UsageError(f"{path} does not exist. Name an ONNX file.")
+        raise UsageError(f"{path} does not exist. Name an ONNX file, or a run that holds one.")
+    origins.require(path)
     found = judge(path, target=target)
     text = found.to_json()
     terminal.result(as_json, text, certificate_table(json.loads(text)), *found.notes)

@@ -8,7 +8,7 @@ from typing import get_args
 
 import click
 
-from mpq import rundir
+from mpq import origins, rundir
 from mpq.cli import bundles, options, terminal
 from mpq.data import DataSource
 from mpq.export import ExportResult
@@ -70,6 +70,7 @@ def export(
     """
     path = options.in_run(quantized, "quantized.pth")
     folder = options.hold(path.parent if out is None else rundir.resolve_out(out, ""))
+    origins.require(path)
     refuse_export(folder, force)
     how = Exporting(
         int4_format=int4_format,

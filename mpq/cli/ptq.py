@@ -6,11 +6,10 @@ from pathlib import Path
 
 import click
 
-from mpq import rundir
 from mpq.cli import bundles, options, terminal
 from mpq.data import DataSource
 from mpq.pipeline.guard import check_start
-from mpq.pipeline.quantizing import check_policy_file, keep_policy, run_ptq, save_quantized
+from mpq.pipeline.quantizing import begin_policy, check_policy_file, run_ptq, save_quantized
 from mpq.pipeline.subject import policy_subject
 from mpq.policy import Policy
 from mpq.ptq import (
@@ -82,16 +81,16 @@ def ptq(
     mpq ptq --policy vit.yaml --dynamic
     """
     path = options.in_run(policy_path, "policy.yaml")
-    policy = Policy.load(path)
+    policy = asked = Policy.load(path)
     folder = options.hold(options.run_of(path, out))
     written = folder / "quantized.pth"
     resume = check_start(folder, written, resume=resume, force=force, state=PROGRESS)
-    check_policy_file(path, folder, force=force)
+    check_policy_file(path, folder, force=force or resume)
     if num_calib:
         policy = policy.replace(data=policy.data.replace(samples=num_calib))
     subject = policy_subject(policy, path, source, weights=True, trust_pickle=trust_pickle)
     if effort == "best":
-        keep_policy(path, rundir.touch_run(folder))
+        begin_policy(path, folder)
     settings = PtqSettings(
         method=calibration,
         effort=effort,
@@ -104,7 +103,7 @@ def ptq(
     with terminal.bars() as progress:
         run = Run(folder, seed, resume=resume, progress=progress)
         found = run_ptq(policy, subject, settings, run)
-    save_quantized(found, written, path)
+    save_quantized(found, written, path, asked)
     (folder / PROGRESS).unlink(missing_ok=True)  # the run is complete
     outcome = terminal.outcome(
         found.metrics["validation_top1"], "a sample of the validation split, simulated"

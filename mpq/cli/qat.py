@@ -7,11 +7,10 @@ from pathlib import Path
 
 import click
 
-from mpq import rundir
 from mpq.cli import options, terminal, training
 from mpq.data import DataSource
 from mpq.pipeline.guard import check_start
-from mpq.pipeline.quantizing import check_policy_file, keep_policy, run_qat, save_quantized
+from mpq.pipeline.quantizing import begin_policy, check_policy_file, run_qat, save_quantized
 from mpq.pipeline.subject import policy_subject
 from mpq.policy import Policy
 from mpq.processes import leading
@@ -66,11 +65,11 @@ def qat(
     mpq qat --policy runs/r20/policy.yaml --epochs 10 --set lr=0.005
     """
     path = options.in_run(policy_path, "policy.yaml")
-    policy = Policy.load(path)
+    policy = asked = Policy.load(path)
     folder = options.hold(options.run_of(path, out))
     written = folder / "quantized.pth"
     resume = check_start(folder, written, resume=resume, force=force)
-    check_policy_file(path, folder, force=force)
+    check_policy_file(path, folder, force=force or resume)
     chosen = training.recipe_from(recipe, epochs, settings, compiling=compiling)
     training.check_plan(chosen, device=device, teacher=teacher, unlabelled=source.unlabelled)
     subject = policy_subject(policy, path, source, weights=True, trust_pickle=trust_pickle)
@@ -80,11 +79,11 @@ def qat(
     if int16_form is not None:
         policy = take_form(policy, int16_form)
     with training.live(chosen.epochs) as hooks:
-        hooks = replace(hooks, on_start=lambda: keep_policy(path, rundir.touch_run(folder)))
+        hooks = replace(hooks, on_start=lambda: begin_policy(path, folder))
         found = run_qat(policy, subject, plan, run, hooks)
     if not leading():
         return
-    save_quantized(found, written)
+    save_quantized(found, written, path, asked)
     (folder / "checkpoint.pth").unlink(missing_ok=True)  # the run is complete
     before, top1 = found.metrics["calibrated_top1"], found.metrics["validation_top1"]
     outcome = terminal.outcome(top1, "the validation split, simulated")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from mpq import files, rundir
+from mpq import origins, rundir
 from mpq.cli import bundles, options, terminal
 from mpq.data import DataSource
 from mpq.errors import ExportError, UsageError
@@ -50,6 +50,7 @@ def verify(
     path = options.in_run(file, "model.onnx")
     if not path.is_file():
         raise UsageError(f"{path} does not exist. Name an ONNX file, or a run that holds one.")
+    origins.require(path)
     if _keeps(path):
         options.hold(path.parent)
     if exact:
@@ -107,5 +108,5 @@ def _tell(path: Path, name: str, text: str, as_json: bool) -> None:
     table = exact_table if name == "exact.json" else verify_table
     terminal.result(as_json, text, table(json.loads(text)))
     if _keeps(path):
-        files.write_text(path.parent / name, text + "\n")
+        origins.keep(path.parent, name, text + "\n", "verify", [path])
         terminal.say(f"wrote {path.parent / name}")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mpq import files, rundir
+from mpq import files, origins, rundir
 from mpq.analyze.cost import Allocation
 from mpq.analyze.drop import Measured
 from mpq.analyze.sensitivity import Sensitivity
@@ -77,6 +77,16 @@ def write_analysis(found: Analysis, folder: Path, *, force: bool) -> None:
             files.write_bytes(aside / "validation.png", png(validation_plot(truth)))
         for choice in found.choices:
             files.write_text(aside / choice.file, choice.policy.to_yaml())
+        _note(aside, folder, found)
+
+
+def _note(aside: Path, folder: Path, found: Analysis) -> None:
+    """Note what the files of an analysis were made from."""
+    model, scores = found.policy.model, "sensitivity.json"
+    data = {origins.WEIGHTS: model.sha256 if model else "", "data": found.policy.data.name}
+    made = {scores: origins.identity(aside / scores), **data}
+    noted = {path.name: data if path.name == scores else made for path in aside.iterdir()}
+    origins.note(aside, folder, "analyze", noted)
 
 
 def analysis_json(found: Analysis) -> dict[str, Any]:

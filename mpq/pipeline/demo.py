@@ -153,7 +153,7 @@ def _float(name: str, subject: Subject, folder: Path) -> _Made:
 
 def _export(name: str, found: Quantized, folder: Path) -> _Made:
     run = folder / _slug(name)
-    save_quantized(found, run / "quantized.pth")
+    found = save_quantized(found, run / "quantized.pth")
     result = export_run(found, run, force=True)
     checked = result.verification
     return _Made(

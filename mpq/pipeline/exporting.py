@@ -9,9 +9,9 @@ from typing import Literal
 
 from torch import Tensor
 
-from mpq import files, rundir
+from mpq import files, origins, rundir
 from mpq.data import DataSource, sample_indices
-from mpq.errors import CheckpointError, PolicyError
+from mpq.errors import CheckpointError, PolicyError, UsageError
 from mpq.export import ExportResult, float_to_onnx, to_onnx
 from mpq.export.form import Int4Format
 from mpq.export.pixels import PixelInput
@@ -23,6 +23,7 @@ PixelLayout = Literal["nhwc", "nchw"]
 logger = logging.getLogger(__name__)
 OF_ONE_FILE = ("verify.json", "exact.json", "bench.jsonl", "report.html")
 """What a run holds on its `model.onnx`, beside the certificate."""
+FLOAT = "float.onnx"
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,10 +70,11 @@ def export_run(
 
     Raises:
         ExportError: the file breaks a promise or does not answer as promised; nothing is written.
-        UsageError: the file exists and `force` is off.
+        UsageError: the file exists and `force` is off, or the run holds another network.
     """
     how, norm, written = how or Exporting(), found.subject.normalize, folder / "model.onnx"
     refuse_export(folder, force)
+    _refuse_mixing(found, folder)
     with together(rundir.touch_run(folder)) as aside:
         result = to_onnx(
             found.graph,
@@ -91,8 +93,42 @@ def export_run(
         if result.verification is not None:
             files.write_text(aside / "verify.json", result.verification.to_json() + "\n")
         if reference is not None:
-            export_float(reference, aside / "float.onnx")
+            export_float(reference, aside / FLOAT)
+        elif not _is_reference(folder, found):
+            (aside / FLOAT).touch()  # of another network
+        _note(aside, folder, found)
     return replace(result, path=written)
+
+
+def _note(aside: Path, folder: Path, found: Quantized) -> None:
+    """Note what the files of an export were made from."""
+    model = {"model.onnx": origins.identity(aside / "model.onnx"), **found.made_from}
+    noted = {"model.onnx": dict(found.made_from), "certificate.json": model, "verify.json": model}
+    noted[FLOAT] = {origins.WEIGHTS: found.subject.info.sha256}
+    there = {n: m for n, m in noted.items() if (aside / n).is_file() and (aside / n).stat().st_size}
+    origins.note(aside, folder, "export", there)
+
+
+def _is_reference(folder: Path, found: Quantized) -> bool:
+    """Whether the `float.onnx` of a run is that of a network."""
+    noted = origins.origins(folder).get(FLOAT)
+    return noted is not None and noted.made_from[origins.WEIGHTS] == found.subject.info.sha256
+
+
+def _refuse_mixing(found: Quantized, folder: Path) -> None:
+    """Refuse to put a file into a run of something else.
+
+    Raises:
+        UsageError: the run's policy or quantized network is not what `found` was made from.
+    """
+    for name in ("quantized.pth", "policy.yaml"):
+        there, then = folder / name, found.made_from.get(name)
+        now = origins.identity(there) if there.is_file() else None
+        if now is not None and then is not None and now != then:
+            raise UsageError(
+                f"{there} (hash {now[:8]}...) is not what the network to export was made from "
+                f"(hash {then[:8]}...). Write elsewhere with -o."
+            )
 
 
 def refuse_export(folder: Path, force: bool) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from mpq import files, rundir
+from mpq import files, origins, rundir
 from mpq.checkpoint import load_safe, save_atomic
 from mpq.data import DataSource, sample_indices
 from mpq.errors import CheckpointError, UsageError
@@ -27,6 +28,7 @@ from mpq.rundir import Run
 from mpq.staging import together
 from mpq.train.evaluate import accuracy
 from mpq.train.loop import fit
+from mpq.train.metrics import METRICS
 from mpq.train.plan import Hooks, TrainingPlan
 from mpq.train.progressive import stage, take_widths
 from mpq.wide import take_form
@@ -38,11 +40,15 @@ VALIDATION_IMAGES = 500
 
 @dataclass(frozen=True)
 class Quantized:
-    """A quantized network: the prepared graph with its policy, and what was measured on the way."""
+    """A quantized network: the prepared graph with its policy, and what was measured on the way.
+
+    `made_from` says the same of the file that it was read from or written to (`mpq.origins.chain`).
+    """
 
     graph: QuantGraph
     subject: Subject
     metrics: dict[str, Any]
+    made_from: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def policy(self) -> Policy:
@@ -172,17 +178,30 @@ def check_policy_file(policy_path: Path, folder: Path, *, force: bool) -> None:
         )
 
 
-def keep_policy(policy_path: Path, folder: Path) -> None:
-    """Put the policy into its run as the user wrote it, comments and all."""
-    kept, text = folder / "policy.yaml", policy_path.read_bytes()
-    if not kept.is_file() or kept.read_bytes() != text:
-        files.write_bytes(kept, text)
+def begin_policy(policy_path: Path, folder: Path) -> None:
+    """Put the policy into a run that has none yet, so that its work can be resumed without it.
+
+    Another one, that `--force` replaces, goes when the work is done (`save_quantized`).
+    """
+    if not (rundir.touch_run(folder) / "policy.yaml").is_file():
+        files.write_bytes(folder / "policy.yaml", policy_path.read_bytes())
 
 
-def save_quantized(found: Quantized, path: Path, policy_path: Path | None = None) -> None:
+def save_quantized(
+    found: Quantized, path: Path, policy_path: Path | None = None, asked: Policy | None = None
+) -> Quantized:
     """Write `quantized.pth`: policy, prepared state and metrics, readable with `weights_only`.
 
-    With it, as one step, `policy.yaml` as it stands in `policy_path`, where one is given.
+    With it, as one step, `policy.yaml` as the user wrote it, where one is given.
+
+    Args:
+        found: what to write.
+        path: where to.
+        policy_path: the file of the policy.
+        asked: the policy as that file had it when the work began.
+
+    Returns:
+        `found`, with what it was made from.
 
     Raises:
         CheckpointError: the path cannot be written.
@@ -194,10 +213,31 @@ def save_quantized(found: Quantized, path: Path, policy_path: Path | None = None
         "state": found.graph.module.state_dict(),
         "metrics": found.metrics,
     }
-    with together(rundir.touch_run(path.parent)) as aside:
+    made_from = {origins.WEIGHTS: found.subject.info.sha256, **_data_of(found)}
+    if asked is not None:
+        made_from[origins.POLICY] = origins.digest(asked)
+    noted, by, folder = {path.name: made_from}, found.metrics["stage"], path.parent
+    with together(rundir.touch_run(folder)) as aside:
         save_atomic(content, aside / path.name)
-        if policy_path is not None:
-            keep_policy(policy_path, aside)
+        if policy_path is not None and policy_path.resolve() != (folder / "policy.yaml").resolve():
+            _place_policy(policy_path, asked, aside / "policy.yaml")
+        if by == "qat" and (folder / METRICS).is_file():
+            noted[METRICS] = made_from
+        origins.note(aside, folder, by, noted)
+    return replace(found, made_from=origins.chain(path))
+
+
+def _place_policy(source: Path, asked: Policy | None, place: Path) -> None:
+    """Comments and all; where it was edited meanwhile, as it was when the work began."""
+    if asked is None or (source.is_file() and origins.identity(source) == origins.digest(asked)):
+        files.write_bytes(place, source.read_bytes())
+    else:
+        files.write_text(place, asked.to_yaml())
+
+
+def _data_of(found: Quantized) -> dict[str, str]:
+    data = found.policy.data
+    return {"data": f"{data.name}, {data.samples} images, seed {data.seed}"}
 
 
 def load_quantized(path: Path, source: DataSource) -> Quantized:
@@ -206,6 +246,7 @@ def load_quantized(path: Path, source: DataSource) -> Quantized:
     Raises:
         CheckpointError: the file is missing, damaged, or of another kind.
     """
+    made_from = origins.chain(path) if path.is_file() else {}
     content = load_safe(path)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise CheckpointError(
@@ -227,7 +268,7 @@ def load_quantized(path: Path, source: DataSource) -> Quantized:
             f"{path} does not fit {subject.info.arch}: {' '.join(str(error).split())[:300]}"
         ) from None
     graph.module.eval()
-    return Quantized(graph, subject, content["metrics"])
+    return Quantized(graph, subject, content["metrics"], made_from)
 
 
 def _check_content(content: dict[str, Any], path: Path) -> None:

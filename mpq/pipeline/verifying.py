@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mpq import origins
 from mpq.data import DataSource, Normalization, open_data, sample_indices
 from mpq.errors import DataError, UsageError
 from mpq.export import bench, runtime
@@ -55,6 +56,14 @@ def _check_origin(found: Quantized, path: Path) -> None:
     Raises:
         UsageError: it does.
     """
+    known = origins.chain(path)
+    for name in known.keys() & found.made_from.keys() - {"data"}:
+        if known[name] != found.made_from[name]:
+            raise UsageError(
+                f"{path} was made from another network than the one it is compared with: its "
+                f"{name} had the hash {known[name][:8]}..., not {found.made_from[name][:8]}.... "
+                "Name the quantized.pth that it was made from with --quantized."
+            )
     policy = from_metadata(runtime.metadata(runtime.session(path)), str(path))
     of_file, of_network = policy and policy.model, found.policy.model
     if of_file is None or of_network is None:

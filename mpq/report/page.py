@@ -16,7 +16,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
 
-from mpq import files, limits, rundir
+from mpq import files, limits, origins, rundir
 from mpq.errors import UsageError
 from mpq.policy import Policy
 from mpq.report import plots, tables
@@ -70,7 +70,8 @@ def facts(folder: Path) -> list[tuple[str, str]]:
     if (folder / "policy.yaml").is_file():
         found += _policy_facts(Policy.load(folder / "policy.yaml"))
     rows = _content(folder, "bench.jsonl") or []
-    found += _read(folder, "bench.jsonl", lambda: _bench_facts(rows))
+    if origins.is_of(folder / "bench.jsonl", "model.onnx"):
+        found += _read(folder, "bench.jsonl", lambda: _bench_facts(rows))
     if certificate := _content(folder, "certificate.json"):
         found.append(("MACs that run as integers", f"{certificate['integer_macs_fraction']:.1%}"))
     if verify := _content(folder, "verify.json"):
@@ -135,8 +136,17 @@ _scores = _shown(
 def _sensitivity(folder: Path) -> Section | None:
     """What the scores say, or the pictures of them where the scores are gone."""
     paths = [folder / name for name in ("sensitivity.png", "pareto.png")]
-    pictures = tuple(_data_uri(path.read_bytes()) for path in paths if path.is_file())
+    shown = [path for path in paths if path.is_file() and not origins.doubt(path)]
+    pictures = tuple(_data_uri(path.read_bytes()) for path in shown)
     return _scores(folder) or (Section("Sensitivity", pictures) if pictures else None)
+
+
+def _left_out(folder: Path) -> Section | None:
+    """What the run holds and the page does not show, since it is of something else."""
+    there = [folder / name for name in rundir.FILES if (folder / name).is_file()]
+    reasons = {path.name: origins.doubt(path) for path in there if path.suffix.startswith(".json")}
+    text = "".join(f"{reason}\n" for reason in reasons.values() if reason)
+    return Section("Left out", text=text) if text else None
 
 
 def _policy(folder: Path) -> Section | None:
@@ -145,6 +155,7 @@ def _policy(folder: Path) -> Section | None:
 
 
 SECTIONS: tuple[Callable[[Path], Section | None], ...] = (
+    _left_out,
     _shown("Accuracy, size and speed", "bench.jsonl", tables.bench_table),
     _sensitivity,
     _shown(
@@ -170,7 +181,7 @@ def _files(folder: Path) -> list[tuple[str, str]]:
 def _content(folder: Path, name: str) -> Any:
     """What a file of the run holds, of `.jsonl` its rows; None where there is nothing."""
     path = folder / name
-    if not path.is_file():
+    if not path.is_file() or origins.doubt(path):
         return None
     try:
         text = limits.read_text(path, UsageError)

@@ -9,11 +9,15 @@ from __future__ import annotations
 import os
 import re
 import resource
+import shutil
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+from mpq.cli import main
 
 LONG = "MPQ_FAULTS" in os.environ
 PAGE = Path(__file__).parents[2] / "docs" / "security.md"
@@ -23,6 +27,7 @@ KINDS = {
     "test_hostile": "hostile checkpoints, policies, images",
     "test_interrupts": "signals, caught on the way",
     "test_messages": "full disks, loops, metadata, names",
+    "test_stale": "stale files",
     "test_writers": "two writers",
 }
 """What one test of a file is a try of; files that count for themselves are not here."""
@@ -30,6 +35,68 @@ KINDS = {
 _tally: dict[str, Counter[str]] = defaultdict(Counter)
 
 Tell = Callable[[str, str], None]
+MINE = """
+import numpy as np
+import torch
+from torch import nn
+
+def tiny(classes=10):
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, 2, 1), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, classes),
+    )
+
+tiny.input_size = (3, 8, 8)
+
+def images():
+    labels = np.arange(120) % 10
+    return np.random.default_rng(0).integers(0, 256, (120, 8, 8, 3), np.uint8), labels
+"""
+EVIL = """
+from pathlib import Path
+Path("RAN").touch()
+from mine import tiny, images
+"""
+
+
+@pytest.fixture(scope="session")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A run over code of the user's own, which is named once, and then never again."""
+    folder = tmp_path_factory.mktemp("project")
+    (folder / "mine.py").write_text(MINE)
+    (folder / "evil.py").write_text(EVIL)
+    before, state = Path.cwd(), os.environ.get("XDG_STATE_HOME")
+    os.chdir(folder)
+    os.environ["XDG_STATE_HOME"] = str(folder / "state")
+    train = ["train", "mine:tiny", "--data", "mine:images", "-o", "model.pth", "--epochs", "1"]
+    named = ["--model", "mine:tiny", "--data", "mine:images"]
+    try:
+        assert main(train) == 0
+        assert main(["analyze", "model.pth", *named, "--num-score", "16", "-o", "r"]) == 0
+        assert main(["ptq", "--policy", "r", "--num-calib", "16", "--effort", "fast"]) == 0
+        assert main(["export", "--onnx", "r", "--verify", "10"]) == 0
+        assert main(["verify", "r", "--images", "10"]) == 0
+        assert main(["bench", "r", "--runs", "2"]) == 0
+        tell = ["ensemble", "model.pth", "-o", "ens.pth", "--trust-code", "mine:tiny"]
+        assert main([*tell, "--data", "mine:images"]) == 0
+    finally:
+        os.chdir(before)
+        os.environ.pop("XDG_STATE_HOME")
+        if state is not None:
+            os.environ["XDG_STATE_HOME"] = state
+    yield folder
+    sys.modules.pop("mine", None)
+
+
+@pytest.fixture
+def here(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A copy of the project, as working directory."""
+    shutil.copytree(project, tmp_path / "p")
+    monkeypatch.chdir(tmp_path / "p")
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "p" / "state"))
+    yield tmp_path / "p"
+    sys.modules.pop("evil", None)
 
 
 @pytest.fixture
