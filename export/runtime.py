@@ -327,7 +327,9 @@ def peak_memory_mb() -> float:
 
 
 def _probe(model: str, batch: int, threads: int) -> str:
+    trial.bound(0)
     loaded = session(model, threads=threads)
+    trial.loaded(model)
     takes = model_input(loaded)
     shape = takes.shape(takes.batch or batch)
     run(loaded, np.zeros(shape, np.uint8 if takes.integer else np.float32), batch=batch)

@@ -28,7 +28,9 @@ class Limits:
         classes: of a network.
         cache_mb: of decoded images and latency profiles that are kept, in MB.
         yaml_values: values in a YAML text, those that an alias repeats counted each time.
-        onnx_seconds: for a model file with loops to be loaded and run once.
+        onnx_mb: for a model file to run one image, beside four times its size, where that cannot be
+            told from the file alone; a quarter of it for what it computes from its constants.
+        onnx_seconds: for such a file to be loaded and run once.
     """
 
     file_mb: float = 8000.0
@@ -39,6 +41,7 @@ class Limits:
     classes: float = 100_000.0
     cache_mb: float = 20_000.0
     yaml_values: float = 100_000.0
+    onnx_mb: float = 500.0
     onnx_seconds: float = 60.0
 
 
