@@ -39,7 +39,7 @@ from mpq.pipeline.subject import DataSource, Subject, open_checkpoint
 from mpq.policy import Constraints, DataInfo, Policy
 from mpq.ptq import EFFORTS, EQUALIZE, Learning, PtqSettings
 from mpq.rundir import Run
-from mpq.target import TARGETS, this_target
+from mpq.targets import TARGETS, this_target
 from mpq.userimport import trust
 
 

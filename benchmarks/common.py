@@ -17,7 +17,7 @@ from mpq.data import Normalization
 from mpq.export import runtime
 from mpq.policy import LayerPolicy, Policy
 from mpq.spec import activation_spec
-from mpq.target import this_target
+from mpq.targets import this_target
 
 HALF = 5000
 """Choices are made on the first half of CIFAR's test images by official index."""

@@ -109,7 +109,7 @@ def searched(layers: int, widths: int) -> dict[str, Any]:
     from mpq.analyze import Search, candidates, cost
     from mpq.layers import Widths
     from mpq.policy import Constraints
-    from mpq.target import ONNXRUNTIME_CPU
+    from mpq.targets import ONNXRUNTIME_CPU
 
     scores = made_up(layers, widths)
     middle: dict[str, Widths] = {info.name: (5, 8) for info in scores.layers}

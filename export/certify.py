@@ -20,7 +20,8 @@ import onnx
 from onnx import shape_inference
 
 from mpq.layers import LayerChoice
-from mpq.target import ROUNDED, Support, Target, get_target, this_target
+from mpq.target import ROUNDED, Support, Target
+from mpq.targets import get_target, this_target
 
 from . import meta, runtime
 from .executed import (

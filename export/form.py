@@ -18,6 +18,8 @@ from typing import Literal, cast, get_args
 import onnx
 
 from mpq.errors import UsageError
+from mpq.target import Target
+from mpq.targets import each
 
 Int4Format = Literal["cast", "unpack", "dq"]
 INT4_FORMATS: tuple[str, ...] = get_args(Int4Format)
@@ -66,6 +68,7 @@ def choose_form(
     min_runtime: str | None = None,
     rounds_16: bool = False,
     shuffles: bool = False,
+    target: Target | None = None,
 ) -> Form:
     """The form for weights of these widths.
 
@@ -75,9 +78,11 @@ def choose_form(
         min_runtime: the oldest onnxruntime that must run the file, e.g. `1.18`; None: 1.23.
         rounds_16: activations are rounded to 16 bits, for which opset 18 has no type.
         shuffles: integers are interleaved, for which new runtimes have an operation.
+        target: where the file must run; None: any onnxruntime.
 
     Raises:
-        UsageError: a version that is none or is too old, or a format that it does not take.
+        UsageError: a version that is none or is too old, or a format that it or the target does
+            not take.
     """
     oldest = None if min_runtime is None else _version(min_runtime)
     if oldest is not None and oldest < OLDEST:
@@ -87,6 +92,8 @@ def choose_form(
         )
     if int4_format is None:
         int4_format = "unpack" if oldest is not None and oldest < INT4_CAST else "cast"
+    if 4 in widths and target is not None:
+        _check(int4_format, target, min_runtime)
     if 2 in widths and oldest is not None and oldest >= INT2_CAST:
         return Form(int4_format, int2=True, opset=25, ir=13, needs=INT2_CAST)
     if int4_format == "unpack" or (4 not in widths and oldest is not None):
@@ -116,6 +123,18 @@ def form_of(model: onnx.ModelProto) -> Form | None:
         return None
     needs = int(match.group(1)), int(match.group(2))
     return Form(cast(Int4Format, int4), opset == 25, opset, model.ir_version, needs)
+
+
+def _check(int4_format: Int4Format, target: Target, min_runtime: str | None) -> None:
+    """Refuse a storage of 4-bit weights that a target decodes in float."""
+    refusing = [t.name for t in each(target) if int4_format not in t.int4_formats]
+    if refusing:
+        asked = "--int4-format" if min_runtime is None else f"--min-runtime {min_runtime}"
+        raise UsageError(
+            f"target {refusing[0]} needs 4-bit weights in the form "
+            f"{' or '.join(sorted(target.int4_formats))}, but {asked} asks for {int4_format}, "
+            "whose layers run in float there. Leave one of the two out, or write two files."
+        )
 
 
 def _version(text: str) -> Version:

@@ -25,6 +25,7 @@ from mpq.graph.ir import QuantGraph
 from mpq.policy import Policy
 from mpq.quant.fake_quant import FrozenQuant
 from mpq.quant.layer import FrozenLayer, IslandLayer
+from mpq.target import Target
 
 from .edit import LAYER, SITE, Step, run
 from .form import BYTE_SHUFFLE, Form, Int4Format, choose_form
@@ -106,7 +107,11 @@ def _steps(form: Form) -> Iterator[Step]:
 
 
 def form_for(
-    qg: QuantGraph, *, int4_format: Int4Format | None = None, min_runtime: str | None = None
+    qg: QuantGraph,
+    *,
+    int4_format: Int4Format | None = None,
+    min_runtime: str | None = None,
+    target: Target | None = None,
 ) -> Form:
     """The form for what a graph holds (see `mpq.export.form.choose_form`)."""
     return choose_form(
@@ -115,6 +120,7 @@ def form_for(
         min_runtime=min_runtime,
         rounds_16=any(plan.choice.exact for plan in qg.plans.values()),
         shuffles=any(isinstance(m, FrozenLayer) and m.interleaves for m in qg.module.modules()),
+        target=target,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import PureWindowsPath
 
 from mpq import limits
 from mpq.errors import PolicyError
@@ -14,13 +15,18 @@ KEY = "mpq"
 
 
 def to_metadata(policy: Policy) -> str:
-    """The policy without evidence and reasons: what is needed to know the file, in few bytes."""
+    """The policy without evidence and reasons: what is needed to know the file, in few bytes.
+
+    Of the checkpoint's path only the name travels: folders say something of their owner.
+    """
     data = policy.model_dump(
         mode="json",
         exclude_none=True,
         exclude_defaults=True,
         exclude={"evidence": True, "groups": True, "layers": {"__all__": {"reason", "locked"}}},
     )
+    if "checkpoint" in data.get("model", {}):
+        data["model"]["checkpoint"] = PureWindowsPath(data["model"]["checkpoint"]).name
     return json.dumps({"policy": {"version": 1, **data}}, separators=(",", ":"))
 
 

@@ -16,6 +16,7 @@ from mpq.files import write_bytes
 from mpq.graph.ir import QuantGraph
 from mpq.graph.passes import freeze
 from mpq.graph.spec import check
+from mpq.targets import get_target
 
 from . import meta, runtime
 from .certify import Certificate, certify
@@ -64,7 +65,7 @@ def to_onnx(
         int4_format: storage of 4-bit weights (`mpq.export.form`).
         min_runtime: the oldest onnxruntime that must run the file.
         pixels: make the file take raw uint8 images; None: normalized ones.
-        target: the kind of CPU to certify for; None: that of this computer.
+        target: where it must run; None: where the policy says.
 
     Raises:
         GraphError: the graph is not what was asked of it.
@@ -74,10 +75,13 @@ def to_onnx(
     """
     frozen = qg if qg.stage == "frozen" else freeze(qg)
     check(frozen, "frozen")
-    form = form_for(frozen, int4_format=int4_format, min_runtime=min_runtime)
+    named = target or (frozen.policy.target if frozen.policy else None)
+    form = form_for(
+        frozen, int4_format=int4_format, min_runtime=min_runtime, target=get_target(named)
+    )
     lowered = lower(frozen, form, pixels)
     data = serialize(lowered)
-    certificate = certify(data, frozen, target)
+    certificate = certify(data, frozen, named)
     broken = certificate.broken()
     if broken and not allow_float_fallback:
         listed = "; ".join(f"{r.name}: {r.reason}" for r in broken[:5])

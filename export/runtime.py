@@ -263,7 +263,7 @@ def quantize_static(source: Path, out: Path, feeds: Iterable[Mapping[str, Array]
     """
     from onnxruntime import quantization as tool
 
-    from mpq.target import this_target
+    from mpq.targets import this_target
 
     class Reader(tool.CalibrationDataReader):  # type: ignore[misc]
         def __init__(self) -> None:

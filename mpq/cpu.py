@@ -22,11 +22,13 @@ class Cpu:
         name: its model, or its architecture where the system does not tell.
         flags: names of its instructions; empty where the system does not tell.
         x86: whether it is of that family.
+        arm64: whether it is of that one.
     """
 
     name: str
     flags: frozenset[str]
     x86: bool
+    arm64: bool = False
 
     @property
     def saturates(self) -> bool:
@@ -61,4 +63,5 @@ def this_cpu(cpuinfo: Path = CPUINFO, machine: str | None = None) -> Cpu:
         name=model.group(1) if model else platform.processor() or machine,
         flags=frozenset(flags.group(1).split()) if flags else frozenset(),
         x86=machine.lower() in _X86,
+        arm64=machine.lower() in ("aarch64", "arm64"),
     )

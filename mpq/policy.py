@@ -28,7 +28,7 @@ from mpq.errors import PolicyError, nearest
 from mpq.layers import LayerChoice
 from mpq.limits import current, exceeded, read_text
 from mpq.spec import QuantSpec, activation_spec, weight_spec
-from mpq.target import get_target, this_target
+from mpq.targets import get_target, this_target
 from mpq.yamltext import load, one_line, section
 
 CHANNELS = 1024

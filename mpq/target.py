@@ -1,24 +1,16 @@
-"""What a runtime stores and computes, as data, and the one function that answers from it.
+"""What a runtime stores and computes: `Target`, and the one function that answers from it.
 
-Search, latency, annotation, lowering, certificate and reasons ask `Target.support`. A new target is
-one more value in `TARGETS`.
-
-The facts of `onnxruntime-cpu` are measured (docs/runtime.md): integer Conv and Gemm exist for 8-bit
-operands only, so narrower weights are stored packed and run at 8 bits, and 16-bit layers are stored
-in 16 bits and run in float.
-
-`onnxruntime-cpu-avx2` is the same on an x86 CPU without VNNI instructions. There the kernel adds
-two products u8 x s8 in 16 bits, saturating: `2 * 255 * 127` does not fit, `2 * 255 * 64` does, so
-8-bit weights take 7 bits of their type.
+Search, latency, annotation, lowering, certificate and reasons ask `Target.support`. The targets
+themselves are in `mpq.targets`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
-from mpq.cpu import this_cpu
-from mpq.errors import PolicyError, nearest
+from mpq.errors import PolicyError
 from mpq.layers import LayerChoice, LayerInfo, LayerKind, Operation, Widths
 from mpq.spec import (
     DYNAMIC,
@@ -29,6 +21,9 @@ from mpq.spec import (
     plane_widths,
     weight_spec,
 )
+
+Arithmetic = Literal["x86", "arm64", "wasm"]
+"""The kinds of CPU whose kernels the integer reference knows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +95,12 @@ class Target:
             apart in, and of each plane after the first.
         bytes_per_file: what a file has besides its layers.
         saturates: its integer kernels multiply weights of at most 7 bits exactly.
+        about: where it runs, in words.
+        short: another name for it.
+        needs: what it must have installed.
+        int4_formats: storage of 4-bit weights (`mpq.export.form`) that is worth writing for it.
+        arithmetic: whose kernels the integer reference computes; None: its own, which are unknown.
+        members: the targets that it stands for, by name, if it is several.
     """
 
     name: str
@@ -114,6 +115,12 @@ class Target:
     packed_bytes: tuple[float, float, float] = (0, 0, 0)
     bytes_per_file: int = 0
     saturates: bool = False
+    about: str = ""
+    short: str = ""
+    needs: str = "onnxruntime 1.18, for INT4 1.23"
+    int4_formats: frozenset[str] = frozenset({"cast", "unpack", "dq"})
+    arithmetic: Arithmetic | None = "x86"
+    members: tuple[str, ...] = ()
 
     def support(self, choice: LayerChoice, operation: Operation | None = None) -> Support:
         """How a layer is stored and whether it runs as integers.
@@ -210,43 +217,6 @@ class Target:
             )
 
 
+SATURATION = "8-bit weights take 7 bits: without VNNI two products would saturate in 16 bits"
 ROUNDED = "its input is rounded to {} bits when it runs"
 """What else is to say of a 16-bit layer in the form `exact`."""
-
-ONNXRUNTIME_CPU = Target(
-    name="onnxruntime-cpu",
-    integer_ops=frozenset(
-        {"add", "mul", "concat", "avgpool", "global_avgpool", "sigmoid", "hardsigmoid"}
-    ),
-    dynamic=frozenset({"linear"}),
-    writes_floats=frozenset({"linear"}),
-    # Packed widths pay for the nodes that unpack them; all but 8 bits for an entry in the policy.
-    native_bytes={16: 258, 8: 320, 4: 390, None: 200},
-    packed_bytes=(455, 77.5, 65),
-    bytes_per_file=1200,
-)
-
-ONNXRUNTIME_AVX2 = replace(ONNXRUNTIME_CPU, name="onnxruntime-cpu-avx2", saturates=True)
-
-TARGETS = {target.name: target for target in (ONNXRUNTIME_CPU, ONNXRUNTIME_AVX2)}
-SATURATION = "8-bit weights take 7 bits: without VNNI two products would saturate in 16 bits"
-
-
-def this_target() -> Target:
-    """The target that this computer is."""
-    return ONNXRUNTIME_AVX2 if this_cpu().saturates else ONNXRUNTIME_CPU
-
-
-def get_target(name: str | None) -> Target:
-    """The target of that name; None: that of this computer.
-
-    Raises:
-        PolicyError: an unknown name.
-    """
-    if name is None:
-        return this_target()
-    if name not in TARGETS:
-        raise PolicyError(
-            f"target must be one of {', '.join(TARGETS)}. Got {name!r}{nearest(name, TARGETS)}"
-        )
-    return TARGETS[name]

@@ -29,7 +29,7 @@ from mpq.graph.passes import freeze, prepare, to_float
 from mpq.policy import LayerPolicy, Policy
 from mpq.ptq import calibrate
 from mpq.spec import QuantSpec
-from mpq.target import ONNXRUNTIME_AVX2, ONNXRUNTIME_CPU
+from mpq.targets import ONNXRUNTIME_AVX2, ONNXRUNTIME_CPU
 
 
 def network(name: str) -> nn.Module:

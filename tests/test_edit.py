@@ -22,7 +22,7 @@ from mpq.export.edit import (
 from mpq.export.groups import merge_groups
 from mpq.export.operators import MOVES
 from mpq.export.rules import JOIN_SLICES
-from mpq.target import ONNXRUNTIME_CPU
+from mpq.targets import ONNXRUNTIME_CPU
 
 CONV = """(float[1,4,6,6] x) => (float[1,8,4,4] y) {
     w = DequantizeLinear<axis=0>(q, s)

@@ -33,6 +33,7 @@ LAYERS = {
     "mpq.userimport": 2,
     "mpq.policy": 2,
     "mpq.target": 2,
+    "mpq.targets": 2,
     "mpq.latency": 2,
     "mpq.yamltext": 2,
     "mpq.wide": 2,
@@ -61,8 +62,9 @@ LAYERS = {
     "mpq.cli": 9,
     "mpq.__main__": 9,
 }
-LIGHT = {"mpq.errors", "mpq.spec", "mpq.policy", "mpq.target", "mpq.layers", "mpq.latency",
-         "mpq.data", "mpq.report", "mpq.rundir", "mpq.trusted", "mpq.userimport"}  # fmt: skip
+LIGHT = {"mpq.errors", "mpq.spec", "mpq.policy", "mpq.target", "mpq.targets", "mpq.layers",
+         "mpq.latency", "mpq.data", "mpq.report", "mpq.rundir", "mpq.trusted",
+         "mpq.userimport"}  # fmt: skip
 """What is of use where torch is absent."""
 SIBLINGS = {"mpq.analyze", "mpq.ptq", "mpq.train"}
 

@@ -14,8 +14,8 @@ from mpq.latency import LatencyProfile, LayerLatency
 from mpq.layers import LayerInfo, LiveSet, Widths
 from mpq.policy import Constraints, DataInfo, LayerPolicy, ModelInfo, Policy
 from mpq.spec import activation_spec, weight_spec
-from mpq.target import ONNXRUNTIME_CPU as TARGET
-from mpq.target import TARGETS
+from mpq.targets import ONNXRUNTIME_CPU as TARGET
+from mpq.targets import TARGETS
 
 
 def layer(name: str, params: int, macs: int) -> LayerInfo:

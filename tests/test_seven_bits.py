@@ -19,7 +19,7 @@ from mpq.export import to_onnx
 from mpq.export.certify import certify
 from mpq.export.exact import verify_exact
 from mpq.layers import Widths
-from mpq.target import ONNXRUNTIME_CPU
+from mpq.targets import ONNXRUNTIME_CPU
 
 SEVEN = mpq.Policy.model_validate(
     {"default": {"weight": "int7/channel", "activation": "uint7/tensor"}}

@@ -16,7 +16,7 @@ from mpq.graph.passes import freeze, prepare, to_float
 from mpq.policy import LayerPolicy, ModelInfo, Policy
 from mpq.ptq import quantize_graph
 from mpq.spec import activation_spec, weight_spec
-from mpq.target import ONNXRUNTIME_CPU
+from mpq.targets import ONNXRUNTIME_CPU
 
 MIXTURES: dict[str, tuple[int, ...]] = {
     "8/4": (8, 4, 4),

@@ -16,8 +16,9 @@ from mpq.layers import LayerChoice, Operation
 from mpq.policy import LayerPolicy, Policy
 from mpq.ptq import calibrate
 from mpq.spec import DYNAMIC, WIDTHS, activation_spec, weight_spec
-from mpq.target import ONNXRUNTIME_AVX2 as AVX2
-from mpq.target import ONNXRUNTIME_CPU, Target, get_target, this_target
+from mpq.target import Target
+from mpq.targets import ONNXRUNTIME_AVX2 as AVX2
+from mpq.targets import ONNXRUNTIME_CPU, get_target, this_target
 
 
 @pytest.mark.parametrize("weight", [*WIDTHS, None])

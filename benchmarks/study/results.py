@@ -30,7 +30,7 @@ from benchmarks.study.stages import Stage, slug
 from mpq import files
 from mpq.cpu import this_cpu
 from mpq.report.plots import png
-from mpq.target import this_target
+from mpq.targets import this_target
 
 logger = logging.getLogger(__name__)
 LARGEST = 12 * 10**6

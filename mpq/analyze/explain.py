@@ -20,7 +20,7 @@ from mpq.policy import (
     Spec,
 )
 from mpq.spec import activation_spec, weight_spec
-from mpq.target import get_target
+from mpq.targets import get_target
 
 TOP = 3
 """How many layers a reason ranks by name of place."""

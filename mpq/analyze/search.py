@@ -24,7 +24,8 @@ from mpq.errors import UsageError, nearest
 from mpq.latency import LatencyProfile
 from mpq.layers import Widths
 from mpq.policy import Constraints
-from mpq.target import ONNXRUNTIME_CPU, Target
+from mpq.target import Target
+from mpq.targets import ONNXRUNTIME_CPU
 
 
 def candidates(bits: Sequence[int], act_bits: Sequence[int] = (8,)) -> list[Widths]:

@@ -43,6 +43,7 @@ COMMANDS = {
     "verify": Entry("mpq.cli.verify:verify", "Does a file answer as promised, to the bit?"),
     "certify": Entry("mpq.cli.certify:certify", "What onnxruntime makes of any ONNX file."),
     "bench": Entry("mpq.cli.bench:bench", "Accuracy, latency and size of files, side by side."),
+    "targets": Entry("mpq.cli.targets:targets", "Where a file can be made to run, and how."),
     "doctor": Entry("mpq.cli.doctor:doctor", "What this computer has, runs, and lacks."),
     "cache": Entry("mpq.cli.cache:cache", "What is kept for the next time; --clear removes it."),
     "report": Entry("mpq.cli.report:report", "One self-contained HTML page of a run."),

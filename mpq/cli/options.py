@@ -16,7 +16,7 @@ from mpq import rundir
 from mpq.cli import terminal
 from mpq.data import Normalization
 from mpq.spec import WIDTHS
-from mpq.target import TARGETS
+from mpq.targets import get_target
 from mpq.trusted import is_name
 from mpq.userimport import trust, trust_run
 from mpq.wide import INT16_FORMS
@@ -151,9 +151,14 @@ def out(help: str = "Run folder to write to.  [default: runs/NAME]") -> Decorato
     return path("--out", "-o", metavar="RUN", help=help)
 
 
+def _target(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    return None if value is None else get_target(value).name
+
+
 def target(help: str) -> Decorator[Any]:
-    """`--target`: argument `target`, a name or None."""
-    return choice("--target", TARGETS, help=f"{help}  [default: that of this computer]")
+    """`--target`: argument `target`, one or several names with commas between, or None."""
+    return click.option("--target", metavar="NAME,...", callback=_target,
+                        help=f"{help} See mpq targets.  [default: this computer]")  # fmt: skip
 
 
 def hold(folder: Path) -> Path:

@@ -25,7 +25,8 @@ from mpq.graph.kinds import kind_of, moves
 from mpq.layers import LayerChoice
 from mpq.policy import LayerPolicy, Policy
 from mpq.spec import DYNAMIC, ROUNDED_16, QuantSpec, activation_spec
-from mpq.target import ROUNDED, Support, Target, get_target
+from mpq.target import ROUNDED, Support, Target
+from mpq.targets import get_target
 
 logger = logging.getLogger(__name__)
 ABSORBED = ("relu", "relu6")

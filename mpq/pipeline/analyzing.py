@@ -26,7 +26,8 @@ from mpq.pipeline.scoring import scores_of
 from mpq.pipeline.subject import Subject
 from mpq.policy import Constraints, DataInfo, Policy
 from mpq.rundir import Run
-from mpq.target import Target, get_target
+from mpq.target import Target
+from mpq.targets import get_target
 
 logger = logging.getLogger(__name__)
 DEFAULT_EFFECTIVE_BITS = 4.8

@@ -18,7 +18,8 @@ from mpq.cpu import this_cpu
 from mpq.data.cache import cache_folder
 from mpq.data.catalog import open_data, search_places
 from mpq.errors import DataError
-from mpq.target import SATURATION, this_target
+from mpq.target import SATURATION
+from mpq.targets import this_target
 
 DISTRIBUTION = "mpq-compiler"
 """What pip calls this package: on PyPI `mpq` is another project."""

@@ -32,7 +32,7 @@ from mpq.ptq import Effort, PtqSettings
 from mpq.report.plots import png
 from mpq.report.ranking import rank_plot
 from mpq.rundir import Run
-from mpq.target import get_target
+from mpq.targets import get_target
 from mpq.train import plan
 from mpq.train.evaluate import predict, top1
 from mpq.train.recipe import Recipe
