@@ -82,8 +82,8 @@ class Net:
         opset = [helper.make_opsetid("", 21)]
         model: onnx.ModelProto = helper.make_model(graph, opset_imports=opset, ir_version=10)
         loaded = runtime.session(model.SerializeToString())
-        images = runtime.noise(loaded, 1)
-        return lambda: np.asarray(loaded.run(None, {"x": images})[0])
+        feeds = runtime.noise(loaded, 1)
+        return lambda: np.asarray(loaded.run(None, feeds)[0])
 
 
 def compare(row: str, forms: dict[str, Net], rounds: int, *, equal: bool = True) -> None:

@@ -316,8 +316,8 @@ def runner(path: Path, *, threads: int, batch: int) -> Callable[[], object]:
         UsageError: the file is fixed to another batch.
     """
     loaded = runtime.session(path, threads=threads)
-    takes = runtime.model_input(loaded)
-    if takes.batch and takes.batch != batch:
-        raise UsageError(f"{path} runs {takes.batch} images at a time; --batch must be that.")
-    feeds = {takes.name: runtime.noise(loaded, batch)}
+    fixed = runtime.fixed_batch(loaded)
+    if fixed and fixed != batch:
+        raise UsageError(f"{path} runs {fixed} images at a time; --batch must be that.")
+    feeds = runtime.noise(loaded, batch)
     return lambda: loaded.run(None, feeds)

@@ -28,6 +28,7 @@ from mpq.quant.layer import FrozenLayer, IslandLayer
 from mpq.target import Target
 
 from .edit import LAYER, SITE, Step, run
+from .ends import flattened, name_ends, output_names
 from .form import BYTE_SHUFFLE, Form, Int4Format, choose_form
 from .groups import merge_groups
 from .operators import LAYER_OPS
@@ -87,6 +88,7 @@ def lower(qg: QuantGraph, form: Form | None = None, pixels: PixelInput | None = 
         take_pixels(model, pixels)
     run(model, _steps(form))
     pack(model, _widths(qg), form)
+    name_ends(model, qg.inputs, output_names(qg))
     sites = slim(model)
     set_opset(model, form)
     layers = tuple(str(n.name) for n in model.graph if n.name in qg.layers)
@@ -129,18 +131,20 @@ def _widths(qg: QuantGraph) -> dict[str, int]:
 
 
 def _export(qg: QuantGraph) -> ir.Model:
-    example = qg.example[:1].expand(2, *qg.example.shape[1:]).contiguous()
+    module, example = flattened(qg)
+    example = tuple(t[:1].expand(2, *t.shape[1:]).contiguous() if t.ndim else t for t in example)
+    batch = torch.export.Dim("batch")
     try:
         with _quiet():
             program = torch.onnx.export(
-                qg.module.eval(),
-                (example,),
+                module,
+                example,
                 dynamo=True,
                 opset_version=OPSET,
-                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                dynamic_shapes=tuple({0: batch} if t.ndim else {} for t in example),
                 custom_translation_table=TRANSLATIONS,
-                input_names=["input"],
-                output_names=["output"],
+                input_names=[f"mpq.input.{i}" for i in range(len(example))],
+                output_names=[f"mpq.output.{i}" for i in range(len(qg.outputs))],
                 verbose=False,
                 optimize=False,
             )

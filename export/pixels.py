@@ -52,11 +52,12 @@ def take_pixels(model: ir.Model, how: PixelInput) -> None:
     Raises:
         ExportError: the model does not take RGB images.
     """
-    (old,) = model.graph.inputs
+    old, *others = model.graph.inputs
     shape = old.shape
-    if shape is None or len(shape) != 4 or shape[1] != 3:
+    if others or shape is None or len(shape) != 4 or shape[1] != 3:
+        got = ", ".join(str(value.shape) for value in model.graph.inputs)
         raise ExportError(
-            f"--input uint8 needs a network of RGB images [N, 3, H, W]. Got input {shape}."
+            f"--input uint8 needs a network of RGB images [N, 3, H, W]. Got input {got}."
         )
     n, c, h, w = shape
     order = ir.Shape([n, h, w, c] if how.channels_last else [n, c, h, w])
@@ -69,7 +70,6 @@ def take_pixels(model: ir.Model, how: PixelInput) -> None:
         value = write.node(op, value, write.constant(operand.reshape(-1, 1, 1)))
     take_over(old, value)
     model.graph.inputs[0] = new
-    new.name = "input"
 
 
 def _arithmetic(how: Normalization, quantizer: Grid | None) -> list[tuple[str, Array]]:

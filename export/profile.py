@@ -127,7 +127,7 @@ def _quantized(graph: QuantGraph, floats: Sequence[str]) -> bytes:
 
 def _runner(model: bytes | Path, threads: int, batch: int) -> Callable[[], object]:
     loaded = runtime.session(model, threads=threads)
-    feeds = {runtime.model_input(loaded).name: runtime.noise(loaded, batch)}
+    feeds = runtime.noise(loaded, batch)
     return lambda: loaded.run(None, feeds)
 
 

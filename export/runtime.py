@@ -1,6 +1,6 @@
 """onnxruntime: the only file that imports it.
 
-Sessions, runs over many images, the graph after the runtime's own optimizations, and the runtime's
+Sessions, runs over many samples, the graph after the runtime's own optimizations, and the runtime's
 own quantizer (for comparison rows). Executed as a script, the file is the memory probe of
 `bench`: a process that loads one model, runs it once and says how much memory that took.
 No torch here, and `onnx` only where it is needed, since the probe counts what is imported.
@@ -15,7 +15,6 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,37 +24,38 @@ from numpy.typing import NDArray
 
 from mpq.errors import DataError, ExportError, UsageError
 from mpq.export import trial
+from mpq.export.feeds import (
+    Array,
+    Feed,
+    ModelInput,
+    arrange,
+    feeds,
+    fixed_batch,
+    model_input,
+    named,
+    noise,
+    parts,
+)
 
-Array = NDArray[Any]
+__all__ = [
+    "ModelInput",
+    "answers",
+    "arrange",
+    "fixed_batch",
+    "metadata",
+    "model_input",
+    "node_times",
+    "noise",
+    "optimized_model",
+    "peak_memory_mb",
+    "quantize_dynamic",
+    "quantize_static",
+    "run",
+    "session",
+    "values",
+    "version",
+]
 _QUIET = 3  # errors only: the runtime warns about every hardware specific optimization
-
-
-@dataclass(frozen=True, slots=True)
-class ModelInput:
-    """What a model file takes: one tensor of images.
-
-    Args:
-        name: of the input tensor.
-        integer: uint8 pixels; otherwise float32.
-        channels_last: NHWC instead of NCHW.
-        batch: number of images the file is fixed to, None for any.
-        channels: channels of an image.
-        height: of an image in pixels, None for any.
-        width: likewise.
-    """
-
-    name: str
-    integer: bool
-    channels_last: bool
-    batch: int | None
-    channels: int
-    height: int | None
-    width: int | None
-
-    def shape(self, batch: int, *, side: int = 224) -> tuple[int, ...]:
-        """The shape of a whole input; `side` stands in for a free height or width."""
-        h, w, c = self.height or side, self.width or side, self.channels
-        return (batch, h, w, c) if self.channels_last else (batch, c, h, w)
 
 
 def version() -> str:
@@ -109,117 +109,78 @@ def session(
         ) from None
 
 
-def model_input(loaded: ort.InferenceSession) -> ModelInput:
-    """What a session takes.
-
-    Raises:
-        DataError: the model does not take one batch of images.
-    """
-    inputs = loaded.get_inputs()
-    if len(inputs) != 1 or len(inputs[0].shape) != 4:
-        listed = ", ".join(f"{i.name}: {i.type}{i.shape}" for i in inputs)
-        raise DataError(f"the model must take one tensor of 4 dimensions (images). Got {listed}.")
-    kind, shape = inputs[0].type, [d if isinstance(d, int) else None for d in inputs[0].shape]
-    if kind not in ("tensor(float)", "tensor(uint8)"):
-        raise DataError(f"input {inputs[0].name} must be float32 or uint8. Got {kind} instead.")
-    last = shape[3] in (1, 3) and shape[1] not in (1, 3)
-    channels, height, width = (shape[3], *shape[1:3]) if last else shape[1:]
-    name = str(inputs[0].name)
-    return ModelInput(name, kind == "tensor(uint8)", last, shape[0], channels or 3, height, width)
-
-
 def metadata(loaded: ort.InferenceSession) -> dict[str, str]:
     """The `metadata_props` of the model file."""
     return dict(loaded.get_modelmeta().custom_metadata_map)
 
 
 def run(loaded: ort.InferenceSession, images: Array, *, batch: int = 250) -> NDArray[np.float32]:
-    """Logits of many images, `[n, classes]`.
-
-    Args:
-        loaded: a session.
-        images: normalized float32 `[n, C, H, W]`, or pixels uint8 in either layout for a model that
-            takes uint8; brought into the layout that the model takes.
-        batch: images at a time; a model of fixed batch is fed its own number, the last one padded.
+    """Logits of many images, `[n, classes]`: the first output of `answers`, flat.
 
     Raises:
         DataError: images of another type, channel count or size than the model takes.
     """
-    takes = model_input(loaded)
-    images = arrange(images, takes)
-    step = takes.batch or batch
-    logits = [_run_batch(loaded, takes, part) for part in _parts(images, step)]
-    if not logits:
+    first: Array = next(iter(answers(loaded, images, batch=batch).values()))
+    return first.reshape(len(images), -1)
+
+
+def answers(loaded: ort.InferenceSession, inputs: Feed, *, batch: int = 250) -> dict[str, Array]:
+    """Every output by name for many samples, its batches joined along the first dimension.
+
+    Args:
+        loaded: a session.
+        inputs: arrays `[n, ...]` by name of input, or in the order of the inputs. A lone array is
+            given to the only input: float32 `[n, C, H, W]`, normalized, or uint8 pixels in either
+            layout, brought into the one that the model takes.
+        batch: samples at a time; a model of fixed batch is fed its own number, the last one padded.
+
+    Raises:
+        DataError: arrays of another type, number, name or size than the model takes.
+        ExportError: the runtime fails.
+    """
+    given = feeds(loaded, inputs)
+    total = max((len(x) for x in given.values() if x.ndim), default=0)
+    if not total:
         raise DataError("at least one image is needed. Got 0 instead.")
-    return np.concatenate(logits)
+    names, fixed = [str(o.name) for o in loaded.get_outputs()], fixed_batch(loaded)
+    found = [_run_batch(loaded, part, fixed) for part in parts(given, total, fixed or batch)]
+    joined = (
+        np.concatenate([np.atleast_1d(x) for x in batches]) for batches in zip(*found, strict=True)
+    )
+    return dict(zip(names, joined, strict=True))
 
 
-def arrange(images: Array, takes: ModelInput) -> Array:
-    """`images` in the layout that the model takes, checked (see `run`)."""
-    want = np.uint8 if takes.integer else np.float32
-    if images.ndim != 4 or images.dtype != want:
-        raise DataError(
-            f"images for input {takes.name} must be {np.dtype(want)} of 4 dimensions. "
-            f"Got {images.dtype} of shape {images.shape} instead."
-        )
-    last = images.shape[3] in (1, 3) and images.shape[1] not in (1, 3)
-    if last != takes.channels_last:
-        images = images.transpose((0, 3, 1, 2) if last else (0, 2, 3, 1))
-    expected = takes.shape(len(images))[1:]
-    free = {None: slice(None)}  # a free size fits every image
-    sizes = {1: takes.channels, 2: takes.height, 3: takes.width}
-    if takes.channels_last:
-        sizes = {1: takes.height, 2: takes.width, 3: takes.channels}
-    if any(size not in free and images.shape[axis] != size for axis, size in sizes.items()):
-        raise DataError(
-            f"images for input {takes.name} must be {_by(expected)} each. "
-            f"Got {_by(images.shape[1:])} instead."
-        )
-    return images
-
-
-def _parts(images: Array, step: int) -> Iterator[Array]:
-    for start in range(0, len(images), step):
-        yield np.ascontiguousarray(images[start : start + step])
-
-
-def _run_batch(loaded: ort.InferenceSession, takes: ModelInput, part: Array) -> Array:
-    count = len(part)
-    if takes.batch and count < takes.batch:
-        part = np.concatenate([part, np.repeat(part[-1:], takes.batch - count, axis=0)])
+def _run_batch(loaded: Any, part: dict[str, Array], fixed: int | None) -> list[Array]:
+    """The outputs for one batch, filled up to a fixed number and cut again."""
+    count = max(len(x) for x in part.values() if x.ndim)
+    missing = fixed - count if fixed else 0
+    if missing > 0:
+        filler = {n: x[-1:].repeat(missing, 0) for n, x in part.items() if x.ndim}
+        part |= {name: np.concatenate([part[name], x]) for name, x in filler.items()}
     try:
-        output = loaded.run(None, {takes.name: part})[0]
+        found = [np.asarray(output) for output in loaded.run(None, part)]
     except Exception as error:  # as in `session`
-        raise ExportError(f"onnxruntime fails on input {takes.name}. {_brief(error)}") from None
-    answers = np.asarray(output)
-    if answers.ndim and len(answers) == len(part):
-        return answers[:count].reshape(count, -1)
-    return answers.reshape(len(part), -1)[:count]  # one image, answered without a batch
+        raise ExportError(
+            f"onnxruntime fails on input {', '.join(part)}. {_brief(error)}"
+        ) from None
+    return [x[:count] if missing > 0 and x.ndim and len(x) == fixed else x for x in found]
 
 
 def values(
-    model: bytes, images: Array, names: Sequence[str], *, optimize: bool = True
+    model: bytes, inputs: Feed, names: Sequence[str], *, optimize: bool = True
 ) -> dict[str, Array]:
-    """Named graph outputs for one batch of images.
+    """Named graph outputs for one batch.
 
     Args:
         model: bytes of a model that has these outputs.
-        images: one batch, in the layout and type that the model takes.
+        inputs: one batch, in the layout and type that the model takes (see `answers`).
         names: outputs.
         optimize: as for `session`; an optimized graph is run as it stands.
     """
     loaded = session(model, optimize=optimize)
-    results = loaded.run(list(names), {model_input(loaded).name: images})
+    given = named(inputs, [str(one.name) for one in loaded.get_inputs()])
+    results = loaded.run(list(names), dict(given))
     return dict(zip(names, results, strict=True))
-
-
-def noise(loaded: ort.InferenceSession, batch: int) -> Array:
-    """A batch of random images of a fixed seed, as the model takes them."""
-    takes = model_input(loaded)
-    rng, shape = np.random.default_rng(0), takes.shape(takes.batch or batch)
-    if takes.integer:
-        return rng.integers(0, 256, shape, np.uint8)
-    return rng.standard_normal(shape, np.float32)
 
 
 def node_times(model: bytes, threads: int, batch: int, runs: int) -> dict[str, float]:
@@ -234,9 +195,9 @@ def node_times(model: bytes, threads: int, batch: int, runs: int) -> dict[str, f
     times: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
         loaded = session(model, threads=threads, optimize=False, profile_to=Path(folder) / "p")
-        feeds = {model_input(loaded).name: noise(loaded, batch)}
+        noisy = noise(loaded, batch)
         for _ in range(runs):
-            loaded.run(None, feeds)
+            loaded.run(None, noisy)
         events = json.loads(Path(loaded.end_profiling()).read_text(encoding="utf-8"))
     for event in events:
         name, kernel, _ = str(event.get("name", "")).rpartition("_kernel_time")
@@ -330,19 +291,13 @@ def _probe(model: str, batch: int, threads: int) -> str:
     trial.bound(0)
     loaded = session(model, threads=threads)
     trial.loaded(model)
-    takes = model_input(loaded)
-    shape = takes.shape(takes.batch or batch)
-    run(loaded, np.zeros(shape, np.uint8 if takes.integer else np.float32), batch=batch)
+    answers(loaded, noise(loaded, batch), batch=batch)
     return json.dumps({"peak_mb": round(peak_memory_mb(), 1)})
 
 
 def _brief(error: Exception) -> str:
     text = " ".join(str(error).split())
     return text if len(text) <= 300 else text[:297] + "..."
-
-
-def _by(shape: Sequence[int]) -> str:
-    return "x".join(str(v) for v in shape)
 
 
 if __name__ == "__main__":

@@ -67,7 +67,8 @@ def _short_names() -> Iterator[str]:
 
 
 def _shorten(graph: ir.Graph) -> None:
-    names = _short_names()
+    ends = {value.name for value in (*graph.inputs, *graph.outputs)}
+    names = (name for name in _short_names() if name not in ends)
     for value in list(graph.initializers.values()):
         del graph.initializers[str(value.name)]
         value.name = next(names)

@@ -43,6 +43,7 @@ LAYERS = {
     "mpq.origins": 2,
     "mpq.policies": 2,
     "mpq.hooks": 3,
+    "mpq.calls": 3,
     "mpq.nonfinite": 3,
     "mpq.numerics": 3,
     "mpq.data": 3,

@@ -12,11 +12,11 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, field
 
-from torch import Tensor, fx
+from torch import fx
 
+from mpq.calls import described
 from mpq.capture.attention import open_attention
 from mpq.capture.fresh import fresh
-from mpq.capture.nested import leaves
 from mpq.capture.network import Network
 from mpq.capture.record import Record, record
 from mpq.capture.refuse import Refused, raised_at
@@ -90,11 +90,9 @@ def _with_islands(network: Network) -> tuple[Record, dict[str, str]]:
 
 def _failed(network: Network, error: Exception) -> GraphError:
     """The network does not run on its example, or not while it is watched."""
-    shapes = [list(t.shape[1:]) for t in leaves(network.inputs) if isinstance(t, Tensor)]
-    word = "an input of shape" if len(shapes) == 1 else "inputs of shapes"
     why = str(error).partition("\n")[0] or type(error).__name__
     return GraphError(
-        f"the model must run on {word} {', '.join(map(str, shapes))} but fails: {why} "
+        f"the model must run on {described(network.inputs)} but fails: {why} "
         f"({raised_at(error)}). Give the shape that it was made for."
     )
 

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from mpq.calls import Inputs
 from mpq.errors import GraphError
 
 
@@ -71,6 +72,33 @@ class Network:
         leaves = pytree.tree_leaves(self.inputs)
         sizes = [v.shape[0] for v in leaves if isinstance(v, Tensor) and v.ndim > 1]
         return Counter(sizes).most_common(1)[0][0] if sizes else None
+
+    @classmethod
+    def of(cls, module: nn.Module, example: Inputs | Network) -> Network:
+        """A module called with an example: a tensor, a tuple of arguments or a dict of keywords.
+
+        Raises:
+            GraphError: the example is none of these, does not fit the signature, or holds no
+                tensor.
+        """
+        if isinstance(example, Network):
+            return cls(module, example.args, example.kwargs)
+        if isinstance(example, dict):
+            return cls(module, (), example)
+        if not isinstance(example, (Tensor, tuple)):
+            raise GraphError(
+                "the example must be a tensor, a tuple of positional arguments, a dict of keyword "
+                f"arguments or a Network. Got {type(example).__name__}."
+            )
+        return cls(module, example if isinstance(example, tuple) else (example,))
+
+    @property
+    def example(self) -> Inputs:
+        """The inputs as a captured graph is called: a lone tensor by position, else by name."""
+        inputs = self.inputs
+        lone = len(inputs) == 1 and not self.kwargs
+        first = next(iter(inputs.values()))
+        return first if lone and isinstance(first, Tensor) else inputs
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Network:
         """The same call with every tensor changed."""

@@ -195,6 +195,8 @@ class _Annotator:
         inputs = _data_inputs(node, self.kinds[node])
         if not inputs or not self.wanted(self.tail(node)):
             return
+        if any(n.name in self.qg.exact for n in inputs):
+            return  # a mask or an index is no number on a grid
         on_grid = [n for n in inputs if self.source(n) in self.sites]
         off_grid = [n for n in inputs if self.source(n) not in self.sites]
         if not on_grid or any(self.kinds[self.source(n)] == "layer" for n in off_grid):

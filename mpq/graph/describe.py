@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from torch import Tensor, fx, nn
 
+from mpq.calls import leaves
 from mpq.errors import GraphError
 from mpq.graph.ir import QuantGraph
 from mpq.graph.shapes import run_example
@@ -19,7 +20,7 @@ _CONTAINERS = (nn.Module, nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 def describe(qg: QuantGraph) -> int:
-    """Fill `qg.layers` in execution order; return how many there are.
+    """Fill `qg.layers` in execution order, `outputs` and `exact`; return how many layers there are.
 
     Raises:
         GraphError: the model cannot run on the example, or has no layer to quantize.
@@ -31,11 +32,25 @@ def describe(qg: QuantGraph) -> int:
         if type(module) in LAYERS and refusal(module) is None and not _inside_of_torch(qg, name)
     )
     with hooked(m.register_forward_hook(_recorder(name, found)) for name, m in layers):
-        run_example(qg, fx.Interpreter(qg.module))
+        answer = run_example(qg, run := _Exact(qg.module))
     if not found:
         raise GraphError("the model has no Conv or Linear layer, so there is nothing to quantize.")
-    qg.layers = found
+    qg.layers, qg.outputs, qg.exact = found, tuple(leaves(answer)), frozenset(run.found)
     return len(found)
+
+
+class _Exact(fx.Interpreter):
+    """Notes the nodes whose tensors are no floats."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.found: list[str] = []
+
+    def run_node(self, n: fx.Node) -> object:
+        out = super().run_node(n)
+        if isinstance(out, Tensor) and not out.is_floating_point():
+            self.found.append(n.name)
+        return out
 
 
 def _inside_of_torch(qg: QuantGraph, name: str) -> bool:

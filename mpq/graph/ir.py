@@ -8,6 +8,7 @@ from typing import Literal
 
 from torch import Tensor, fx
 
+from mpq.calls import Inputs, leaves
 from mpq.errors import GraphError
 from mpq.layers import LayerChoice, LayerInfo
 from mpq.policy import Policy
@@ -58,7 +59,10 @@ class QuantGraph:
 
     Args:
         module: the graph; module paths are those of the original model.
-        example: one input batch `[N, C, H, W]`.
+        example: one batch as the graph takes it: a lone tensor `[N, ...]`, or a dict of inputs by
+            name, nested as the network takes them.
+        outputs: names of the tensors that it answers (`mpq.calls.leaves`), found by `describe`.
+        exact: names of nodes that give whole numbers or truth values, which no quantizer rounds.
         layers: quantizable layers in execution order, by module path.
         sites: quantizers by module path, filled by annotation.
         plans: what becomes of each layer, filled by annotation.
@@ -69,14 +73,21 @@ class QuantGraph:
     """
 
     module: fx.GraphModule
-    example: Tensor
+    example: Inputs
     layers: dict[str, LayerInfo] = field(default_factory=dict)
+    outputs: tuple[str, ...] = ()
+    exact: frozenset[str] = frozenset()
     sites: dict[str, Site] = field(default_factory=dict)
     plans: dict[str, LayerPlan] = field(default_factory=dict)
     policy: Policy | None = None
     islands: dict[str, str] = field(default_factory=dict)
     folded: dict[str, Tensor] = field(default_factory=dict)
     stage: Stage = "traced"
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of the tensors that it takes, in order; `input` for a lone one."""
+        return tuple(leaves(self.example, "input"))
 
     def copy(self) -> QuantGraph:
         """An independent copy, parameters included."""

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from mpq.calls import Inputs, call, count, split
 from mpq.errors import UsageError
 from mpq.graph.ir import QuantGraph
 from mpq.hooks import hooked
@@ -21,7 +22,7 @@ from mpq.quant.norm import LiveNorm, unfold_norm
 
 
 @torch.no_grad()
-def attach_norms(qg: QuantGraph, images: Tensor, *, batch: int = 128) -> int:
+def attach_norms(qg: QuantGraph, images: Inputs, *, batch: int = 128) -> int:
     """Give a norm to every quantized layer that had one, in place; return how many.
 
     Its statistics are those of the quantized network on `images`, so that training begins where
@@ -30,7 +31,7 @@ def attach_norms(qg: QuantGraph, images: Tensor, *, batch: int = 128) -> int:
 
     Args:
         qg: a graph in stage `prepared`, calibrated.
-        images: normalized `[N, C, H, W]`.
+        images: normalized `[N, C, H, W]`, or inputs (`mpq.calls`).
         batch: images at a time.
 
     Raises:
@@ -38,13 +39,13 @@ def attach_norms(qg: QuantGraph, images: Tensor, *, batch: int = 128) -> int:
         UsageError: no images.
     """
     qg.require("prepared")
-    if len(images) == 0:
+    if not count(images):
         raise UsageError("norms need at least one image to start from. Got none.")
     qg.module.eval()
     seen = [(_OutputStatistics(layer), factor) for layer, factor in _normalizable(qg)]
     with hooked(one.layer.register_forward_hook(one.hook) for one, _ in seen):
-        for part in torch.split(images, batch):
-            qg.module(part)
+        for part in split(images, batch):
+            call(qg.module, part)
     called = [(one, factor) for one, factor in seen if one.count]
     for one, factor in called:
         _attach(one.layer, one.mean(), one.var(), factor)

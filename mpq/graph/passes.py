@@ -11,11 +11,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from mpq.calls import Inputs, arguments, call, take
 from mpq.capture.fresh import fresh
+from mpq.capture.network import Network
 from mpq.capture.replay import apart
 from mpq.errors import GraphError, MpqError
 from mpq.graph.annotate import annotate
@@ -63,33 +66,49 @@ def run(qg: QuantGraph, passes: tuple[Pass, ...], *, needs: Stage, gives: Stage)
     return qg
 
 
-def to_float(model: nn.Module, example: Tensor) -> QuantGraph:
+def to_float(model: nn.Module, example: Inputs | Network) -> QuantGraph:
     """Trace, normalize and fold: the float graph that analysis and preparation start from.
 
     The model is not changed: the graph works on a copy of its parameters.
 
     Args:
-        model: a trained network, one tensor in, one tensor out.
-        example: an input batch `[N, C, H, W]`.
+        model: a trained network that answers with any tree of tensors.
+        example: a call with a batch of at least two samples: one tensor such as `[N, C, H, W]`, a
+            tuple of positional arguments, a dict of keyword arguments, or a `Network` of both.
+            Arguments without a tensor stay as they are in the example.
 
     Raises:
-        GraphError: the model cannot be traced or run, or has no layers; or the graph does not
-            answer as the model does.
+        GraphError: the example does not fit the signature; the model cannot be traced or run, or
+            has no layers; or the graph does not answer as the model does.
+        UsageError: the tensors of the example differ in their first size.
     """
-    qg = run(trace(model, example.detach().clone()), TO_FLOAT, needs="traced", gives="float")
-    _check_answers(qg, model)
+    network = Network.of(model, example)
+    qg = run(trace(model, network), TO_FLOAT, needs="traced", gives="float")
+    _check_answers(qg, network)
     return qg
 
 
 @torch.no_grad()
-def _check_answers(qg: QuantGraph, model: nn.Module) -> None:
+def _check_answers(qg: QuantGraph, network: Network) -> None:
     """Refuse a graph in which passes lost a part of what the model computes."""
-    model, name = fresh(model), type(model).__name__
+    model, name = fresh(network.module), type(network.module).__name__
     generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(qg.example[:1].shape, generator=generator).to(qg.example)
-    expected = model(noise.clone())
-    wrong = apart(expected, qg.module(noise.clone()))
-    if wrong and apart(expected, model(noise.clone())):
+
+    def noisy(tensor: Tensor) -> Tensor:
+        tensor = take(tensor, slice(1))
+        if not tensor.is_floating_point():
+            return tensor
+        return torch.randn(tensor.shape, generator=generator).to(tensor)
+
+    noise = network.map(noisy)
+
+    def answer() -> Any:
+        again = noise.map(Tensor.clone)  # for a network that overwrites its inputs
+        return model(*again.args, **again.kwargs)
+
+    expected = answer()
+    wrong = apart(expected, call(qg.module, noise.map(Tensor.clone).example))
+    if wrong and apart(expected, answer()):
         logger.warning("%s answers differently each time, also in eval mode", name)
     elif wrong:
         raise GraphError(
@@ -99,14 +118,14 @@ def _check_answers(qg: QuantGraph, model: nn.Module) -> None:
 
 
 def prepare(
-    model: nn.Module | QuantGraph, policy: Policy, example: Tensor | None = None
+    model: nn.Module | QuantGraph, policy: Policy, example: Inputs | Network | None = None
 ) -> QuantGraph:
     """Insert fake quantizers as a policy says; ready for calibration and training.
 
     Args:
         model: a module, or a graph in stage `float` (which is copied, not changed).
         policy: widths per layer.
-        example: an input batch, needed for a module.
+        example: as for `to_float`, needed for a module.
 
     Returns:
         A graph in stage `prepared`; train its `.module`.
@@ -132,7 +151,7 @@ def freeze(qg: QuantGraph) -> QuantGraph:
 
 
 @torch.no_grad()
-def outputs(qg: QuantGraph, names: list[str], images: Tensor) -> dict[str, Tensor]:
+def outputs(qg: QuantGraph, names: list[str], images: Inputs) -> dict[str, Tensor]:
     """Outputs of the named modules for a batch of images, by name."""
     wanted, found = set(names), {}
 
@@ -143,5 +162,5 @@ def outputs(qg: QuantGraph, names: list[str], images: Tensor) -> dict[str, Tenso
                 found[str(n.target)] = out
             return out
 
-    Catch(qg.module).run(images)
+    Catch(qg.module).run(*arguments(qg.module, images))
     return found

@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, fx
 
+from mpq.calls import arguments, described, take
 from mpq.errors import GraphError
 from mpq.graph.ir import QuantGraph
 
 
-def run_example(qg: QuantGraph, interpreter: fx.Interpreter) -> None:
-    """Run one image of the example, without gradients.
+def run_example(qg: QuantGraph, interpreter: fx.Interpreter) -> Any:
+    """The answer to one image of the example, without gradients.
 
     Raises:
         GraphError: the model cannot run on it.
     """
     try:
         with torch.no_grad():
-            interpreter.run(qg.example[:1])
+            return interpreter.run(*arguments(qg.module, take(qg.example, slice(1))))
     except Exception as error:
-        shape, why = list(qg.example.shape[1:]), str(error).partition("\n")[0]
+        shapes, why = described(qg.example), str(error).partition("\n")[0]
         raise GraphError(
-            f"the model must run on an input of shape {shape} but fails: {why}. "
-            "Give the shape that it was made for."
+            f"the model must run on {shapes} but fails: {why}. Give the shape that it was made for."
         ) from error
 
 

@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from mpq.calls import Inputs, count
 from mpq.capture.capture import capture
 from mpq.capture.network import Network
 from mpq.errors import GraphError
 from mpq.graph.ir import QuantGraph
 
 
-def trace(model: nn.Module, example: Tensor) -> QuantGraph:
-    """Capture a copy of `model` in eval mode (`mpq.capture`).
+def trace(model: nn.Module, example: Inputs | Network) -> QuantGraph:
+    """Capture a copy of a network in eval mode (`mpq.capture`).
 
     Args:
-        model: any module with one tensor input and one tensor output.
-        example: an input batch `[N, C, H, W]`; it is kept for shapes.
+        model: any module.
+        example: a call (`Network.of`) whose tensors have the batch as first size; it is kept for
+            shapes.
 
     Raises:
         GraphError: the model cannot be captured, or is not one of float32.
+        UsageError: the tensors of the example differ in their first size.
     """
-    _check_precision(model)
-    captured = capture(Network(model, (example,)))
+    network = Network.of(model, example)
+    _check_precision(network.module)
+    example = network.map(lambda t: t.detach().clone()).example
+    count(example)
+    captured = capture(network)
     return QuantGraph(captured.module, example, islands=captured.islands)
 
 

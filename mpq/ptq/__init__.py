@@ -6,8 +6,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal, get_args
 
-from torch import Tensor
-
+from mpq.calls import Inputs
 from mpq.errors import UsageError
 from mpq.graph.ir import QuantGraph
 from mpq.ptq.blockwise import BlockLearner, FinishedBlocks
@@ -66,7 +65,7 @@ class PtqSettings:
 
 def quantize_graph(
     qg: QuantGraph,
-    images: Tensor,
+    images: Inputs,
     *,
     method: Method = "mse",
     effort: Effort = "good",
@@ -79,7 +78,8 @@ def quantize_graph(
 
     Args:
         qg: a graph in stage `prepared`.
-        images: normalized calibration images `[N, C, H, W]`.
+        images: normalized calibration images `[N, C, H, W]`; for other networks a tuple or dict of
+            inputs (`mpq.calls`), float ones normalized.
         method: how activation ranges are chosen.
         effort: `fast` sets ranges, rounds to nearest and corrects biases; `good` rounds layer after
             layer with error feedback; `best` then learns the rounding, activation steps and biases

@@ -21,6 +21,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from mpq.calls import Inputs, call, split, take
 from mpq.errors import UsageError
 from mpq.graph.fold_bn import scale_outputs
 from mpq.graph.ir import QuantGraph
@@ -63,13 +64,13 @@ class Pair:
 
 @torch.no_grad()
 def equalize(
-    qg: QuantGraph, images: Tensor, policy: Policy, *, mode: Equalize = "auto"
+    qg: QuantGraph, images: Inputs, policy: Policy, *, mode: Equalize = "auto"
 ) -> list[Pair]:
     """Rescale the channels between layers of a float graph, in place.
 
     Args:
         qg: a graph in stage `float`.
-        images: normalized `[N, C, H, W]`; the first 128 of them are looked at.
+        images: normalized `[N, C, H, W]`, or inputs (`mpq.calls`); 128 of them are looked at.
         policy: the widths to come.
         mode: `auto` rescales a pair where half or more of its expected noise goes, `on` where any
             does, `off` none.
@@ -87,7 +88,7 @@ def equalize(
     choices = policy.resolve(list(qg.layers))
     chains = links(qg)
     seen = _Inputs(qg, [link for link in chains if not link.reason])
-    seen.run(images[:IMAGES])
+    seen.run(take(images, slice(IMAGES)))
     worth = WORTH if mode == "auto" else 1.0
     found = [_treat(qg, link, seen, choices[link.second], worth) for link in chains]
     changed = [p for p in found if not p.reason]
@@ -107,14 +108,14 @@ class _Inputs:
         self.low: dict[str, Tensor] = {}
         self.power: dict[str, Tensor] = {}
 
-    def run(self, images: Tensor) -> None:
+    def run(self, images: Inputs) -> None:
         """Look at every batch."""
-        parts = torch.split(images, 32)
+        parts = split(images, 32)
         modules = [(n, self.qg.module.get_submodule(n)) for n in self.chains]
         hooks = (m.register_forward_pre_hook(self._watch(n, len(parts))) for n, m in modules)
         with hooked(hooks):
             for part in parts:
-                self.qg.module(part)
+                call(self.qg.module, part)
 
     def _watch(self, name: str, parts: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:

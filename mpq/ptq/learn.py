@@ -74,11 +74,11 @@ def learnable(block: Block, walk: LockStep) -> bool:
         return False
     modules = [walk.modules[str(n.target)] for n in block.nodes if n.op == "call_module"]
     widths = [m.spec.bits for m in modules if isinstance(m, (QuantLayer, FakeQuant))]
-    if min(widths) > WIDEST or sum(len(part) for part in walk.parts) < 2 * HELD_OUT:
+    if min(widths) > WIDEST or sum(walk.sizes) < 2 * HELD_OUT:
         return False
     for node in (block.entry, block.exit):
         first = walk.values[FLOAT][node][0].get()
-        if not isinstance(first, Tensor) or first.ndim < 2 or len(first) != len(walk.parts[0]):
+        if not isinstance(first, Tensor) or first.ndim < 2 or len(first) != walk.sizes[0]:
             return False
     return True
 
@@ -138,7 +138,7 @@ class _Learner:
         self.quantized = walk.values[QUANTIZED][block.entry]
         self.floats = walk.values[FLOAT][block.entry]
         self.wanted = walk.values[FLOAT][block.exit]
-        count = sum(len(part) for part in walk.parts)
+        count = sum(walk.sizes)
         order = torch.randperm(count, generator=generator)
         self.judges, self.learned = order[: count // HELD_OUT], order[count // HELD_OUT :]
         source = walk.modules.get(str(block.entry.target))

@@ -17,6 +17,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from mpq.calls import Inputs, call, count, split
 from mpq.errors import GraphError, UsageError
 from mpq.graph.ir import QuantGraph
 from mpq.hooks import hooked
@@ -68,7 +69,7 @@ class Histogram:
 @torch.no_grad()
 def calibrate(
     qg: QuantGraph,
-    images: Tensor,
+    images: Inputs,
     *,
     method: Method = "mse",
     batch: int = 128,
@@ -78,7 +79,7 @@ def calibrate(
 
     Args:
         qg: a graph in stage `prepared`.
-        images: normalized `[N, C, H, W]`; a few hundred suffice.
+        images: normalized `[N, C, H, W]`, or inputs (`mpq.calls`); a few hundred suffice.
         method: how to choose a range.
         batch: images at a time.
         progress: called with (batches done, batches in all).
@@ -93,11 +94,11 @@ def calibrate(
     if method not in METHODS:
         raise UsageError(f"calibration must be one of {', '.join(METHODS)}. Got {method!r}.")
     qg.require("prepared", "calibration")
-    if len(images) == 0:
+    if not count(images):
         raise UsageError("calibration needs at least one image. Got none.")
     sites = {n: m for n, m in qg.module.named_modules() if isinstance(m, FakeQuant)}
     histograms = {name: Histogram() for name in sites}
-    parts = torch.split(images, batch)
+    parts = split(images, batch)
     looks = [Histogram.widen] if method == "minmax" else [Histogram.widen, Histogram.count]
     done, total = 0, len(looks) * len(parts)
     qg.module.eval()
@@ -106,7 +107,7 @@ def calibrate(
             watches = [(m, _watch(n, histograms[n], look)) for n, m in sites.items()]
             with hooked(m.register_forward_pre_hook(hook) for m, hook in watches):
                 for part in parts:
-                    qg.module(part)
+                    call(qg.module, part)
                     done += 1
                     if progress:
                         progress(done, total)

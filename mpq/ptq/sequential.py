@@ -15,6 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, fx, nn
 
+from mpq.calls import Inputs, count, split
 from mpq.errors import UsageError
 from mpq.graph.ir import QuantGraph
 from mpq.numerics import per_axis
@@ -54,7 +55,7 @@ def batch_size(qg: QuantGraph) -> int:
 @torch.no_grad()
 def quantize_layers(
     qg: QuantGraph,
-    images: Tensor,
+    images: Inputs,
     *,
     batch: int | None = None,
     learn_rounding: bool = True,
@@ -67,7 +68,7 @@ def quantize_layers(
 
     Args:
         qg: a graph in stage `prepared` whose activation ranges are set.
-        images: normalized `[N, C, H, W]`.
+        images: normalized `[N, C, H, W]`, or inputs (`mpq.calls`).
         batch: images at a time; by default what `batch_size` says.
         learn_rounding: sequential rounding with error feedback; off, rounding to nearest.
         correct_bias: make up for the mean error of each output channel.
@@ -83,12 +84,12 @@ def quantize_layers(
         UsageError: no images.
     """
     qg.require("prepared")
-    if len(images) == 0:
+    if not count(images):
         raise UsageError("quantizing layers needs at least one image. Got none.")
     qg.module.eval()
     _initial_scales(qg.module)
     with ActivationStore(int(memory_mb * 2**20)) as store:
-        parts = torch.split(images, batch or batch_size(qg))
+        parts = split(images, batch or batch_size(qg))
         walk = LockStep(qg.module, parts, store)
         work = _Sequential(walk, learn_rounding, correct_bias, learner, progress)
         for block in blocks(qg.module):

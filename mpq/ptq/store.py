@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 SMALL = 1 << 16
 """Tensors of fewer bytes always stay in memory: a file each would cost more than it saves."""
@@ -106,9 +107,5 @@ class ActivationStore:
 
 
 def _map(value: Any, function: Callable[[Any], Any]) -> Any:
-    """Apply a function to every tensor (or file) in a structure of tuples and lists."""
-    if isinstance(value, (Tensor, _OnDisk)):
-        return function(value)
-    if isinstance(value, (tuple, list)):
-        return type(value)([_map(v, function) for v in value])
-    return value
+    """Apply a function to every tensor (or file) in a tree."""
+    return pytree.tree_map_only((Tensor, _OnDisk), function, value)

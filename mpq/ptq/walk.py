@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
+from mpq.calls import Inputs, arguments, count
 from mpq.ptq.observe import switched_off
 from mpq.ptq.store import ActivationStore, Stored
 from mpq.quant.fake_quant import FakeQuant
@@ -60,14 +61,18 @@ class LockStep:
 
     Args:
         module: a prepared graph in eval mode.
-        parts: the calibration images in batches.
+        parts: the calibration samples in batches (`mpq.calls.split`).
         store: where values are kept.
     """
 
     def __init__(
-        self, module: fx.GraphModule, parts: Sequence[Tensor], store: ActivationStore
+        self, module: fx.GraphModule, parts: Sequence[Inputs], store: ActivationStore
     ) -> None:
         self.module, self.parts, self.store = module, parts, store
+        self.sizes = [count(part) for part in parts]
+        placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
+        given = [arguments(module, part) for part in parts]
+        self._given = [dict(zip(placeholders, values, strict=True)) for values in given]
         self.interpreter = fx.Interpreter(module, garbage_collect_values=False)
         self.modules: dict[str, nn.Module] = dict(module.named_modules())
         self.values: tuple[dict[fx.Node, list[Stored]], dict[fx.Node, list[Stored]]] = ({}, {})
@@ -84,7 +89,7 @@ class LockStep:
 
     def run(self, node: fx.Node, which: int) -> list[Stored]:
         """What a node gives in one of the networks, per batch."""
-        return [self.store.put(self._evaluate(node, k, which)) for k in range(len(self.parts))]
+        return [self.store.put(self._evaluate(node, k, which)) for k in range(len(self.sizes))]
 
     def keep(self, node: fx.Node, quantized: list[Stored], floats: list[Stored]) -> None:
         """Store the values of a node, and drop those that nothing reads any more."""
@@ -117,7 +122,7 @@ class LockStep:
 
     def _evaluate(self, node: fx.Node, part: int, which: int) -> Any:
         if node.op == "placeholder":
-            return self.parts[part]
+            return self._given[part][node]
 
         def value(n: fx.Node) -> Any:
             return self.values[which][n][part].get()
