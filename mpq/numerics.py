@@ -67,8 +67,16 @@ def fake_quantize(
 
 def sqnr_db(reference: Tensor, approximation: Tensor) -> float:
     """Signal-to-quantization-noise ratio `10 log10(sum x^2 / sum (x - y)^2)` in dB."""
-    signal = float(reference.double().pow(2).sum())
-    noise = float((reference.double() - approximation.double()).pow(2).sum())
+    return decibels(*powers(reference, reference.double() - approximation.double()))
+
+
+def powers(signal: Tensor, noise: Tensor) -> tuple[float, float]:
+    """Sums of squares."""
+    return float(signal.double().pow(2).sum()), float(noise.double().pow(2).sum())
+
+
+def decibels(signal: float, noise: float) -> float:
+    """The ratio of two sums of squares in dB; infinity where there is no noise."""
     if noise == 0:
         return float("inf")
     return 10 * float(torch.log10(torch.tensor(max(signal, 1e-300) / noise, dtype=torch.float64)))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
 from pydantic import (
@@ -35,6 +35,9 @@ CHANNELS = 1024
 """Of an image, at most."""
 Float = Literal["float"]
 DropType = Literal["absolute", "relative"]
+OutputKind = Literal["classes", "places", "sequence", "regression", "exact", "ignored"]
+OUTPUT_KINDS: tuple[OutputKind, ...] = get_args(OutputKind)
+"""What an output of a network may be (`mpq.outputs`)."""
 
 
 def _read_spec(value: object) -> object:

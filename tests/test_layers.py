@@ -46,6 +46,7 @@ LAYERS = {
     "mpq.calls": 3,
     "mpq.nonfinite": 3,
     "mpq.numerics": 3,
+    "mpq.outputs": 3,
     "mpq.data": 3,
     "mpq.zoo": 3,
     "mpq.checkpoint": 3,
