@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from mpq.verb import callable_package
+
 if TYPE_CHECKING:
     from .onnx_file import ExportResult, float_to_onnx, to_onnx
 
 __all__ = ["ExportResult", "float_to_onnx", "to_onnx"]
+callable_package(__name__)
 
 
 def __getattr__(name: str) -> object:

@@ -20,6 +20,7 @@ import onnx
 from onnx import shape_inference
 
 from mpq.layers import LayerChoice
+from mpq.shown import Shown
 from mpq.target import ROUNDED, Support, Target
 from mpq.targets import get_target, this_target
 
@@ -70,7 +71,7 @@ class LayerCertificate:
 
 
 @dataclass(frozen=True, slots=True)
-class Certificate:
+class Certificate(Shown):
     """What a file does in the runtime.
 
     Args:
@@ -85,6 +86,7 @@ class Certificate:
         notes: what else to know before it is used.
     """
 
+    TABLES = ("certificate_table",)
     layers: tuple[LayerCertificate, ...]
     boundaries: int
     operators: dict[str, int]

@@ -22,6 +22,7 @@ from onnx import helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from mpq.errors import ExportError
+from mpq.shown import Shown
 
 from . import runtime
 from .kernels import KERNELS
@@ -56,7 +57,7 @@ class NodeCheck:
 
 
 @dataclass(frozen=True, slots=True)
-class ExactReport:
+class ExactReport(Shown):
     """Whether a file's integers are those of the reference.
 
     Args:
@@ -67,6 +68,7 @@ class ExactReport:
         same_output: whether the examined graph gave, to the bit, what the file gives by default.
     """
 
+    TABLES = ("exact_table",)
     file: str
     runtime: str
     n: int

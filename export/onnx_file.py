@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import onnx
 import onnx_ir as ir
@@ -16,6 +18,7 @@ from mpq.files import write_bytes
 from mpq.graph.ir import QuantGraph
 from mpq.graph.passes import freeze
 from mpq.graph.spec import check
+from mpq.shown import Shown
 from mpq.targets import get_target
 
 from . import meta, runtime
@@ -30,14 +33,30 @@ LIMIT = 2**31 - 1
 """Largest protobuf message: one file holds no more."""
 
 
-@dataclass(frozen=True)
-class ExportResult:
+@dataclass(frozen=True, repr=False)
+class ExportResult(Shown):
     """An exported file with its proofs; `verification` is None when no images were given."""
 
     path: Path
     bytes: int
     certificate: Certificate
     verification: VerifyReport | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Path, bytes and both proofs."""
+        proofs = {"certificate": self.certificate, "verification": self.verification}
+        content = {name: proof and json.loads(proof.to_json()) for name, proof in proofs.items()}
+        return {"path": str(self.path), "bytes": self.bytes, **content}
+
+    def shown(self) -> list[Any]:
+        """The file, and the tables of both proofs."""
+        whole = self.certificate.integer_macs_fraction
+        line = f"{self.path}: {self.bytes:,} bytes; {whole:.1%} of the MACs run as integers"
+        checked = ["not verified: no images"]
+        if self.verification is not None:
+            same, n = self.verification.top1_agreement, self.verification.n
+            checked = [f"same class as the simulation on {same:.2%} of {n:,} images"]
+        return [line, *checked, *self.certificate.notes, *self.certificate.shown()]
 
 
 def to_onnx(

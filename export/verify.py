@@ -26,6 +26,7 @@ from mpq.graph.ir import QuantGraph
 from mpq.hooks import hooked
 from mpq.numerics import sqnr_db
 from mpq.quant.fake_quant import FrozenQuant
+from mpq.shown import Shown
 
 from . import runtime
 from .certify import saturating_here
@@ -65,7 +66,7 @@ class SiteCheck:
 
 
 @dataclass(frozen=True, slots=True)
-class VerifyReport:
+class VerifyReport(Shown):
     """How the exported file answers, against the simulation.
 
     Args:
@@ -78,6 +79,7 @@ class VerifyReport:
         notes: why this computer cannot run the file exactly, if it answers otherwise.
     """
 
+    TABLES = ("verify_table",)
     n: int
     top1_agreement: float
     top1_agreement_unoptimized: float

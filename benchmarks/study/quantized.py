@@ -78,7 +78,7 @@ def _policy(job: Job, widths: Widths, subject: Subject) -> Policy:
         return Policy.load(kept)
     if widths.budget is not None:
         how = Analyzing(Scoring(widths.bits, seed=seed), samples=SCORED)
-        run = Run(seed=seed, device=job.device)
+        run = Run(job.folder, seed, job.device)
         found = find_policy(subject, widths.budget, how, run)
         policy = found.policy
     else:

@@ -15,6 +15,7 @@ from mpq.analyze.explain import build_policy, locked_widths
 from mpq.analyze.score import METRICS, Scoring, score_layers
 from mpq.analyze.search import Search, candidates
 from mpq.analyze.sensitivity import Row, Sensitivity
+from mpq.verb import callable_package
 
 __all__ = [
     "METRICS",
@@ -29,3 +30,4 @@ __all__ = [
     "locked_widths",
     "score_layers",
 ]
+callable_package(__name__)

@@ -8,23 +8,17 @@ from typing import get_args
 import click
 
 from mpq import rundir
-from mpq.analyze.limits import LIMITS
 from mpq.analyze.perturb import Rounding
 from mpq.analyze.score import METRICS, Metric, Scoring
 from mpq.cli import bundles, options, terminal, training
 from mpq.data import DataSource, Normalization
 from mpq.latency import LatencyProfile
-from mpq.pipeline.analysis import Analysis, analysis_json, write_analysis
-from mpq.pipeline.analyzing import Analyzing, find_policy
+from mpq.pipeline.analysis import Analysis, write_analysis
+from mpq.pipeline.analyzing import MINIMIZE, Analyzing, find_policy
 from mpq.pipeline.subject import Subject, open_checkpoint
 from mpq.policy import Constraints, Policy
 from mpq.processes import leading
-from mpq.report.grid import counted
-from mpq.report.tables import configurations_table, sensitivity_table
 from mpq.rundir import Run
-
-MINIMIZE = dict(zip(("bits", "size", "bops", "activation", "latency"), LIMITS, strict=True))
-"""What `--minimize` calls the limits."""
 
 
 @click.command(cls=options.ListCommand)
@@ -133,25 +127,13 @@ def _profile(path: Path | None, folder: Path) -> LatencyProfile:
 
 def _show(found: Analysis, folder: Path, as_json: bool) -> None:
     results = [(folder / c.file, c.policy.result) for c in found.choices]
-    policies, notes, extra = [], [], {}
+    policies, extra = [], {}
     for path, result in results:
         assert result is not None
         policies.append({"file": str(path), **result.model_dump(mode="json", exclude_none=True)})
-        drop = "" if result.measured_drop is None else f", measured drop {result.measured_drop:.2f}"
-        notes.append(
-            f"{path.name}: {result.status}: {result.effective_bits:.2f} effective bits, "
-            f"{result.weight_bytes:,} bytes of weights, file of about "
-            f"{result.predicted_bytes:,}{drop}"
-        )
-    if truth := found.validation:
-        extra["rho"] = truth.to_json()["rho"]
-        notes.append(
-            f"scores against {len(truth.truths)} measured policies: Spearman's rho {truth.rho:.3f} "
-            f"({counted(truth.images, 'validation image')})"
-        )
-    data = analysis_json(found)
-    tables = sensitivity_table(data), configurations_table(data)
-    terminal.result(as_json, {**policies[0], "policies": policies, **extra}, *tables, *notes)
+    if found.validation:
+        extra["rho"] = found.validation.to_json()["rho"]
+    terminal.result(as_json, {**policies[0], "policies": policies, **extra}, *found.shown())
     if as_json:
         return
     if found.scores_from:

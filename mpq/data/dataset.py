@@ -13,7 +13,7 @@ from mpq.data.images import fit_array
 from mpq.errors import DataError
 
 Images = NDArray[np.uint8]
-"""RGB images `[n, H, W, 3]`, 0..255."""
+"""RGB images `[n, H, W, 3]`, 0..255. Data given as values may be floats `[n, H, W, C]` instead."""
 Labels = NDArray[np.int64]
 """Class ids `[n]`, 0..classes-1."""
 Indices = Sequence[int] | NDArray[Any]

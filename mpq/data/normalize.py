@@ -67,12 +67,16 @@ class Normalization:
                 return name
         return "/".join(",".join(map(repr, map(float, part))) for part in (self.mean, self.std))
 
-    def apply(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Network input `[n, 3, H, W]` float32 of RGB images `[n, H, W, 3]` uint8.
+    def apply(self, images: NDArray[np.uint8 | np.float32]) -> NDArray[np.float32]:
+        """Network input `[n, C, H, W]` float32 of RGB images `[n, H, W, 3]` uint8.
+
+        Images of floats `[n, H, W, C]` are what the network takes already: only their axes move.
 
         Raises:
             DataError: images of another shape or type.
         """
+        if images.ndim == 4 and images.dtype == np.float32:
+            return np.ascontiguousarray(images.transpose(0, 3, 1, 2), dtype=np.float32)
         if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
             raise DataError(
                 f"images must be uint8 [n, H, W, 3]. Got {images.dtype} {list(images.shape)}."

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from mpq import files, origins, rundir
-from mpq.analyze.cost import Allocation
+from mpq import files, limits, origins, rundir
+from mpq.analyze.cost import Allocation, weight_bytes
 from mpq.analyze.drop import Measured
 from mpq.analyze.sensitivity import Sensitivity
 from mpq.analyze.validate import Validation
+from mpq.errors import PolicyError, UsageError
 from mpq.policy import Policy
+from mpq.report.grid import counted
 from mpq.report.plots import pareto_plot, png, sensitivity_plot, validation_plot
+from mpq.report.tables import configurations_table, sensitivity_table
+from mpq.shown import Shown
 from mpq.staging import together
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -25,8 +34,8 @@ class Choice:
     allocation: Allocation
 
 
-@dataclass(frozen=True)
-class Analysis:
+@dataclass(frozen=True, repr=False)
+class Analysis(Shown):
     """What an analysis found.
 
     Args:
@@ -57,6 +66,82 @@ class Analysis:
         """The configuration of the first budget."""
         return self.choices[0].allocation
 
+    @property
+    def policies(self) -> tuple[Policy, ...]:
+        """The policy of each budget."""
+        return tuple(choice.policy for choice in self.choices)
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of `sensitivity.json`."""
+        return analysis_json(self)
+
+    def shown(self) -> list[Any]:
+        """The layers' scores, the front, and each policy in a line."""
+        data = self.to_json()
+        notes = [f"{choice.file}: {_said(choice.policy)}" for choice in self.choices]
+        if truth := self.validation:
+            notes.append(
+                f"scores against {len(truth.truths)} measured policies: Spearman's rho "
+                f"{truth.rho:.3f} ({counted(truth.images, 'validation image')})"
+            )
+        return [sensitivity_table(data), configurations_table(data), *notes]
+
+    def plot(self, what: Literal["front", "sensitivity"] = "front") -> Figure:
+        """The Pareto front with the choices on it, or the scores of the layers."""
+        return (pareto_plot if what == "front" else sensitivity_plot)(self.to_json())
+
+    def save(self, path: str | Path) -> Path:
+        """Write policies, scores and pictures into a folder, replacing those that are there."""
+        folder = Path(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        _write(self, folder)
+        return folder
+
+    @classmethod
+    def load(cls, path: str | Path) -> Analysis:
+        """Read what `save`, or `mpq analyze`, wrote into a folder.
+
+        Raises:
+            UsageError: there is no analysis.
+            PolicyError: a policy or the scores are not what they should be.
+        """
+        place = Path(path) / "sensitivity.json"
+        if not place.is_file():
+            raise UsageError(f"{place} does not exist. `mpq analyze` and Analysis.save write it.")
+        text = limits.read_text(place, PolicyError)
+        data, scores = json.loads(text), Sensitivity.from_json(text, str(place))
+        front = [_allocation(point, scores) for point in data["front"]]
+        choices = []
+        for one in data["choices"]:
+            policy = Policy.load(place.parent / one["file"])
+            found = next(a for a in front if a.to_json()["widths"] == one["widths"])
+            choices.append(Choice(one["file"], policy, found))
+        return cls(tuple(choices), scores, front, data["sweep"], scores_from=place)
+
+
+def _allocation(point: Mapping[str, Any], scores: Sensitivity) -> Allocation:
+    """A point of the front, of which the file says all but what follows from the widths."""
+    widths = {name: (pair[0], pair[1]) for name, pair in point["widths"].items()}
+    costs = ("effective_bits", "bitops", "bytes", "activation_bytes", "latency_ms")
+    return Allocation(
+        widths=widths,
+        objective=point["predicted_drop"],
+        weight_bytes=weight_bytes(scores.layers, widths),
+        **{name: point[name] for name in costs},
+    )
+
+
+def _said(policy: Policy) -> str:
+    """What a search found, in a line."""
+    result = policy.result
+    if result is None:
+        return "no result"
+    drop = "" if result.measured_drop is None else f", measured drop {result.measured_drop:.2f}"
+    return (
+        f"{result.status}: {result.effective_bits:.2f} effective bits, "
+        f"{result.weight_bytes:,} bytes of weights, file of about {result.predicted_bytes:,}{drop}"
+    )
+
 
 def write_analysis(found: Analysis, folder: Path, *, force: bool) -> None:
     """Write the policies, `sensitivity.json` and both pictures, as one step.
@@ -66,8 +151,12 @@ def write_analysis(found: Analysis, folder: Path, *, force: bool) -> None:
     """
     for choice in found.choices:
         rundir.refuse_overwrite(folder / choice.file, force)
+    _write(found, rundir.touch_run(folder))
+
+
+def _write(found: Analysis, folder: Path) -> None:
     data = analysis_json(found)
-    with together(rundir.touch_run(folder)) as aside:
+    with together(folder) as aside:
         files.write_json(aside / "sensitivity.json", data)
         files.write_bytes(aside / "sensitivity.png", png(sensitivity_plot(data)))
         files.write_bytes(aside / "pareto.png", png(pareto_plot(data)))

@@ -11,6 +11,7 @@ from torch import Tensor
 from mpq.analyze.cost import Allocation
 from mpq.analyze.drop import Measured
 from mpq.analyze.explain import build_policy, locked_widths
+from mpq.analyze.limits import LIMITS
 from mpq.analyze.perturb import perturb
 from mpq.analyze.score import LABELLED, Scoring
 from mpq.analyze.search import Search, candidates
@@ -31,6 +32,8 @@ from mpq.targets import get_target
 
 logger = logging.getLogger(__name__)
 DEFAULT_EFFECTIVE_BITS = 4.8
+MINIMIZE = dict(zip(("bits", "size", "bops", "activation", "latency"), LIMITS, strict=True))
+"""What users call the limits that `max_drop` makes small."""
 VALIDATION_IMAGES = 500
 
 

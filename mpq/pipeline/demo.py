@@ -132,7 +132,7 @@ def _student(folder: Path, name: str, teacher: Ensemble | None, seed: int, tell:
 def _policies(subject: Subject, folder: Path, seed: int, tell: Tell) -> dict[str, Policy]:
     """The policies by name: two found by analysis, two uniform."""
     tell("scoring layers and searching")
-    run, how = Run(seed=seed), Analyzing(Scoring(seed=seed))
+    run, how = Run(folder, seed), Analyzing(Scoring(seed=seed))
     mixed = find_policy(subject, Constraints(effective_bits=MIXED), how, run)
     write_analysis(mixed, folder, force=True)
     how = Analyzing(Scoring((16, 8), seed=seed))

@@ -10,7 +10,7 @@ from typing import Literal
 from torch import Tensor
 
 from mpq import files, origins, rundir
-from mpq.data import DataSource, sample_indices
+from mpq.data import DataSource, Normalization, sample_indices
 from mpq.errors import CheckpointError, PolicyError, UsageError
 from mpq.export import ExportResult, float_to_onnx, to_onnx
 from mpq.export.form import Int4Format
@@ -72,20 +72,11 @@ def export_run(
         ExportError: the file breaks a promise or does not answer as promised; nothing is written.
         UsageError: the file exists and `force` is off, or the run holds another network.
     """
-    how, norm, written = how or Exporting(), found.subject.normalize, folder / "model.onnx"
+    how, written = how or Exporting(), folder / "model.onnx"
     refuse_export(folder, force)
     _refuse_mixing(found, folder)
     with together(rundir.touch_run(folder)) as aside:
-        result = to_onnx(
-            found.graph,
-            aside / written.name,
-            images=held_out(found.subject, images, seed),
-            allow_float_fallback=how.allow_float_fallback,
-            int4_format=how.int4_format,
-            min_runtime=how.min_runtime,
-            pixels=None if how.pixels is None else PixelInput(norm, how.pixels == "nhwc"),
-            target=how.target,
-        )
+        result = export_file(found, aside / written.name, how, count=images, seed=seed)
         if not written.is_file() or written.read_bytes() != result.path.read_bytes():
             for name in OF_ONE_FILE:
                 (aside / name).touch()  # what stands there was of another file
@@ -129,6 +120,47 @@ def _refuse_mixing(found: Quantized, folder: Path) -> None:
                 f"{there} (hash {now[:8]}...) is not what the network to export was made from "
                 f"(hash {then[:8]}...). Write elsewhere with -o."
             )
+
+
+def export_file(
+    found: Quantized,
+    path: Path,
+    how: Exporting,
+    *,
+    count: int = 1000,
+    seed: int = 0,
+    images: Tensor | None = None,
+) -> ExportResult:
+    """Write one file, certified and verified.
+
+    Args:
+        found: the quantized network.
+        path: the file; one that exists is replaced.
+        how: it is to be written.
+        count: test images to verify on (fewer if there are fewer; none without data).
+        seed: of the sample.
+        images: normalized `[N, C, H, W]` to verify on instead.
+
+    Raises:
+        ExportError: the file breaks a promise or does not answer as promised; nothing is written.
+        UsageError: it is to take pixels, and nothing says how they are normalized.
+    """
+    pixels = None
+    if how.pixels is not None:
+        if not found.subject.info.normalize:
+            raise UsageError("a file that takes pixels must be told how they are normalized.")
+        norm = Normalization.parse(found.subject.info.normalize)
+        pixels = PixelInput(norm, how.pixels == "nhwc")
+    return to_onnx(
+        found.graph,
+        path,
+        images=held_out(found.subject, count, seed) if images is None else images,
+        allow_float_fallback=how.allow_float_fallback,
+        int4_format=how.int4_format,
+        min_runtime=how.min_runtime,
+        pixels=pixels,
+        target=how.target,
+    )
 
 
 def refuse_export(folder: Path, force: bool) -> None:

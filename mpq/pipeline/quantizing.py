@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from mpq import files, origins, rundir
 from mpq.checkpoint import load_safe, save_atomic
@@ -25,6 +26,7 @@ from mpq.policy import Policy
 from mpq.ptq import FinishedBlocks, PtqSettings, equalize, quantize_graph
 from mpq.ptq.blockwise import PROGRESS
 from mpq.rundir import Run
+from mpq.shown import Shown
 from mpq.staging import together
 from mpq.train.evaluate import accuracy
 from mpq.train.loop import fit
@@ -38,8 +40,8 @@ FORMAT, VERSION = "mpq/quantized", 1
 VALIDATION_IMAGES = 500
 
 
-@dataclass(frozen=True)
-class Quantized:
+@dataclass(frozen=True, repr=False)
+class Quantized(Shown):
     """A quantized network: the prepared graph with its policy, and what was measured on the way.
 
     `made_from` says the same of the file that it was read from or written to (`mpq.origins.chain`).
@@ -55,6 +57,47 @@ class Quantized:
         """What was asked, as the graph has it."""
         assert self.graph.policy is not None
         return self.graph.policy
+
+    @property
+    def module(self) -> nn.Module:
+        """The network itself, to be called or trained on."""
+        return self.graph.module
+
+    def to_json(self) -> dict[str, Any]:
+        """What was measured on the way."""
+        return self.metrics
+
+    def shown(self) -> list[str]:
+        """The network and what was measured, in two lines."""
+        choices = self.policy.choices(list(self.graph.layers)).values()
+        widths = Counter(f"W{c.weight_bits or 32}A{c.activation_bits or 32}" for c in choices)
+        layers = ", ".join(f"{n} layers {name}" for name, n in widths.most_common())
+        top1 = self.metrics.get("validation_top1")
+        held = "not measured" if top1 is None else f"{top1:.2f} % on held-out images, simulated"
+        return [f"{self.subject.info.arch}: {layers}", f"{self.metrics['stage']}, top-1 {held}"]
+
+    def save(self, path: str | Path) -> Path:
+        """Write policy, state and metrics, as `quantized.pth` of a run has them.
+
+        Raises:
+            CheckpointError: the path cannot be written.
+        """
+        save_atomic(_content(self), Path(path))
+        return Path(path)
+
+    @classmethod
+    def load(cls, path: str | Path, model: nn.Module | None = None) -> Quantized:
+        """Read what `save`, `mpq ptq` or `mpq qat` wrote.
+
+        Args:
+            path: the file.
+            model: the network that was quantized; its weights do not matter. None: one of the zoo
+                or of torchvision, as the policy names it.
+
+        Raises:
+            CheckpointError: the file is missing, damaged or of another network.
+        """
+        return load_quantized(Path(path), DataSource("none"), model)
 
 
 def run_ptq(
@@ -206,25 +249,29 @@ def save_quantized(
     Raises:
         CheckpointError: the path cannot be written.
     """
-    content = {
-        "format": FORMAT,
-        "version": VERSION,
-        "policy": found.policy.to_yaml(),
-        "state": found.graph.module.state_dict(),
-        "metrics": found.metrics,
-    }
     made_from = {origins.WEIGHTS: found.subject.info.sha256, **_data_of(found)}
     if asked is not None:
         made_from[origins.POLICY] = origins.digest(asked)
     noted, by, folder = {path.name: made_from}, found.metrics["stage"], path.parent
     with together(rundir.touch_run(folder)) as aside:
-        save_atomic(content, aside / path.name)
+        save_atomic(_content(found), aside / path.name)
         if policy_path is not None and policy_path.resolve() != (folder / "policy.yaml").resolve():
             _place_policy(policy_path, asked, aside / "policy.yaml")
         if by == "qat" and (folder / METRICS).is_file():
             noted[METRICS] = made_from
         origins.note(aside, folder, by, noted)
     return replace(found, made_from=origins.chain(path))
+
+
+def _content(found: Quantized) -> dict[str, Any]:
+    """What `quantized.pth` holds."""
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "policy": found.policy.to_yaml(),
+        "state": found.graph.module.state_dict(),
+        "metrics": found.metrics,
+    }
 
 
 def _place_policy(source: Path, asked: Policy | None, place: Path) -> None:
@@ -240,8 +287,8 @@ def _data_of(found: Quantized) -> dict[str, str]:
     return {"data": f"{data.name}, {data.samples} images, seed {data.seed}"}
 
 
-def load_quantized(path: Path, source: DataSource) -> Quantized:
-    """Read `quantized.pth` back into a prepared graph.
+def load_quantized(path: Path, source: DataSource, model: nn.Module | None = None) -> Quantized:
+    """Read `quantized.pth` back into a prepared graph; of `model`, where the policy names none.
 
     Raises:
         CheckpointError: the file is missing, damaged, or of another kind.
@@ -259,7 +306,7 @@ def load_quantized(path: Path, source: DataSource) -> Quantized:
         )
     _check_content(content, path)
     policy = Policy.from_yaml(content["policy"], f"the policy in {path}")
-    subject = policy_subject(policy, path, source, weights=False)
+    subject = policy_subject(policy, path, source, weights=False, module=model)
     graph = prepare(subject.graph(), policy)
     try:
         graph.module.load_state_dict(content["state"])

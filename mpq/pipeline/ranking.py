@@ -241,8 +241,11 @@ class _Bench:
         named = {"model": subject.info, "data": data}
         uniform = {form: Policy.uniform(*widths).replace(**named) for form, widths in FORMS.items()}
         budget = Constraints(effective_bits=how.effective_bits)
-        scoring = Analyzing(Scoring(seed=seed), samples=how.samples)
-        return {**uniform, MIXED: find_policy(subject, budget, scoring, Run(seed=seed)).policy}
+        scoring, run = (
+            Analyzing(Scoring(seed=seed), samples=how.samples),
+            Run(self.run.folder, seed),
+        )
+        return {**uniform, MIXED: find_policy(subject, budget, scoring, run).policy}
 
 
 class _Meter:

@@ -40,21 +40,24 @@ def scores_of(
         images: normalized; None for data-free scores.
         labels: of the images, for the metrics that compare with them.
         how: how to score.
-        run: its `sensitivity.json` is looked into before the cache.
+        run: its `sensitivity.json` is looked into before the cache; without a folder nothing is
+            looked for, and nothing kept.
         rescore: look into neither.
 
     Raises:
         As `mpq.analyze.score_layers`.
     """
+    tell = run.phase("scoring")
+    if run.folder is None:
+        return score_layers(graph, images, labels, how, progress=tell), None
     key = how.key(graph, images, labels)
     kept = rundir.RUNS / KEPT / f"{key}.json"
-    own = () if run.folder is None else (run.folder / "sensitivity.json",)
-    for place in () if rescore else (*own, kept):
+    for place in () if rescore else (run.folder / "sensitivity.json", kept):
         found = _read(place, key)
         if found is not None:
             return found, place
     partial = kept.with_suffix(".part.npz")
-    made = score_layers(graph, images, labels, how, partial=partial, progress=run.phase("scoring"))
+    made = score_layers(graph, images, labels, how, partial=partial, progress=tell)
     _keep(made, kept)
     return made, None
 

@@ -36,6 +36,8 @@ PROPOSAL_IMAGES = 256
 MIN_PROPOSAL = 2.0
 """A proposed normalization must classify at least this many times better than chance."""
 _NEUTRAL = NAMED["none"]
+GIVEN = "none"
+"""The name of data that were given as values (`mpq.pipeline.given`): nobody can open them again."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class Subject:
     unlabelled: Split | None = None
 
     def __post_init__(self) -> None:
-        if self.data is not None and self.info.input[0] != 3:
+        if self.data is not None and self.data_name != GIVEN and self.info.input[0] != 3:
             raise DataError(
                 f"{self.info.arch} must take images of 3 channels, as {self.data_name} has. It "
                 f"takes {self.info.input[0]}. Give --data none, or a factory whose network takes "
@@ -187,10 +189,10 @@ def subject_of(
     _tell_unlabelled(data, name)
     info = info.replace(checkpoint=os.path.relpath(path))
     more = source.more(info.input[1:])
-    return _normalized(Subject(loaded.module, info, data, name, _NEUTRAL, more), normalize)
+    return normalized(Subject(loaded.module, info, data, name, _NEUTRAL, more), normalize)
 
 
-def _normalized(subject: Subject, normalize: Normalization | None) -> Subject:
+def normalized(subject: Subject, normalize: Normalization | None) -> Subject:
     """Settle the normalization: as given, else as known, else as proposed where there are data."""
     if normalize is None and subject.info.normalize:
         normalize = Normalization.parse(subject.info.normalize)
@@ -255,7 +257,13 @@ def propose_normalization(subject: Subject) -> Normalization:
 
 
 def policy_subject(
-    policy: Policy, where: Path, source: DataSource, *, weights: bool, trust_pickle: bool = False
+    policy: Policy,
+    where: Path,
+    source: DataSource,
+    *,
+    weights: bool,
+    trust_pickle: bool = False,
+    module: nn.Module | None = None,
 ) -> Subject:
     """The network and data that a policy names.
 
@@ -265,6 +273,7 @@ def policy_subject(
         source: overrides for the data.
         weights: load the checkpoint and check its hash; otherwise only build the architecture.
         trust_pickle: load a checkpoint that can run code.
+        module: the architecture, where it is at hand.
 
     Raises:
         PolicyError: the policy names no model, or was made for other weights.
@@ -279,13 +288,13 @@ def policy_subject(
     name = source.data or policy.data.name
     if weights:
         module = _load_weights(info, where, trust_pickle)
-    else:
+    elif module is None:
         module = zoo.build(info.arch, info.classes, in_channels=info.input[0])
     data, more = _data(name, source, info), source.more(info.input[1:])
     subject = Subject(module, info, data, name, _NEUTRAL, more)
     if weights:
         _tell_unlabelled(subject.data, name)
-    return _normalized(subject, None) if weights or info.normalize else subject
+    return normalized(subject, None) if weights or info.normalize else subject
 
 
 def settle(policy: Policy, subject: Subject) -> Policy:

@@ -15,6 +15,7 @@ from mpq.ptq.learn import Learning
 from mpq.ptq.observe import METHODS, Method, calibrate
 from mpq.ptq.sequential import MEMORY_MB, batch_size, quantize_layers
 from mpq.rundir import Progress, silent
+from mpq.verb import callable_package
 from mpq.wide import Int16Form
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "quantize_graph",
     "quantize_layers",
 ]
+callable_package(__name__)
 
 Effort = Literal["fast", "good", "best"]
 EFFORTS: tuple[str, ...] = get_args(Effort)

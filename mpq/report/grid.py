@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from html import escape
+from io import StringIO
 
 from rich import box
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -74,6 +77,17 @@ class Grid:
         if self.note:
             yield Text(self.note, style="dim")
 
+    def html(self) -> str:
+        """As a `<table>`, with the note below it."""
+        kinds = [' class="number"' if column.number else "" for column in self.columns]
+        lines = [_row("th", [column.title for column in self.columns], kinds)]
+        for i, row in enumerate(self.rows):
+            kind = ' class="marked"' if i in self.marked else ""
+            lines.append(_row("td", row, kinds, kind))
+        note = f'\n<p class="note">{escape(self.note)}</p>' if self.note else ""
+        head, body = lines[0], "\n".join(lines[1:])
+        return f"<table>\n<thead>{head}</thead>\n<tbody>\n{body}\n</tbody>\n</table>{note}"
+
     def _fitting(self, width: int) -> list[int]:
         """Indices of the columns to show on `width` characters."""
         shown = list(range(len(self.columns)))
@@ -87,6 +101,30 @@ class Grid:
             longest = max(len(text) for text in (self.columns[i].title, *(r[i] for r in self.rows)))
             total += longest if self.columns[i].number else min(longest, _FOLD)
         return total
+
+
+def _row(cell: str, texts: Sequence[str], kinds: Sequence[str], kind: str = "") -> str:
+    pairs = zip(texts, kinds, strict=True)
+    cells = "".join(f"<{cell}{of}>{escape(text)}</{cell}>" for text, of in pairs)
+    return f"<tr{kind}>{cells}</tr>"
+
+
+def plain(shown: Iterable[Grid | str], width: int = 80) -> str:
+    """Tables and lines as a terminal of that width shows them, without colours."""
+    console = Console(file=StringIO(), width=width, highlight=False)
+    for one in shown:
+        console.print(one, markup=False, soft_wrap=isinstance(one, str))
+    return str(console.file.getvalue()).rstrip("\n")  # type: ignore[attr-defined]
+
+
+def html(shown: Iterable[Grid | str]) -> str:
+    """Tables and lines as a notebook shows them."""
+    return "\n".join(
+        f"<p>{escape(one)}</p>"
+        if isinstance(one, str)
+        else f"<b>{escape(one.title)}</b>{one.html()}"
+        for one in shown
+    )
 
 
 _GAP = 2  # characters between columns

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -154,6 +155,21 @@ def validation_plot(validation: Json) -> Figure:
     axis.set_title(f"{validation['metric']}: Spearman's rho {rho}", fontsize=10)
     axis.set_xlabel("predicted drop")
     axis.set_ylabel(f"measured divergence, nats ({validation['images']} images)")
+    clean(axis)
+    return figure
+
+
+def bench_plot(rows: Sequence[Json]) -> Figure:
+    """Accuracy over bytes of model files, each named at its point: `rows` of `bench.jsonl`."""
+    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+    axis = figure.subplots()
+    for i, row in enumerate(r for r in rows if r["top1"] is not None):
+        at, name = (row["bytes"] / 1e3, row["top1"]), Path(row["file"]).stem
+        axis.plot(*at, "o", color=_LINES[i % len(_LINES)], ms=7)
+        axis.annotate(name, at, xytext=(6, 4), textcoords="offset points", fontsize=8)
+    axis.set_xlabel("file, kB")
+    axis.set_ylabel("top-1, percent")
+    axis.margins(x=0.15)
     clean(axis)
     return figure
 

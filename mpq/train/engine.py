@@ -100,6 +100,11 @@ class Engine:
 
     def _take_images(self, images: Images, labels: Labels) -> None:
         """Keep the training images where they are at hand, and what is known of their labels."""
+        if images.dtype != np.uint8 and (self.recipe.trivial or self.recipe.rand_operations):
+            raise UsageError(
+                "trivial and rand_operations change the colours of uint8 pixels, but these images "
+                "are floats. Set both to 0 in the recipe, or change the images where they are read."
+            )
         resident = self.device if images.nbytes <= RESIDENT_BYTES else torch.device("cpu")
         self.images = as_tensor(images).to(resident)
         self.labels = as_tensor(labels.astype(np.int64)).to(resident)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from mpq.data import Normalization
+from mpq.data.normalize import NAMED
 from mpq.errors import DataError
 
 Images = NDArray[np.uint8]
@@ -33,12 +34,18 @@ def send(values: NDArray[Any], device: torch.device) -> Tensor:
 
 
 def to_unit(images: Tensor) -> Tensor:
-    """Float32 `[B, 3, H, W]` in 0..1 of uint8 `[B, H, W, 3]`."""
-    return images.permute(0, 3, 1, 2).contiguous().float().div_(255)
+    """Float32 `[B, 3, H, W]` in 0..1 of uint8 `[B, H, W, 3]`; floats `[B, H, W, C]` as they are."""
+    planes = images.permute(0, 3, 1, 2).contiguous()
+    return planes if planes.is_floating_point() else planes.float().div_(255)
 
 
 def normalize_unit(images: Tensor, normalize: Normalization) -> Tensor:
-    """`(x - mean) / std` per channel of images `[B, 3, H, W]` in 0..1."""
+    """`(x - mean) / std` per channel of images `[B, 3, H, W]` in 0..1.
+
+    `none` leaves images of any number of channels as they are.
+    """
+    if normalize == NAMED["none"]:
+        return images.clone()  # a network may write into what it is given
     mean, std = _constants(normalize, images.device)
     return (images - mean) / std
 
@@ -115,12 +122,15 @@ def check_images(images: Images, labels: Labels | None = None, *, partial: bool 
     """Refuse what the loop and the evaluation cannot take.
 
     Raises:
-        DataError: not uint8 `[n, H, W, 3]` with n >= 1, or labels that are not int `[n]`, >= 0 (or,
+        DataError: not uint8 `[n, H, W, 3]`, nor float32 `[n, H, W, C]` as a network takes it, with
+            n >= 1; or labels that are not int `[n]`, >= 0 (or,
             with `partial`, -1).
     """
-    if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8 or not len(images):
+    pixels = images.shape[-1] == 3 and images.dtype == np.uint8
+    if images.ndim != 4 or not (pixels or images.dtype == np.float32) or not len(images):
         raise DataError(
-            "images must be uint8 [n, H, W, 3] with at least one image. "
+            "images must be uint8 [n, H, W, 3], or float32 [n, H, W, C] as the network takes them, "
+            "with at least one image. "
             f"Got {images.dtype} {list(images.shape)}."
         )
     if labels is None:

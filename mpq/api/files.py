@@ -1,0 +1,209 @@
+"""Verbs on files: `export`, `bench`, `certify`, `verify`, `report`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor, from_numpy
+
+from mpq import origins, rundir
+from mpq.data import DataSource, Normalization
+from mpq.errors import UsageError
+from mpq.export import ExportResult, to_onnx
+from mpq.export.bench import Timing
+from mpq.export.certify import Certificate
+from mpq.export.certify import certify as judge
+from mpq.export.exact import ExactReport
+from mpq.export.form import Int4Format
+from mpq.export.verify import VerifyReport
+from mpq.graph.ir import QuantGraph
+from mpq.pipeline.benching import Bench, Benching, run_bench
+from mpq.pipeline.exporting import Exporting, PixelLayout, export_file
+from mpq.pipeline.given import Data, gather
+from mpq.pipeline.quantizing import Quantized, load_quantized
+from mpq.pipeline.verifying import exact_run, verify_run
+
+
+def export(
+    quantized: Quantized | QuantGraph | str | Path,
+    path: str | Path = "model.onnx",
+    *,
+    data: Data | None = None,
+    verify: int = 1000,
+    allow_float_fallback: bool = False,
+    int4_format: Int4Format | None = None,
+    min_runtime: str | None = None,
+    input: Literal["float", "uint8"] = "float",
+    layout: PixelLayout = "nhwc",
+    target: str | None = None,
+    seed: int = 0,
+    force: bool = False,
+) -> ExportResult:
+    """Write one ONNX file, verified and certified, as `mpq export` does.
+
+    Args:
+        quantized: what `ptq` or `qat` gave, or its file.
+        path: the file to write.
+        data: images to verify on. None: those that `quantized` was measured on.
+        verify: how many of them.
+        allow_float_fallback: accept layers that run in float against the policy.
+        int4_format: storage of 4-bit weights; None: what `min_runtime` takes.
+        min_runtime: the oldest onnxruntime that must run the file.
+        input: what the file takes: `float` images, or `uint8` pixels.
+        layout: of pixels.
+        target: the kind of CPU to certify for; None: that of this computer.
+        seed: of the sample.
+        force: replace a file that exists.
+
+    Raises:
+        ExportError: the file breaks a promise; nothing is written.
+        UsageError: the file exists and `force` is off.
+    """
+    rundir.refuse_overwrite(Path(path), force)
+    form = Exporting(
+        int4_format=int4_format,
+        min_runtime=min_runtime,
+        pixels=layout if input == "uint8" else None,
+        target=target,
+        allow_float_fallback=allow_float_fallback,
+    )
+    if isinstance(quantized, QuantGraph):
+        if form.pixels is not None:
+            raise UsageError(
+                "a graph does not say how pixels are normalized. Export what mpq.ptq gave."
+            )
+        return to_onnx(
+            quantized,
+            path,
+            images=None if data is None else _images(data, verify, seed),
+            allow_float_fallback=allow_float_fallback,
+            int4_format=int4_format,
+            min_runtime=min_runtime,
+            target=target,
+        )
+    named = data if isinstance(data, str | Path) else None
+    found = _quantized(quantized, named)
+    images = None if data is None or named is not None else _images(data, verify, seed)
+    return export_file(found, Path(path), form, count=verify, seed=seed, images=images)
+
+
+def bench(
+    files: str | Path | Iterable[str | Path],
+    data: Data | None = None,
+    *,
+    float_file: str | Path | None = None,
+    normalize: str = "",
+    threads: int = 1,
+    batch: int = 1,
+    runs: int = 200,
+    peers: bool = False,
+    limit: int | None = None,
+    seed: int = 0,
+) -> Bench:
+    """Accuracy, latency, size and memory of ONNX files beside the float model, as `mpq bench` does.
+
+    Args:
+        files: ONNX files.
+        data: images and class ids to measure accuracy on. None: the data that the files name;
+            `none`: accuracy is not measured.
+        float_file: what speed refers to. None: `float.onnx` beside the first file.
+        normalize: of pixels, where the files do not say.
+        threads: threads inside an operation.
+        batch: images at a time.
+        runs: rounds timed.
+        peers: also onnxruntime's own static and dynamic int8 of the float model; of data by name.
+        limit: images at most; None: all.
+        seed: of the sample.
+
+    Raises:
+        UsageError, DataError: files or data that are missing or do not fit.
+    """
+    how = Benching(
+        float_file=None if float_file is None else Path(float_file),
+        normalize=Normalization.parse(normalize) if normalize else None,
+        timing=Timing(threads, batch, runs),
+        peers=peers,
+        limit=limit,
+        seed=seed,
+    )
+    source: Any = DataSource(None if data is None else str(data))
+    if data is not None and not isinstance(data, str | Path):
+        source = gather(data, limit, seed)
+    several = [files] if isinstance(files, str | Path) else files
+    return run_bench([_fresh(file) for file in several], source, how)
+
+
+def certify(file: str | Path, *, target: str | None = None) -> Certificate:
+    """What onnxruntime makes of any ONNX file, as `mpq certify` does.
+
+    Args:
+        file: an ONNX file.
+        target: the kind of CPU to judge for; None: that of this computer.
+
+    Raises:
+        ExportError: the runtime cannot load it.
+    """
+    return judge(_fresh(file), target=target)
+
+
+def verify(
+    file: str | Path,
+    quantized: Quantized | str | Path | None = None,
+    *,
+    exact: bool = False,
+    data: str | Path | None = None,
+    images: int | None = None,
+    seed: int = 0,
+) -> VerifyReport | ExactReport:
+    """Whether a file answers as its network does, or as integers must, as `mpq verify` does.
+
+    Args:
+        file: an ONNX file.
+        quantized: what it was made from. None: `quantized.pth` beside the file.
+        exact: predict every integer tensor of the runtime; needs nothing but the file.
+        data: images by name. None: those that the file or `quantized` name.
+        images: how many. None: 1000, with `exact` 4.
+        seed: of the sample.
+
+    Raises:
+        DataError, ExportError: no images, or a file that does not run.
+    """
+    if exact:
+        source = DataSource(None if data is None else str(data))
+        return exact_run(_fresh(file), source, images=images or 4, seed=seed)
+    found = _quantized(quantized or Path(file).parent / "quantized.pth", data)
+    return verify_run(found, _fresh(file), images=images or 1000, seed=seed)
+
+
+def report(run: str | Path) -> Path:
+    """Write `report.html` into a run folder, as `mpq report` does, and return its path.
+
+    Args:
+        run: the folder.
+
+    Raises:
+        UsageError: it is no run.
+    """
+    from mpq.report.page import write_page  # matplotlib: a second of import
+
+    rundir.tidy(Path(run))
+    return write_page(Path(run))
+
+
+def _quantized(found: Quantized | str | Path, data: str | Path | None) -> Quantized:
+    if isinstance(found, Quantized):
+        return found
+    return load_quantized(_fresh(found), DataSource(None if data is None else str(data)))
+
+
+def _fresh(file: str | Path) -> Path:
+    """A file, unless it is one of a run and stale there."""
+    path = Path(file)
+    origins.require(path)
+    return path
+
+
+def _images(data: Data, count: int, seed: int) -> Tensor:
+    return from_numpy(gather(data, count, seed)[0]).permute(0, 3, 1, 2).contiguous()

@@ -1,0 +1,272 @@
+"""Verbs on networks: `analyze`, `ptq`, `qat`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from mpq.analyze.perturb import Rounding
+from mpq.analyze.score import Metric, Scoring
+from mpq.errors import PolicyError, UsageError
+from mpq.latency import LatencyProfile
+from mpq.pipeline.analysis import Analysis
+from mpq.pipeline.analyzing import MINIMIZE, Analyzing, find_policy
+from mpq.pipeline.given import Data, Wanted, given
+from mpq.pipeline.quantizing import Quantized, run_ptq, run_qat
+from mpq.pipeline.subject import GIVEN, Subject
+from mpq.policy import Constraints, Policy
+from mpq.ptq import MEMORY_MB, Effort, Equalize, Learning, Method, PtqSettings
+from mpq.rundir import Progress, Run, silent
+from mpq.train.ensemble import Ensemble, Member, load_ensemble
+from mpq.train.plan import Hooks, TrainingPlan
+from mpq.train.recipe import Recipe
+from mpq.wide import Int16Form, take_form
+
+Model = nn.Module | str | Path
+Budget = float | Constraints | Mapping[str, float]
+"""Effective bits, or limits by their names, or the values of these."""
+CALIBRATION, HELD_OUT, MEASURED = 512, 500, 2000
+
+
+def analyze(
+    model: Model,
+    data: Data | None = None,
+    *,
+    budget: Budget | Sequence[Budget] | None = None,
+    validation: Data | None = None,
+    normalize: str = "",
+    example: Tensor | None = None,
+    bits: Sequence[int] = (8, 4),
+    act_bits: Sequence[int] = (8,),
+    minimize: str = "bits",
+    profile: LatencyProfile | str | Path | None = None,
+    metric: Metric = "fisher",
+    rounding: Rounding = "nearest",
+    num_score: int = 512,
+    locked: Policy | str | Path | None = None,
+    validate: int = 0,
+    target: str | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+    progress: Progress = silent,
+) -> Analysis:
+    """Find how many bits each layer needs, as `mpq analyze` does.
+
+    Args:
+        model: a trained network, or its checkpoint.
+        data: images to score on; None: the weights alone are looked at.
+        budget: effective bits, `{"max_size_mb": 0.4, "max_drop": 0.3}`, or `mpq.Constraints`; of
+            several, each gets a policy. None: 4.8 effective bits.
+        validation: images to measure on, for `max_drop` and `validate`. None: further ones of
+            `data`.
+        normalize: what has been done to the images, as `--normalize`.
+        example: a batch `[N, C, H, W]`, where there are no data.
+        bits: weight widths to choose from.
+        act_bits: activation widths to choose from.
+        minimize: what `max_drop` makes small, and what the front is over: `bits`, `size`, `bops`,
+            `activation` or `latency`.
+        profile: measured latencies, for `max_latency_ms`.
+        metric: how layers are scored.
+        rounding: of scored weights.
+        num_score: images to score on.
+        locked: a policy whose locked layers are kept.
+        validate: random policies to measure the scores against.
+        target: the kind of CPU to plan for; None: that of this computer.
+        seed: of all randomness.
+        device: where to score, `cpu` or `cuda`.
+        progress: called with (phase, done, all).
+
+    Raises:
+        DataError, GraphError: data or a network that cannot be taken.
+        InfeasibleError: no widths meet the budget.
+    """
+    if minimize not in MINIMIZE:
+        raise UsageError(f"minimize must be one of {', '.join(MINIMIZE)}. Got {minimize!r}.")
+    limits = [_constraints(one) for one in _several(budget)]
+    measured = MEASURED if any(one.max_drop is not None for one in limits) else 0
+    wanted = Wanted(num_score, max(measured, HELD_OUT if validate else 0), seed)
+    subject = given(
+        model, data, wanted, validation=validation, normalize=normalize, example=example
+    )
+    how = Analyzing(
+        Scoring(tuple(bits), tuple(act_bits), metric, seed, rounding=rounding),
+        num_score,
+        target,
+        None if locked is None else _policy(locked),
+        LatencyProfile.load(Path(profile)) if isinstance(profile, str | Path) else profile,
+        MINIMIZE[minimize],
+        validate=validate,
+    )
+    return find_policy(subject, limits, how, Run(seed=seed, device=device, progress=progress))
+
+
+def ptq(
+    model: Model,
+    data: Data | None = None,
+    policy: Policy | Analysis | str | Path | None = None,
+    *,
+    validation: Data | None = None,
+    normalize: str = "",
+    calibration: Method = "mse",
+    effort: Effort = "good",
+    equalize: Equalize = "auto",
+    iterations: int = Learning.iterations,
+    num_calib: int | None = None,
+    memory_mb: float = MEMORY_MB,
+    dynamic: bool = False,
+    int16_form: Int16Form | None = None,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> Quantized:
+    """Quantize without training, as `mpq ptq` does.
+
+    Args:
+        model: a trained network, or its checkpoint.
+        data: images to calibrate on.
+        policy: widths per layer, or the analysis that found them; None: 8 bits everywhere.
+        validation: images to measure on. None: further ones of `data`.
+        normalize: what has been done to the images, as `--normalize`.
+        calibration: how activation ranges are chosen.
+        effort: `fast`, `good` or `best`.
+        equalize: whether channels are rescaled between layers.
+        iterations: steps per block of effort `best`.
+        num_calib: images to calibrate on. None: as many as the policy says.
+        memory_mb: activations to hold in memory, in MiB.
+        dynamic: linear layers that read floats take their range at run time.
+        int16_form: of all 16-bit activations; None: as the policy says.
+        seed: of all randomness.
+        progress: called with (phase, done, all).
+
+    Raises:
+        DataError, GraphError: data or a network that cannot be taken.
+        PolicyError: the policy does not fit the network, or was made for other weights.
+    """
+    chosen = _samples(_policy(policy), num_calib)
+    wanted = Wanted(chosen.data.samples, HELD_OUT, seed)
+    subject = given(model, data, wanted, validation=validation, normalize=normalize)
+    _check_weights(chosen, subject)
+    settings = PtqSettings(
+        method=calibration,
+        effort=effort,
+        equalization=equalize,
+        learning=Learning(iterations=iterations),
+        memory_mb=memory_mb,
+        dynamic=dynamic,
+        int16_form=int16_form,
+    )
+    return run_ptq(chosen, subject, settings, Run(seed=seed, progress=progress))
+
+
+def qat(
+    model: Model,
+    data: Data | None = None,
+    policy: Policy | Analysis | str | Path | None = None,
+    *,
+    teacher: Ensemble | Model | None = None,
+    validation: Data | None = None,
+    normalize: str = "",
+    recipe: str | Recipe = "qat",
+    epochs: int | None = None,
+    settings: Mapping[str, object] | None = None,
+    int16_form: Int16Form | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+    folder: str | Path | None = None,
+    resume: bool = False,
+    hooks: Hooks | None = None,
+) -> Quantized:
+    """Quantize with training and distillation, as `mpq qat` does; `model` itself is not changed.
+
+    All images are read once and kept in memory, and the recipe shifts and mirrors them. For data
+    that do not fit, or another loss, train `mpq.ptq(...).module` with a loop of your own.
+
+    Args:
+        model: a trained network, or its checkpoint.
+        data: images and class ids to train on; images without ids need a teacher.
+        policy: widths per layer, or the analysis that found them; None: 8 bits everywhere.
+        teacher: a network or an ensemble, or its file.
+        validation: images to measure on. None: a tenth of `data`, which is not trained on.
+        normalize: what has been done to the images, as `--normalize`.
+        recipe: its name, its file, or itself.
+        epochs: instead of the recipe's.
+        settings: other keys of the recipe.
+        int16_form: of all 16-bit activations; None: as the policy says.
+        seed: of all randomness.
+        device: where to train, `cpu` or `cuda`.
+        folder: keeps `checkpoint.pth` and `metrics.jsonl` while it trains; None: nothing is kept.
+        resume: go on from what an interrupted training left in `folder`.
+        hooks: called while it trains.
+
+    Raises:
+        DataError, GraphError, PolicyError: as `ptq`.
+        TrainError: a loss that is not finite.
+    """
+    chosen = _policy(policy)
+    chosen = take_form(chosen, int16_form) if int16_form is not None else chosen
+    subject = given(model, data, Wanted(None, 0, seed), validation=validation, normalize=normalize)
+    _check_weights(chosen, subject)
+    changes = dict(settings or {}) | ({} if epochs is None else {"epochs": epochs})
+    loaded = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
+    plan = TrainingPlan(loaded.override(changes), _teacher(teacher, subject))
+    run = Run(None if folder is None else Path(folder), seed, device, resume)
+    return run_qat(chosen, subject, plan, run, hooks)
+
+
+def _several(budget: Any) -> list[Any]:
+    if budget is None:
+        return [Constraints()]
+    alone = isinstance(budget, int | float | Constraints | Mapping)
+    return [budget] if alone else list(budget)
+
+
+def _constraints(budget: Budget) -> Constraints:
+    if isinstance(budget, Constraints):
+        return budget
+    limits = dict(budget) if isinstance(budget, Mapping) else {"effective_bits": budget}
+    return Constraints().replace(**limits)
+
+
+def _policy(policy: Policy | Analysis | str | Path | None) -> Policy:
+    if isinstance(policy, Analysis):
+        return policy.policy
+    if isinstance(policy, str | Path):
+        return Policy.load(policy)
+    return policy or Policy.uniform(8)
+
+
+def _samples(policy: Policy, num_calib: int | None) -> Policy:
+    count = num_calib or policy.data.samples or CALIBRATION
+    return policy.replace(data=policy.data.replace(samples=count))
+
+
+def _check_weights(policy: Policy, subject: Subject) -> None:
+    """Refuse a policy that was found for other weights."""
+    asked, found = policy.model and policy.model.sha256, subject.info.sha256
+    if asked and found and asked != found:
+        raise PolicyError(
+            f"the policy was made for other weights: sha256 must be {asked[:12]}..., got "
+            f"{found[:12]}.... Analyze this network, or take policy.replace(model=None)."
+        )
+
+
+def _teacher(teacher: Ensemble | Model | None, subject: Subject) -> Ensemble | None:
+    """The teachers; images that were given as values reach them as they reach the student."""
+    if teacher is None:
+        return None
+    if isinstance(teacher, nn.Module) and not isinstance(teacher, Ensemble):
+        return Ensemble([Member(type(teacher).__name__, teacher, subject.normalize)])
+    found = teacher if isinstance(teacher, Ensemble) else load_ensemble(Path(teacher))
+    if subject.data_name != GIVEN:
+        return found
+    own, others = subject.info.normalize, {str(member.normalize) for member in found.members}
+    if own and others - {own}:
+        raise UsageError(
+            f"teachers must want images normalized as these are ({own}). Got "
+            f"{', '.join(sorted(others))}. Train on data by name, where each gets its own."
+        )
+    members = [replace(member, normalize=subject.normalize) for member in found.members]
+    return Ensemble(members, top1=found.top1)

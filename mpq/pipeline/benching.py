@@ -1,0 +1,191 @@
+"""`bench`: model files side by side, on test images by name or as arrays. No torch here."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from numpy.typing import NDArray
+
+from mpq.data import DataSet, DataSource, Normalization, load_arrays, open_data, sample_indices
+from mpq.errors import UsageError
+from mpq.export import peers as peer_tools
+from mpq.export.bench import BenchRow, FileInfo, Timing, bench, file_info
+from mpq.shown import Shown
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+logger = logging.getLogger(__name__)
+Array = NDArray[Any]
+Arrays = tuple[Array, Array]
+Tell = Callable[[str], None]
+CALIBRATION = 512
+
+
+@dataclass(frozen=True, repr=False)
+class Bench(Shown):
+    """Model files side by side, the float file first."""
+
+    TABLES = ("bench_table",)
+    rows: tuple[BenchRow, ...]
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """A dict for each row."""
+        return [asdict(row) for row in self.rows]
+
+    def plot(self) -> Figure:
+        """Accuracy over bytes."""
+        from mpq.report.plots import bench_plot  # matplotlib: a second of import
+
+        return bench_plot(self.to_json())
+
+
+@dataclass(frozen=True)
+class Benching:
+    """How files are measured.
+
+    Args:
+        float_file: what speed refers to. None: `float.onnx` beside the first file.
+        normalize: of pixels, where the files do not say.
+        timing: how latency is measured; None: one thread, one image, 200 rounds.
+        peers: also onnxruntime's own int8 of the float model; a folder keeps the files.
+        limit: images at most; None: all.
+        seed: of their choice.
+    """
+
+    float_file: Path | None = None
+    normalize: Normalization | None = None
+    timing: Timing | None = None
+    peers: Path | bool = False
+    limit: int | None = None
+    seed: int = 0
+
+
+def run_bench(
+    paths: Sequence[Path],
+    data: DataSource | Arrays,
+    how: Benching | None = None,
+    *,
+    tell: Tell = lambda _: None,
+    say: Tell = logger.info,
+) -> Bench:
+    """Measure ONNX files beside the float model.
+
+    Args:
+        paths: the files.
+        data: where test images come from (by default from the data that the files name), or images
+            and class ids: floats `[n, H, W, C]` as the files take them, and `[n]`.
+        how: they are measured.
+        tell: called with what is being done.
+        say: called with what was chosen.
+
+    Raises:
+        UsageError, DataError: files or data that are missing or do not fit.
+    """
+    how = how or Benching()
+    reference = how.float_file or float_beside(paths[0])
+    info = _known([*paths, *([reference] if reference else [])])
+    dataset, normalize = None, how.normalize
+    if isinstance(data, DataSource):
+        dataset = _open(data, info, say)
+        images, labels = _load(dataset, how, say)
+    else:
+        images, labels = _labelled(*data)
+        normalize = normalize or Normalization.parse("none")
+    made: list[Path] = []
+    with ExitStack() as stack:
+        if how.peers:
+            tell("onnxruntime's own int8")
+            place = how.peers
+            if not isinstance(place, Path):
+                place = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            known = Normalization.parse(info.normalize) if info.normalize else None
+            made = _peers(place, reference, dataset, normalize or known, how.seed)
+        rows = bench(
+            [*paths, *made],
+            float_file=reference,
+            images=images,
+            labels=labels,
+            normalize=normalize,
+            timing=how.timing,
+            progress=tell,
+        )
+    return Bench(tuple(rows))
+
+
+def _labelled(images: Array, labels: Array) -> Arrays:
+    if (labels < 0).any():
+        raise UsageError("every image must come with its class id, which accuracy needs.")
+    return images, labels
+
+
+def float_beside(path: Path) -> Path | None:
+    """The float file of the run that a file is in, if there is one."""
+    reference = path.parent / "float.onnx"
+    return reference if reference.is_file() else None
+
+
+def _known(paths: Sequence[Path]) -> FileInfo:
+    """What the files say of themselves; where one is silent, the next is asked."""
+    infos = [asdict(file_info(path)) for path in paths]
+    fields = {key: next((i[key] for i in infos if i[key] is not None), None) for key in infos[0]}
+    return FileInfo(**fields)
+
+
+def _open(source: DataSource, info: FileInfo, say: Tell) -> DataSet | None:
+    """The data set that is named, or that the files name; None for `none`."""
+    name = source.data or info.data
+    if name is None:
+        raise UsageError(
+            "the files do not say which data they were made for. Name it with --data NAME, or "
+            "measure latency, size and memory alone with --data none."
+        )
+    say(f"data: {name}")
+    if name == "none":
+        return None
+    return open_data(name, root=source.root, size=info.input[1:] if info.input else None)
+
+
+def _load(dataset: DataSet | None, how: Benching, say: Tell) -> tuple[Array | None, Array | None]:
+    """Test images and labels; no images without labels."""
+    if dataset is None:
+        return None, None
+    if not dataset.labelled:
+        say("they have no labels: accuracy is not measured")
+        return None, None
+    if not len(dataset.test):
+        say("they are too few for a test split: accuracy is not measured")
+        return None, None
+    if how.limit is None or how.limit >= len(dataset.test):
+        return load_arrays(dataset.test)
+    picked = sample_indices(dataset.test, how.limit, how.seed)
+    return dataset.test.read(picked), dataset.test.labels[picked]
+
+
+def _peers(
+    folder: Path,
+    reference: Path | None,
+    dataset: DataSet | None,
+    normalize: Normalization | None,
+    seed: int,
+) -> list[Path]:
+    """The int8 files that onnxruntime itself makes of the float model."""
+    if reference is None:
+        raise UsageError("--peers quantizes the float model. Name it with --float FILE.")
+    if dataset is None or normalize is None:
+        raise UsageError(
+            "--peers calibrates on training images. Name them with --data, and how they are "
+            "normalized with --normalize."
+        )
+    images = dataset.train.read(sample_indices(dataset.train, CALIBRATION, seed))
+    static, dynamic = folder / "ort-static.onnx", folder / "ort-dynamic.onnx"
+    return [
+        peer_tools.onnxruntime_static(reference, static, normalize.apply(images)),
+        peer_tools.onnxruntime_dynamic(reference, dynamic),
+    ]

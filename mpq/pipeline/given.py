@@ -1,0 +1,221 @@
+"""What a stage works on, given as values: a network, and data in any form that PyTorch users have.
+
+Data may be what `--data` names, a `DataSet`, a torch `DataLoader`, a `Dataset`, an iterable of
+batches, or a tensor. A batch is a tensor, a tuple that begins with one, or a dict; class ids that
+come with the images are their labels, anything else is not looked at. What is needed is read once
+and kept in memory, as floats that the network takes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
+
+from mpq.checkpoint import load_model, weights_hash
+from mpq.data import DataSet, DataSource, Normalization, open_data
+from mpq.data.dataset import ArraySplit
+from mpq.data.normalize import NAMED
+from mpq.errors import DataError
+from mpq.pipeline.subject import GIVEN, Subject, normalized, open_checkpoint
+from mpq.policy import ModelInfo
+from mpq.train.evaluate import evaluating
+
+Data = str | Path | DataSet | Tensor | Dataset[Any] | Iterable[Any]
+INPUTS = ("pixel_values", "image", "images", "img", "x", "input", "inputs")
+LABELS = ("labels", "label", "target", "targets", "y", "class")
+BATCH = 64
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is read of data given as values.
+
+    Args:
+        count: to work on; None: all there are.
+        held_out: further ones to measure on, where there are no data for that.
+        seed: of the choice among the items of a `Dataset`.
+    """
+
+    count: int | None = 512
+    held_out: int = 500
+    seed: int = 0
+
+
+def given(
+    model: nn.Module | str | Path,
+    data: Data | None,
+    wanted: Wanted,
+    *,
+    validation: Data | None = None,
+    normalize: str = "",
+    example: Tensor | None = None,
+) -> Subject:
+    """A network and its data as a stage takes them.
+
+    Args:
+        model: a trained network, or its checkpoint.
+        data: None: no images are looked at.
+        wanted: how many images.
+        validation: what is measured on. None: items of `data` that are not worked on.
+        normalize: what has been done to the images, as `--normalize`; images by name are normalized
+            so. Empty: unknown.
+        example: a batch `[N, C, H, W]`, needed without data.
+
+    Raises:
+        DataError: data of another form, or none where an example is needed.
+        CheckpointError: a checkpoint that cannot be read.
+    """
+    info = None
+    if not isinstance(model, nn.Module):
+        if data is None or isinstance(data, str | Path):
+            how = Normalization.parse(normalize) if normalize else None
+            named = None if data is None else str(data)
+            return open_checkpoint(Path(model), DataSource(named), normalize=how)
+        loaded, checkpoint = load_model(Path(model)), os.path.relpath(model)
+        model, info = loaded.module, loaded.info.replace(checkpoint=checkpoint)
+    if isinstance(data, str | Path | DataSet) and str(data) != "none":
+        return _named(model, info, data, normalize)
+    read = None
+    if data is not None and not isinstance(data, str | Path):
+        read = _read(data, validation, wanted)
+        example = torch.from_numpy(read.train[0][:2]).permute(0, 3, 1, 2)
+    if example is None and info is None:
+        raise DataError("without data a batch must be given: example=torch.zeros(1, C, H, W).")
+    if info is None:
+        assert example is not None
+        info = _info(model, example, normalize)
+    found = read.data_set(info.classes) if read else None
+    return Subject(model, info, found, GIVEN, NAMED["none"])
+
+
+def _named(
+    model: nn.Module, info: ModelInfo | None, data: str | Path | DataSet, normalize: str
+) -> Subject:
+    """Data by name, or opened already: normalized as asked, or as the network is found to want."""
+    size = info.input[1:] if info else None
+    found = data if isinstance(data, DataSet) else open_data(data, size=size)
+    info = info or _info(model, torch.zeros(1, 3, *found.size), "")
+    if found.labelled:
+        found.require_classes(info.classes)
+    how = Normalization.parse(normalize) if normalize else None
+    return normalized(Subject(model, info, found, found.name, NAMED["none"]), how)
+
+
+def _info(model: nn.Module, example: Tensor, normalize: str) -> ModelInfo:
+    """What a policy says of a network that came as a value."""
+    with evaluating(model):
+        answer = model(example[:1].to(next((p.device for p in model.parameters()), "cpu")))
+    classes = answer.shape[1] if isinstance(answer, Tensor) and answer.ndim > 1 else 1
+    return ModelInfo(
+        arch=type(model).__name__,
+        sha256=weights_hash(model.state_dict()),
+        classes=classes,
+        input=(example.shape[1], example.shape[2], example.shape[3]),
+        normalize=str(Normalization.parse(normalize)) if normalize else "",
+    )
+
+
+Arrays = tuple[NDArray[Any], NDArray[np.int64]]
+"""Images `[n, H, W, C]` as the network takes them, and class ids `[n]`, -1 where there are none."""
+
+
+@dataclass(frozen=True)
+class _Read:
+    """What was read: to work on, and to measure on."""
+
+    train: Arrays
+    measured: Arrays
+
+    def data_set(self, classes: int) -> DataSet:
+        """As the stages take it; without labels unless all images have one."""
+        both = (self.train, self.measured)
+        labelled = classes > 1 and all((labels >= 0).all() for _, labels in both)
+        size = self.train[0].shape[1], self.train[0].shape[2]
+        train, measured = (ArraySplit(*arrays, size) for arrays in both)
+        names = tuple(map(str, range(classes))) if labelled else ()
+        return DataSet(GIVEN, names, train, measured, measured, size)
+
+
+def _read(data: Any, validation: Any, wanted: Wanted) -> _Read:
+    if validation is not None:
+        train = gather(data, wanted.count, wanted.seed)
+        return _Read(train, gather(validation, wanted.held_out, wanted.seed))
+    both = None if wanted.count is None else wanted.count + wanted.held_out
+    images, labels = gather(data, both, wanted.seed)
+    cut = wanted.count or round(0.9 * len(images)) or 1
+    return _Read((images[:cut], labels[:cut]), (images[cut:], labels[cut:]))
+
+
+def gather(data: Any, count: int | None, seed: int) -> Arrays:
+    """The first `count` items; of a `Dataset`, which has no order of its own, some of all.
+
+    Raises:
+        DataError: no items, or no images `[N, C, H, W]` of floats.
+    """
+    images, labels, found = [], [], 0
+    for batch in _batches(data, count, seed):
+        one, of = _parts(batch)
+        images.append(one)
+        labels.append(of)
+        found += len(one)
+        if count is not None and found >= count:
+            break
+    if not found:
+        raise DataError(
+            "data must give at least one image. Got none; an iterator can be read only once, so "
+            "give a DataLoader, a list of batches or a tensor."
+        )
+    planes = torch.cat(images)[:count].permute(0, 2, 3, 1)
+    return np.ascontiguousarray(planes.numpy(), np.float32), torch.cat(labels)[:count].numpy()
+
+
+def _batches(data: Any, count: int | None, seed: int) -> Iterator[Any]:
+    """Batches of data in any form."""
+    if isinstance(data, Tensor):
+        return iter([data])
+    if isinstance(data, IterableDataset):
+        return iter(DataLoader(data, batch_size=BATCH))
+    if isinstance(data, Dataset):
+        total = len(data)  # type: ignore[arg-type]
+        order = torch.randperm(total, generator=torch.Generator().manual_seed(seed)).tolist()
+        picked = order if count is None else order[:count]
+        chunks = (picked[i : i + BATCH] for i in range(0, len(picked), BATCH))
+        return (default_collate([data[i] for i in chunk]) for chunk in chunks)
+    if isinstance(data, Iterable):
+        return iter(data)
+    raise DataError(
+        "data must be a DataLoader, a Dataset, an iterable of batches, a tensor, or a name as "
+        f"--data takes it. Got {type(data).__name__}."
+    )
+
+
+def _parts(batch: Any) -> tuple[Tensor, Tensor]:
+    """Images and class ids of a batch; -1 where it says none."""
+    if isinstance(batch, Mapping):
+        images = next((batch[key] for key in INPUTS if key in batch), None)
+        labels = next((batch[key] for key in LABELS if key in batch), None)
+    elif isinstance(batch, tuple | list):
+        images, labels = (*batch, None, None)[:2]
+    else:
+        images, labels = batch, None
+    if not isinstance(images, Tensor) or images.ndim != 4 or not images.is_floating_point():
+        got = f"{images.dtype} {list(images.shape)}" if isinstance(images, Tensor) else None
+        keys = f" with keys {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else ""
+        raise DataError(
+            "a batch must begin with images [N, C, H, W] of floats, as the network takes them, or "
+            f"be a dict that has them under {', '.join(INPUTS)}. Got "
+            f"{got or type(batch).__name__ + keys}."
+        )
+    known = isinstance(labels, Tensor) and labels.shape == images.shape[:1]
+    if isinstance(labels, Tensor) and known and not labels.is_floating_point():
+        return images.detach().cpu(), labels.detach().cpu().long()
+    return images.detach().cpu(), torch.full(images.shape[:1], -1)
