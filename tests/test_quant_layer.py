@@ -8,7 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 
+from mpq.quant import ops
 from mpq.quant.fake_quant import FakeQuant, FrozenQuant
 from mpq.quant.layer import FrozenLayer, IslandLayer, QuantLayer
 from mpq.quant.operation import LayerOp, integer_bias, refusal
@@ -233,3 +235,24 @@ def test_island_layer(name: str, act: int | None):
         frozen = island.frozen()
         assert isinstance(frozen.layer, FrozenLayer)
         assert torch.equal(frozen(x), out)
+
+
+def test_what_a_tracer_is_told_is_what_an_operator_gives():
+    """A tracer is told shapes and strides without the arithmetic: they must be those of it."""
+    x, scale = torch.randn(2, 6, 7, 7), torch.tensor(0.1)
+    weight, bias = torch.ones(8, 3, 3, 3, dtype=torch.int8), torch.ones(8, dtype=torch.int32)
+    rows, matrix = torch.randn(2, 3, 6), torch.ones(5, 6, dtype=torch.int8)
+    zero = torch.tensor(3, dtype=torch.uint8)
+    cases = (
+        (ops.fake_quantize, (x.transpose(1, 3), scale, zero, 0, 255)),
+        (ops.dequantize, (weight, torch.ones(8), 0)),
+        (ops.conv, (x, scale, weight, torch.ones(8), bias, [2, 1], [1, 0], [1, 2], 2)),
+        (ops.linear, (rows, scale, matrix, torch.ones(5), torch.ones(5, dtype=torch.int32))),
+        (ops.dynamic_linear, (rows, matrix, torch.ones(5), torch.ones(5))),
+    )
+    for operator, args in cases:
+        real, mode = operator(*args), FakeTensorMode()
+        with mode:
+            told = operator(*(mode.from_tensor(a) if isinstance(a, Tensor) else a for a in args))
+        assert isinstance(told, type(mode.from_tensor(real)))
+        assert (told.shape, told.dtype, told.stride()) == (real.shape, real.dtype, real.stride())

@@ -14,6 +14,7 @@ ONNX's DynamicQuantizeLinear does it: one scale and zero point for the whole ten
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +42,12 @@ def _requantize(acc: Tensor, bias: Tensor | None, scale: Tensor, channel_dim: in
     return acc * per_axis(scale, acc.ndim, channel_dim)
 
 
+def _sums(x: Tensor, weight: Tensor, *window: Any) -> Tensor:
+    """Convolution with integer `weight`; stride, padding, dilation and groups follow it."""
+    functions = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
+    return functions[weight.ndim](x, weight.to(x.dtype), None, *window)
+
+
 def _conv(
     x: Tensor,
     x_scale: Tensor,
@@ -53,16 +60,7 @@ def _conv(
     groups: int,
 ) -> Tensor:
     """Integer convolution in 1 to 3 dimensions: `weight` int8 `[O, I/groups, *K]`, `bias` int32."""
-    functions = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
-    acc = functions[len(stride)](
-        (x / x_scale).round_(),
-        weight.to(x.dtype),
-        None,
-        list(stride),
-        list(padding),
-        list(dilation),
-        groups,
-    )
+    acc = _sums((x / x_scale).round_(), weight, list(stride), list(padding), list(dilation), groups)
     return _requantize(acc, bias, x_scale * scale, 1)
 
 
@@ -83,15 +81,18 @@ def _dynamic_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | Non
 
 
 # Defined by schema rather than by `torch.library.custom_op`: the same operators, but the first call
-# of one made that way imports torch's compiler, two seconds that no command of ours needs. Each is
-# composed of torch's operators, which tell a tracer the shape of what it gives.
+# of one made that way imports torch's compiler, two seconds that no command of ours needs. A tracer
+# is told the shape of the result alone: following the arithmetic took a third of an export.
 _LIBRARY = torch.library.Library("mpq", "DEF")
 
 
-def _operator(signature: str, kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _operator(
+    signature: str, kernel: Callable[..., Tensor], shape: Callable[..., Tensor]
+) -> Callable[..., Tensor]:
     name = kernel.__name__.removeprefix("_")
     _LIBRARY.define(f"{name}({signature}) -> Tensor")
     _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"mpq::{name}", shape, lib=_LIBRARY)
     made: Callable[..., Tensor] = getattr(torch.ops.mpq, name).default
     return made
 
@@ -99,9 +100,27 @@ def _operator(signature: str, kernel: Callable[..., Tensor]) -> Callable[..., Te
 _QUANTIZED = "Tensor x, Tensor x_scale, Tensor weight, Tensor scale, Tensor? bias"
 _WINDOW = "int[] stride, int[] padding, int[] dilation, int groups"
 fake_quantize = _operator(
-    "Tensor x, Tensor scale, Tensor zero_point, int qmin, int qmax", _fake_quantize
+    "Tensor x, Tensor scale, Tensor zero_point, int qmin, int qmax",
+    _fake_quantize,
+    lambda x, *_: torch.empty_like(x),
 )
-dequantize = _operator("Tensor weight, Tensor scale, int axis", _dequantize)
-conv = _operator(f"{_QUANTIZED}, {_WINDOW}", _conv)
-linear = _operator(_QUANTIZED, _linear)
-dynamic_linear = _operator("Tensor x, Tensor weight, Tensor scale, Tensor? bias", _dynamic_linear)
+dequantize = _operator(
+    "Tensor weight, Tensor scale, int axis",
+    _dequantize,
+    lambda weight, scale, axis: torch.empty_like(weight, dtype=scale.dtype),
+)
+conv = _operator(
+    f"{_QUANTIZED}, {_WINDOW}",
+    _conv,
+    lambda x, x_scale, weight, scale, bias, *window: _sums(x, weight, *window),
+)
+linear = _operator(
+    _QUANTIZED,
+    _linear,
+    lambda x, x_scale, weight, scale, bias: F.linear(x, weight.to(x.dtype)),
+)
+dynamic_linear = _operator(
+    "Tensor x, Tensor weight, Tensor scale, Tensor? bias",
+    _dynamic_linear,
+    lambda x, weight, scale, bias: F.linear(x, weight.to(x.dtype)),
+)
