@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 
 from mpq.data.dataset import ArraySplit
@@ -13,11 +15,16 @@ SIZE = (16, 16)
 
 def open_digits(size: tuple[int, int] | None) -> Splits:
     """All digits as one split of RGB images, bilinearly resized to `size` (16x16)."""
+    return _digits(size or SIZE)
+
+
+@cache
+def _digits(size: tuple[int, int]) -> Splits:
     # Importing scikit-learn takes about a second, which other data need not wait for.
     from sklearn.datasets import load_digits
 
     digits = load_digits()
     grey = np.rint(digits.images * (255 / 16)).astype(np.uint8)
-    images = fit_array(np.repeat(grey[..., None], 3, axis=-1), size or SIZE)
-    split = ArraySplit(images, digits.target.astype(np.int64), size or SIZE)
-    return Splits(tuple(map(str, digits.target_names)), split, None, None, size or SIZE)
+    images = fit_array(np.repeat(grey[..., None], 3, axis=-1), size)
+    split = ArraySplit(images, digits.target.astype(np.int64), size)
+    return Splits(tuple(map(str, digits.target_names)), split, None, None, size)

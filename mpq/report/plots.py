@@ -36,8 +36,8 @@ _LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 def png(figure: Figure, *, dpi: int = 130) -> bytes:
     """The picture as a PNG file."""
-    buffer = io.BytesIO()
-    FigureCanvasAgg(figure).print_figure(buffer, format="png", dpi=dpi)
+    buffer, figure.dpi = io.BytesIO(), dpi
+    FigureCanvasAgg(figure).print_png(buffer)  # print_figure would lay it out in a drawing before
     return buffer.getvalue()
 
 
