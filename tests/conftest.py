@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import os
 import sys
@@ -31,16 +32,26 @@ OTHERS = (
 
 
 def pytest_collection_finish() -> None:
-    """Let torch parse its 500 translations to ONNX once, not for each export: 40 % of a small one.
+    """Let torch look up its translations to ONNX once, not for each export: half of a small one.
 
     Where a later torch has them elsewhere, the tests take longer and nothing else.
     """
     if "onnxscript" not in sys.modules:
         return
     with contextlib.suppress(ImportError, AttributeError):
-        from torch.onnx._internal._lazy_import import onnxscript_apis
+        from torch._export import utils
+        from torch.onnx._internal.exporter._registration import ONNXRegistry
 
-        onnxscript_apis.get_torchlib_ops = functools.cache(onnxscript_apis.get_torchlib_ops)
+        lookup = functools.cache(ONNXRegistry.from_torchlib)
+
+        def from_torchlib(*args: Any, **options: Any) -> ONNXRegistry:
+            found = copy.copy(lookup(*args, **options))
+            found.functions = {target: list(known) for target, known in found.functions.items()}
+            return found  # an export adds translations of its own
+
+        ONNXRegistry.from_torchlib = staticmethod(from_torchlib)
+        namespace = utils._collect_all_valid_cia_ops_for_namespace
+        utils._collect_all_valid_cia_ops_for_namespace = functools.cache(namespace)
 
 
 def _state() -> dict[str, Any]:
