@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import os
 import sys
 from pathlib import Path
 
@@ -9,7 +11,8 @@ import torch
 from test_loop import NORMALIZE, pictures
 from torch import nn
 
-from mpq.processes import leading
+from mpq.analyze.batches import gather
+from mpq.processes import leading, ranks_of
 from mpq.rundir import Run
 from mpq.train.ensemble import Ensemble, Member
 from mpq.train.loop import fit
@@ -35,9 +38,19 @@ def main(out: Path) -> None:
     data = TrainingData((images, labels), None, NORMALIZE)
     plan = TrainingPlan(recipe, Ensemble([Member("t", linear(1), NORMALIZE)]))
     fit(model, data, plan, Run(out))
+    rank, ranks = ranks_of()
+    assert leading() == (rank == 0)
+    assert gather({rank: rank}) == {r: r for r in range(ranks)}
     if leading():
         torch.save(model.state_dict(), out / "weights.pth")
 
 
+def left(out: Path) -> None:
+    """Called last as Python ends: by then the process must have left its group, or it may abort."""
+    if not torch.distributed.is_initialized():
+        (out / f"left{os.environ['RANK']}").touch()
+
+
 if __name__ == "__main__":
+    atexit.register(left, Path(sys.argv[1]))
     main(Path(sys.argv[1]))

@@ -33,6 +33,8 @@ def test_the_gradients_of_two_processes_are_those_of_one(tmp_path: Path):
     both, alone = tmp_path / "both", tmp_path / "alone"
     done = launch(str(HERE / "processes.py"), str(both), folder=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
+    assert "terminate called" not in done.stderr
+    assert sorted(p.name for p in both.glob("left*")) == ["left0", "left1"]
     main(alone)
     found, expected = (torch.load(p / "weights.pth", weights_only=True) for p in (both, alone))
     for name, value in expected.items():
@@ -45,23 +47,13 @@ def test_the_gradients_of_two_processes_are_those_of_one(tmp_path: Path):
 
 
 def test_the_command_line_runs_in_two_processes_and_writes_once(tmp_path: Path):
-    train = ("train", "resnet20", "--data", "digits", "--epochs", "1", "--set", "batch=512")
+    train = ("train", "resnet8", "--data", "digits", "--epochs", "1", "--set", "batch=512")
     done = launch("-m", "mpq", *train, "-o", "model.pth", folder=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / "model.pth").is_file()
     assert done.stderr.count("wrote model.pth") == 1
     assert done.stdout.count("on the validation split") == 1
     assert [p.name for p in (tmp_path / "model.train").iterdir()] == ["metrics.jsonl"]
-
-
-PROGRAM = """
-from mpq.analyze.batches import gather
-from mpq.processes import leading, ranks_of
-rank, ranks = ranks_of()
-assert leading() == (rank == 0)
-assert gather({{rank: rank}}) == {{0: 0, 1: 1}}
-open({folder!r} + "/seen%d" % rank, "w").close()
-"""
 
 
 def test_one_process_leads(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,16 +63,3 @@ def test_one_process_leads(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ranks_of() == (0, 1)
     monkeypatch.setenv("RANK", "1")
     assert not leading()
-
-
-@pytest.mark.parametrize("attempt", range(3))
-def test_processes_end_without_an_abort(attempt: int, tmp_path: Path) -> None:
-    """Without `leave_at_exit` five of six such runs end in SIGABRT, after all their work."""
-    program = tmp_path / "part.py"
-    program.write_text(PROGRAM.format(folder=str(tmp_path)))
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    run += ["--nproc-per-node", "2", str(program)]
-    done = subprocess.run(run, capture_output=True, text=True, check=False, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert "terminate called" not in done.stderr
-    assert sorted(p.name for p in tmp_path.glob("seen*")) == ["seen0", "seen1"]
