@@ -36,10 +36,10 @@ def project(tmp_path_factory) -> Path:
     for name, classes, seed in (("model", 10, 0), ("other", 10, 1), ("five", 5, 2)):
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            module = zoo.build("resnet20", classes)
-        info = ModelInfo(arch="resnet20", classes=classes, input=SIZE, normalize="none")
+            module = zoo.build("resnet8", classes)
+        info = ModelInfo(arch="resnet8", classes=classes, input=SIZE, normalize="none")
         save_model(folder / f"{name}.pth", module, info=info, data="digits")
-        member = Member(name, module, Normalization.parse("none"), None, "resnet20", classes, SIZE)
+        member = Member(name, module, Normalization.parse("none"), None, "resnet8", classes, SIZE)
         save_ensemble(folder / f"ens-{name}.pth", Ensemble([member]))
     before = Path.cwd()
     os.chdir(folder)
@@ -163,7 +163,7 @@ def test_files_of_another_kind(fails, command, told):
     [
         ({"format": "mpq/quantized", "version": 9}, "version must be 1. Got 9"),
         ({"policy": None}, "policy must be a str"),
-        ({"state": {}}, "does not fit resnet20"),
+        ({"state": {}}, "does not fit resnet8"),
         ({"state": {"conv1.bias": torch.tensor([torch.nan])}}, "conv1.bias must be a tensor"),
         ({"metrics": 1}, "metrics must be a dict"),
     ],
@@ -182,7 +182,7 @@ def test_quantized_files_with_wrong_content(here, fails, change, told):
     [
         ({"layer": []}, ["p.yaml", "layer is not a known key", "did you mean", "layers"]),
         ({"layers": [{"name": "conv1", "weigth": "int4/channel"}]}, ["did you mean weight"]),
-        ({"layers": [{"name": "layer9.*"}]}, ["'layer9.*'", "matches none of its 20 layers"]),
+        ({"layers": [{"name": "layer9.*"}]}, ["'layer9.*'", "matches none of its 8 layers"]),
         ({"layers": [{"name": "conv2", "weight": "int4/channel"}]}, ["did you mean", "conv1"]),
         ({"layers": [{"name": "conv1", "weight": "int9/channel"}]}, ["must be one of", "Got 9"]),
         ({"layers": [{"name": "conv1", "weight": "4 bits"}]}, ["'int4/channel'", "'4 bits'"]),
@@ -247,7 +247,7 @@ def test_classes_that_do_not_match(fails):
     fails("analyze five.pth -o a", "5", "10", "classes")
     fails("ensemble model.pth five.pth -o e.pth --data digits", "classes")
     fails(["qat", "--teacher", "ens-five.pth", "-o", "a"], "teacher five", "10 classes", "Got 5")
-    argv = ["train", "resnet20", "--data", "digits", "--teacher", "ens-five.pth", "-o", "s.pth"]
+    argv = ["train", "resnet8", "--data", "digits", "--teacher", "ens-five.pth", "-o", "s.pth"]
     fails(argv, "teacher five", "10 classes", "Got 5")
 
 
@@ -301,7 +301,7 @@ def test_data_that_are_needed_and_not_there(here, fails, monkeypatch):
     fails("analyze foreign.pth", "foreign.pth does not say which data", "--data")
     fails("ptq --data none -o a", "needs images", "--data")
     fails(["qat", "--data", "none", "-o", "a"], "needs images", "--data")
-    fails("train resnet20 --data none -o t.pth", "--data")
+    fails("train resnet8 --data none -o t.pth", "--data")
     fails("analyze model.pth --data digitz -o a", "'digitz'", "did you mean digits")
     fails("analyze model.pth --data flowers.zip -o a", "flowers.zip does not exist")
     fails("analyze model.pth --data-root gone -o a --data cifar10", "gone")
@@ -355,7 +355,7 @@ def test_a_loss_that_is_not_finite(here, capsys):
 
 def test_nothing_to_resume(here, fails):
     fails("qat --resume", "runs/model/checkpoint.pth", "is finished", "without --resume")
-    fails("train resnet20 --data digits --resume", "model.train/checkpoint.pth")
+    fails("train resnet8 --data digits --resume", "model.train/checkpoint.pth")
 
 
 def test_a_resume_with_nothing_begun_starts(here, capsys):
@@ -382,7 +382,7 @@ def test_outputs_that_exist(fails):
     fails("analyze model.pth", "runs/model/policy.yaml exists already", "--force", "-o")
     fails("ptq", "runs/model/quantized.pth exists already")
     fails("qat", "runs/model/quantized.pth exists already")
-    fails("train resnet20 --data digits", "model.pth exists already")
+    fails("train resnet8 --data digits", "model.pth exists already")
     fails("ensemble model.pth -o model.pth", "model.pth exists already")
 
 
@@ -394,7 +394,7 @@ def test_outputs_that_exist(fails):
         "ptq -o {}",
         "qat -o {}",
         "export --onnx -o {}",
-        "train resnet20 --data digits -o {}/m.pth",
+        "train resnet8 --data digits -o {}/m.pth",
         "ensemble model.pth -o {}/e.pth",
     ],
 )
@@ -444,7 +444,7 @@ def test_a_full_disk_behind_stdout():
 def test_budgets_out_of_reach_are_answered_with_the_range(fails):
     argv = "analyze model.pth --num-score 16 -o a "
     fails(argv + "--effective-bits 3", "effective_bits must be in 4..8, got 3", "--bits")
-    fails(argv + "--max-size-mb 0.01", "max_size_mb must be in 0.1", "got 0.01")
+    fails(argv + "--max-size-mb 0.01", "max_size_mb must be in 0.04", "got 0.01")
     fails(argv + "--max-bops 0.1", "max_bops must be in", "got 0.1")
 
 

@@ -29,7 +29,7 @@ from mpq.train.plan import Hooks, TrainingPlan
 from mpq.train.recipe import Recipe
 
 MPQ = [sys.executable, "-c", "import sys; from mpq.cli import main; sys.exit(main())"]
-QUICK = {"epochs": 2, "batch": 64, "lr": 0.1, "flip": False}
+QUICK = {"epochs": 4, "batch": 64, "lr": 0.1, "flip": False}
 FAST = ["--epochs", "1", "--set", "batch=128"]
 
 
@@ -37,7 +37,7 @@ FAST = ["--epochs", "1", "--set", "batch=128"]
 def project(tmp_path_factory) -> Path:
     """A folder with `model.pth`, trained on the digits, and an analysis of it in runs/model."""
     folder = tmp_path_factory.mktemp("project")
-    subject = new_subject("resnet20", DataSource("digits"))
+    subject = new_subject("resnet8", DataSource("digits"))
     run_train(subject, TrainingPlan(Recipe.load("plain").override(QUICK)), folder / "model.pth")
     before = Path.cwd()
     os.chdir(folder)
@@ -69,7 +69,7 @@ def as_json(capsys, *argv: str) -> dict[str, object]:
 
 
 def test_all_images_may_be_trained_on(here, capsys):
-    argv = ["train", "resnet20_conv", "--data", "digits", *FAST, "-o", "all.pth"]
+    argv = ["train", "resnet8_conv", "--data", "digits", *FAST, "-o", "all.pth"]
     assert "no images were held out" in say(capsys, *argv, "--holdout", "0")[0]
     argv = ["qat", "--policy", "runs/model/policy.yaml", *FAST, "-o", "all"]
     told = as_json(capsys, *argv, "--holdout", "0")
@@ -81,7 +81,7 @@ def test_all_images_may_be_trained_on(here, capsys):
 
 
 def test_training_says_what_it_gained_or_cost(here, capsys):
-    train = ("train", "resnet20", "--data", "digits", "--init", "model.pth", "-o", "b.pth")
+    train = ("train", "resnet8", "--data", "digits", "--init", "model.pth", "-o", "b.pth")
     qat = ("qat", "--policy", "runs/model/policy.yaml", "-o", "a")
     for argv, start in ((qat, "what mpq ptq gives"), (train, "model.pth")):
         out, err = say(capsys, *argv, *FAST, "--set", "lr=1")
@@ -126,17 +126,17 @@ def test_budgets_of_time_and_activations(here, capsys):
     costs = {name: LayerLatency(1.0, 3.0) for name in names}
     LatencyProfile("cpu", "ort", 1, 1, costs, edges, 0.5).save(Path("times.json"))
     argv = ["analyze", "model.pth", "--num-score", "64", "--bits", "16,8", "-o", "t"]
-    assert main([*argv, "--max-latency-ms", "30"]) == 2
+    assert main([*argv, "--max-latency-ms", "17"]) == 2
     assert "profile.json" in capsys.readouterr().err
     argv += ["--profile", "times.json"]
-    told = as_json(capsys, *argv, "--max-latency-ms", "30")
+    told = as_json(capsys, *argv, "--max-latency-ms", "17")
     wide = sum(
         p[0] == 16 for p in json.loads(Path("t/sensitivity.json").read_text())["chosen"].values()
     )
-    assert wide == 4  # 20.5 ms, two more for each wide layer, and 0.2 where they begin and end
-    assert told["latency_ms"] <= 30
+    assert wide == 4  # 8.5 ms, two more for each wide layer, and 0.2 where they begin and end
+    assert told["latency_ms"] <= 17
     assert main([*argv, "--max-latency-ms", "3", "--force"]) == 2
-    assert re.search(r"max_latency_ms must be in 20\.5\.\.60\.5, got 3", capsys.readouterr().err)
+    assert re.search(r"max_latency_ms must be in 8\.5\.\.24\.5, got 3", capsys.readouterr().err)
     assert main([*argv, "--max-activation-mb", "0.0001", "--force"]) == 2
     assert "max_activation_mb must be in 0." in capsys.readouterr().err
 
@@ -172,7 +172,7 @@ def test_images_without_labels_will_do(here, capsys, caplog):
     told = as_json(capsys, "export", "--onnx", "v/quantized.pth")
     assert told["top1_agreement"] > 0.9
     assert "accuracy is not measured" in say(capsys, "bench", "v/model.onnx", "--runs", "2")[1]
-    for command in (["train", "resnet20", "-o", "f.pth"], ["ensemble", "model.pth", "-o", "e.pth"]):
+    for command in (["train", "resnet8", "-o", "f.pth"], ["ensemble", "model.pth", "-o", "e.pth"]):
         assert main([*command, "--data", "photos"]) == 2
         assert "needs labels, but the images of data photos" in capsys.readouterr().err
 
@@ -186,9 +186,9 @@ def test_more_images_without_labels_are_learned_from_a_teacher(here, capsys):
     Path("photos").mkdir()
     for number, image in enumerate(images[100:900]):
         Image.fromarray(image).resize((20, 20)).save(f"photos/{number}.png")
-    more = ["--unlabelled", "photos", "--teacher", "model.pth", "--epochs", "2"]
+    more = ["--unlabelled", "photos", "--teacher", "model.pth", "--epochs", "5"]
     plan = ["--set", "batch=64", "--set", "temperature=1", "--set", "flip=false"]
-    argv = ["train", "resnet20", "--data", "few", *more, *plan, "--set", "lr=0.1", "-o", "s.pth"]
+    argv = ["train", "resnet8", "--data", "few", *more, *plan, "--set", "lr=0.1", "-o", "s.pth"]
     say(capsys, *argv)
     told = as_json(capsys, "ensemble", "s.pth", "--data", "digits", "-o", "e.pth")
     assert told["top1"] > 60
@@ -235,7 +235,7 @@ def test_scores_are_held_against_measurements(here, capsys):
 def test_the_whole_way_in_the_exact_forms(here, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     shutil.rmtree("runs")
-    out, err = say(capsys, "train", "resnet20_conv", "--data", "digits", *FAST, "-o", "small.pth")
+    out, err = say(capsys, "train", "resnet8_conv", "--data", "digits", *FAST, "-o", "small.pth")
     assert "epoch 1/1  loss" in err
     assert "next: mpq analyze small.pth" in err
     assert sorted(p.name for p in here.glob("small*")) == ["small.pth", "small.train"]
@@ -285,8 +285,8 @@ def test_json_output_is_json_and_nothing_else(here, capsys):
     assert as_json(capsys, "ptq", "--effort", "fast")["stage"] == "ptq"
     assert as_json(capsys, "export", "--onnx", "--verify", "50")["integer_macs_fraction"] == 1.0
     told = as_json(capsys, "ensemble", "model.pth", "model.pth", "-o", "e.pth")
-    assert [m["arch"] for m in told["members"]] == ["resnet20", "resnet20"]
-    told = as_json(capsys, "train", "resnet20_conv", "--data", "digits", *FAST, "-o", "s.pth")
+    assert [m["arch"] for m in told["members"]] == ["resnet8", "resnet8"]
+    told = as_json(capsys, "train", "resnet8_conv", "--data", "digits", *FAST, "-o", "s.pth")
     assert told["file"] == "s.pth"
     assert as_json(capsys, "qat", "--policy", "a", "--force", *FAST)["epochs"] == 1
 

@@ -26,8 +26,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        module = zoo.build("resnet20", 10)
-    info = ModelInfo(arch="resnet20", classes=10, input=(3, 16, 16), normalize="none")
+        module = zoo.build("resnet8", 10)
+    info = ModelInfo(arch="resnet8", classes=10, input=(3, 16, 16), normalize="none")
     save_model(Path("model.pth"), module, info=info, data="digits")
     named = {"model": info.replace(checkpoint="model.pth")}
     data = Policy().data.replace(name="digits")

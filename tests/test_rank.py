@@ -16,7 +16,7 @@ from mpq.report.ranking import rank_plot, rank_table
 
 QUICK = ("--data", "digits", "--epochs", "1", "--set", "batch=128", "--set", "lr=0.1")
 FEW = ("--num-calib", "32", "--num-val", "100", "--effort", "fast")
-ARGV = ["rank", "resnet20", "resnet20_conv", *QUICK, *FEW, "-o", "r"]
+ARGV = ["rank", "resnet8", "resnet8_conv", *QUICK, *FEW, "-o", "r"]
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def rows(path: str = "r/rank.json") -> list[dict[str, object]]:
 
 
 def test_rows_say_what_precision_costs(here):
-    assert {row["name"] for row in rows()} == {"resnet20", "resnet20_conv"}
+    assert {row["name"] for row in rows()} == {"resnet8", "resnet8_conv"}
     for row in rows():
         forms = row["forms"]
         assert forms["8"]["effective_bits"] == 8
@@ -60,12 +60,12 @@ def test_rows_say_what_precision_costs(here):
         -row["forms"]["mixed"]["top1"] for row in rows()
     )
     assert Path("r/rank.png").read_bytes().startswith(b"\x89PNG")
-    assert Path("r/resnet20.pth").is_file()
+    assert Path("r/resnet8.pth").is_file()
 
 
 def test_a_finished_ranking_is_kept_and_a_new_candidate_added(here, monkeypatch, capsys):
     """A checkpoint trained before is a candidate like any other."""
-    shutil.copy("r/resnet20_conv.pth", "own.pth")
+    shutil.copy("r/resnet8_conv.pth", "own.pth")
     measured = []
     real = ranking.run_ptq
 
@@ -75,12 +75,12 @@ def test_a_finished_ranking_is_kept_and_a_new_candidate_added(here, monkeypatch,
 
     before = {row["name"]: row for row in rows()}
     monkeypatch.setattr(ranking, "run_ptq", quantize)
-    argv = ["rank", "own.pth", "resnet20", *QUICK, *FEW, "-o", "r"]
+    argv = ["rank", "own.pth", "resnet8", *QUICK, *FEW, "-o", "r"]
     assert main([*argv, "--resume", "--json"]) == 0
     told = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
     assert set(measured) == {"own.pth"}
-    assert told["resnet20"] == before["resnet20"]
-    assert told["own.pth"]["forms"] == before["resnet20_conv"]["forms"]
+    assert told["resnet8"] == before["resnet8"]
+    assert told["own.pth"]["forms"] == before["resnet8_conv"]["forms"]
 
 
 def test_an_interrupted_ranking_goes_on(here, monkeypatch, capsys):
@@ -97,7 +97,7 @@ def test_an_interrupted_ranking_goes_on(here, monkeypatch, capsys):
     monkeypatch.setattr(ranking, "run_train", lambda *args, **kwargs: None)  # trained already
     assert main(ARGV) == 130
     assert "mpq rank ... --resume goes on from what was saved" in capsys.readouterr().err
-    assert [row["name"] for row in rows()] == ["resnet20"]
+    assert [row["name"] for row in rows()] == ["resnet8"]
     monkeypatch.setattr(ranking, "run_ptq", real)
     assert main([*ARGV, "--resume"]) == 0
     assert len(rows()) == 2
@@ -108,13 +108,13 @@ def test_the_table_fits_80_columns(here):
     console.print(rank_table(rows()))
     text = console.export_text()
     assert max(map(len, text.splitlines())) <= 80
-    assert "resnet20_conv" in text
+    assert "resnet8_conv" in text
     assert "per bit" in text
 
 
 def test_the_plot_has_a_line_for_each_network(here):
     figure = rank_plot(rows())
-    assert {text.get_text() for text in figure.axes[0].texts} == {"resnet20", "resnet20_conv"}
+    assert {text.get_text() for text in figure.axes[0].texts} == {"resnet8", "resnet8_conv"}
     assert png(figure).startswith(b"\x89PNG")
 
 
@@ -124,12 +124,12 @@ def test_the_plot_has_a_line_for_each_network(here):
         ("rank", "Missing argument 'ARCH...|CHECKPOINT...'"),
         ("rank resnet21 -o a", "resnet20"),
         ("rank none.pth -o a", "checkpoint none.pth does not exist"),
-        ("rank resnet20 resnet20 -o a", "every candidate must be named once. Got resnet20 twice"),
-        ("rank resnet20 -o r", "r/rank.json exists already"),
-        ("rank resnet20 -o r --resume", "was measured with other settings (data, "),
-        ("rank resnet20 -o a --effective-bits 0", "must be a number above 0"),
-        ("rank resnet20 -o a --set lr", "--set must be KEY=VALUE"),
-        ("rank resnet20 -o a --data none", "--data must name images to measure on"),
+        ("rank resnet8 resnet8 -o a", "every candidate must be named once. Got resnet8 twice"),
+        ("rank resnet8 -o r", "r/rank.json exists already"),
+        ("rank resnet8 -o r --resume", "was measured with other settings (data, "),
+        ("rank resnet8 -o a --effective-bits 0", "must be a number above 0"),
+        ("rank resnet8 -o a --set lr", "--set must be KEY=VALUE"),
+        ("rank resnet8 -o a --data none", "--data must name images to measure on"),
     ],
 )
 def test_mistakes_end_with_2_and_write_nothing(here, capsys, argv, wanted):

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.study import parcel, results, shelf  # noqa: E402
+from benchmarks.study.__main__ import main as study_command  # noqa: E402
 from benchmarks.study.check import check  # noqa: E402
 from benchmarks.study.clock import Clock, TimeUpError  # noqa: E402
 from benchmarks.study.plan import PLANS, Plan  # noqa: E402
@@ -335,11 +337,8 @@ def test_the_command_says_what_is_wrong_with_its_input(tmp_path: Path) -> None:
         ),
         (["check", str(tmp_path)], "the plan must be a YAML file"),
     ]:
-        found = subprocess.run(
-            [sys.executable, "-m", "benchmarks.study", *args],
-            capture_output=True, text=True, cwd=ROOT, check=False,
-        )  # fmt: skip
-        assert found.returncode == 2
+        found = CliRunner().invoke(study_command, args)
+        assert found.exit_code == 2
         assert message in found.stderr
 
 
