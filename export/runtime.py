@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-import resource
 import sys
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,6 +34,7 @@ from mpq.export.feeds import (
     noise,
     parts,
 )
+from mpq.files import scratch
 
 __all__ = [
     "ModelInput",
@@ -193,8 +192,8 @@ def node_times(model: bytes, threads: int, batch: int, runs: int) -> dict[str, f
         runs: how many times it runs.
     """
     times: dict[str, float] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        loaded = session(model, threads=threads, optimize=False, profile_to=Path(folder) / "p")
+    with scratch() as folder:
+        loaded = session(model, threads=threads, optimize=False, profile_to=folder / "p")
         noisy = noise(loaded, batch)
         for _ in range(runs):
             loaded.run(None, noisy)
@@ -210,8 +209,8 @@ def optimized_model(model: str | Path | bytes) -> Any:
     """The graph that really runs: an `onnx.ModelProto` after the default optimizations."""
     import onnx
 
-    with tempfile.TemporaryDirectory() as folder:
-        dump = Path(folder) / "optimized.onnx"
+    with scratch() as folder:
+        dump = folder / "optimized.onnx"
         session(model, dump_to=dump)
         # Large weights may still lie in the data file of the original, which is not beside it.
         return onnx.load(dump, load_external_data=False)
@@ -262,8 +261,8 @@ def _prepared(source: Path) -> Iterator[str]:
     import onnx
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    with tempfile.TemporaryDirectory() as folder:
-        ready = str(Path(folder) / "ready.onnx")
+    with scratch() as folder:
+        ready = str(folder / "ready.onnx")
         quant_pre_process(str(source), ready, skip_symbolic_shape=True)
         # torch's exporter notes the shapes of weights; the tool transposes the weight of a Gemm,
         # keeps the note, and fails on the contradiction. It infers what it needs anyway.
@@ -283,6 +282,8 @@ def peak_memory_mb() -> float:
     found = re.search(r"VmHWM:\s*(\d+) kB", status.read_text()) if status.is_file() else None
     if found:
         return int(found.group(1)) * 1024 / 1e6
+    import resource  # not on Windows
+
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 import os
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -60,6 +59,8 @@ def bound(stage: int) -> None:
     """In the process that tries: allow it the memory of a stage (0: load, 1: run) from here on."""
     if TRIAL not in os.environ:
         return
+    import resource  # not on Windows, where nothing bounds the memory of a process
+
     allowed = float(os.environ[TRIAL].split(",")[stage]) * 1e6
     pages = int(Path("/proc/self/statm").read_text().split()[5])
     size = pages * resource.getpagesize() + int(allowed)

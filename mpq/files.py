@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator
@@ -11,7 +12,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from mpq.errors import UsageError
+
 PART = ".mpq-part"
+ROOM = 1_000_000
+"""Bytes: a folder with less is full."""
 
 
 @contextmanager
@@ -48,6 +53,42 @@ def sweep(folder: Path, name: str = "*", *, older_than: float = 0.0) -> None:
         with suppress(OSError):
             if time.time() - part.stat().st_mtime >= older_than:
                 part.unlink()
+
+
+@contextmanager
+def scratch() -> Iterator[Path]:
+    """A temporary folder. Where no room is left in it, that is told of whatever fails.
+
+    Raises:
+        UsageError: there is no room, or no folder for temporary files at all.
+    """
+    try:
+        made = tempfile.TemporaryDirectory(prefix="mpq-")
+    except OSError as error:
+        raise UsageError(
+            f"no temporary folder can be made: {error.strerror}. Make room, or set TMPDIR to a "
+            "folder that can be written to."
+        ) from None
+    with made:
+        try:
+            yield Path(made.name)
+        except Exception as error:
+            refuse_full(Path(made.name), error)
+            raise
+
+
+def refuse_full(folder: Path, error: BaseException | None) -> None:
+    """Blame a folder for temporary files, rather than what was being worked on, if it is full.
+
+    Raises:
+        UsageError: it is, after `error`.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < ROOM:
+        raise UsageError(
+            f"the temporary folder {folder.parent} is full: {free / 1e6:.1f} MB are free. Make "
+            "room, or set TMPDIR to another folder."
+        ) from error
 
 
 def write_bytes(path: Path, content: bytes) -> None:

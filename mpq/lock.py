@@ -87,14 +87,18 @@ def _take(file: Path, what: Path) -> BinaryIO:
 
 def _locked(opened: BinaryIO, file: Path) -> bool:
     """Whether the lock is ours now; False if somebody has it."""
-    if fcntl is None:
-        return True
     try:
+        if fcntl is None:
+            raise OSError(errno.ENOSYS, "this system has none")
         fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in _BUSY:
             return False
-        logger.warning("%s: no locks here (%s): let one command write at a time", file, error)
+        logger.warning(
+            "%s: no locks here (%s): see to it that one command writes there at a time",
+            file.parent,
+            error.strerror,
+        )
     return True
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -16,6 +15,7 @@ from mpq.data import DataSet, DataSource, Normalization, load_arrays, open_data,
 from mpq.errors import UsageError
 from mpq.export import peers as peer_tools
 from mpq.export.bench import BenchRow, FileInfo, Timing, bench, file_info
+from mpq.files import scratch
 from mpq.shown import Shown
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def run_bench(
             tell("onnxruntime's own int8")
             place = how.peers
             if not isinstance(place, Path):
-                place = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+                place = stack.enter_context(scratch())
             known = Normalization.parse(info.normalize) if info.normalize else None
             made = _peers(place, reference, dataset, normalize or known, how.seed)
         rows = bench(

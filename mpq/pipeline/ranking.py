@@ -32,6 +32,7 @@ from mpq.ptq import Effort, PtqSettings
 from mpq.report.plots import png
 from mpq.report.ranking import rank_plot
 from mpq.rundir import Run
+from mpq.staging import together
 from mpq.targets import get_target
 from mpq.train import plan
 from mpq.train.evaluate import predict, top1
@@ -120,7 +121,6 @@ def rank(
         rows.append(known[name])
     rows = sorted(rows, key=_order)
     _write(folder, identity, rows)
-    files.write_bytes(folder / PICTURE, png(rank_plot(rows)))
     return rows
 
 
@@ -266,5 +266,7 @@ class _Meter:
 
 
 def _write(folder: Path, identity: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
-    rundir.touch_run(folder)
-    files.write_json(folder / FILE, {"settings": dict(identity), "rows": list(rows)})
+    """What is measured so far, and the picture of it."""
+    with together(rundir.touch_run(folder)) as aside:
+        files.write_json(aside / FILE, {"settings": dict(identity), "rows": list(rows)})
+        files.write_bytes(aside / PICTURE, png(rank_plot(rows)))

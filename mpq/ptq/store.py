@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from mpq.files import refuse_full
+
 SMALL = 1 << 16
 """Tensors of fewer bytes always stay in memory: a file each would cost more than it saves."""
 
@@ -88,9 +90,11 @@ class ActivationStore:
     def __enter__(self) -> ActivationStore:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         if self.folder is not None:
-            self.folder.cleanup()
+            with self.folder as folder:
+                if error is not None:
+                    refuse_full(Path(folder), error)
 
     def put(self, value: Any) -> Stored:
         """Keep a value."""

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import resource
+import subprocess
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,10 +22,18 @@ from mpq import files, rundir
 from mpq.checkpoint import save_atomic
 from mpq.cli import main
 from mpq.data import open_data
-from mpq.errors import CheckpointError, DataError, ExportError, PolicyError, printable
+from mpq.errors import (
+    CheckpointError,
+    DataError,
+    ExportError,
+    PolicyError,
+    UsageError,
+    printable,
+)
 from mpq.export import runtime
 from mpq.export.meta import KEY, from_metadata
 from mpq.limits import limited
+from mpq.ptq.store import ActivationStore
 from mpq.userimport import trusting
 
 
@@ -49,6 +60,35 @@ def test_a_full_disk_is_told_with_the_file(tmp_path: Path) -> None:
         save_atomic({"a": weights}, model)
     assert [p.name for p in tmp_path.iterdir()] == ["sensitivity.json"]
     assert path.read_text() == "old"
+
+
+@pytest.fixture
+def full_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A file system of its own, of half a megabyte."""
+    place = tmp_path / "small"
+    place.mkdir()
+    argv = ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(place)]
+    if os.geteuid() != 0 or subprocess.run(argv, capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here")
+    monkeypatch.setattr(tempfile, "tempdir", str(place))
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def test_a_full_temporary_folder_is_told_and_not_the_model(full_temporary_folder: Path) -> None:
+    """The runtime's own optimized graph is written there, and activations of a calibration."""
+    node = helper.make_node("MatMul", ["x", "w"], ["y"])
+    weight = helper.make_tensor("w", TensorProto.FLOAT, [8, 40_000], np.ones(320_000, np.float32))
+    image = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 3, 8, 8])
+    answer = helper.make_tensor_value_info("y", TensorProto.FLOAT, None)
+    graph = helper.make_graph([node], "net", [image], [answer], [weight])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    told = r"the temporary folder \S+small is full: 0\.\d MB are free\. Make room, or set TMPDIR"
+    with pytest.raises(UsageError, match=told):
+        runtime.optimized_model(model.SerializeToString())
+    with pytest.raises(UsageError, match=told), ActivationStore(0) as store:
+        store.put(torch.zeros(1_000_000))
+    assert not list(full_temporary_folder.iterdir())
 
 
 def test_the_newest_run_need_not_be_noted(
@@ -128,8 +168,8 @@ def test_a_loop_is_run_in_a_time_limit(tmp_path: Path) -> None:
     )
     assert found.tolist() == [[3.0, 3.0, 3.0]]
     loop(tmp_path / "endless.onnx", 2**62)
-    told = pytest.raises(ExportError, match="limit onnx-seconds=2: it was not loaded")
-    with limited(onnx_seconds=2), told:
+    told = pytest.raises(ExportError, match="limit onnx-seconds=1: it was not loaded")
+    with limited(onnx_seconds=1), told:
         runtime.session(tmp_path / "endless.onnx")
 
 

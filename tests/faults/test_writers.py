@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import logging
 import os
 import shutil
 import signal
@@ -11,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -108,6 +111,34 @@ def test_a_lock_that_goes_while_it_is_opened_is_taken_anew(
     with lock.held(file, tmp_path):
         assert file.exists()
     assert len(seen) == 2
+
+
+@pytest.mark.parametrize("number", [None, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_without_locks_there_is_a_word(
+    number: int | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """File systems that know none, and (None) Windows."""
+
+    def flock(*_: object) -> None:
+        assert number is not None
+        raise OSError(number, os.strerror(number))
+
+    other = None if number is None else SimpleNamespace(flock=flock, LOCK_EX=2, LOCK_NB=4)
+    monkeypatch.setattr(lock, "fcntl", other)
+    with caplog.at_level(logging.WARNING, logger="mpq"), rundir.held(tmp_path / "r"):
+        (tmp_path / "r" / "a").touch()
+    assert "r: no locks here (" in caplog.text
+    assert [p.name for p in (tmp_path / "r").iterdir()] == ["a"]
+
+
+def test_what_only_unix_has_is_not_needed_to_start() -> None:
+    lacks = "import sys; sys.modules.update(fcntl=None, resource=None)"
+    code = f"{lacks}; import mpq.lock, mpq.export.runtime; from mpq.cli import main; main(['-h'])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "analyze" in done.stdout
 
 
 def test_files_take_their_places_together(tmp_path: Path) -> None:
