@@ -102,9 +102,7 @@ def run_bench(
     with ExitStack() as stack:
         if how.peers:
             tell("onnxruntime's own int8")
-            place = how.peers
-            if not isinstance(place, Path):
-                place = stack.enter_context(scratch())
+            place = how.peers if isinstance(how.peers, Path) else stack.enter_context(scratch())
             known = Normalization.parse(info.normalize) if info.normalize else None
             made = _peers(place, reference, dataset, normalize or known, how.seed)
         rows = bench(
