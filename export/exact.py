@@ -10,7 +10,7 @@ Operations that only move values are evaluated by the reference implementation o
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,11 @@ from onnx.reference import ReferenceEvaluator
 
 from mpq.errors import ExportError
 from mpq.shown import Shown
+from mpq.targets import this_target
 
-from . import runtime
-from .kernels import KERNELS
+from . import foreign, runtime
+from .arithmetic import kernels_of
+from .kernels import Kernel
 from .operators import MOVES
 
 Array = NDArray[Any]
@@ -93,12 +95,15 @@ class ExactReport(Shown):
         return json.dumps({"exact": self.exact, **asdict(self)}, indent=1)
 
 
-def verify_exact(model: Path | bytes, images: Array) -> ExactReport:
+def verify_exact(
+    model: Path | bytes, images: Array, there: foreign.Foreign | None = None
+) -> ExactReport:
     """Compare every node of a file, as the runtime executes it, with the integer reference.
 
     Args:
         model: an ONNX file or its bytes, whoever wrote it.
         images: one batch, of the type and layout that the model takes.
+        there: the runtime that executes it; None: the one at hand.
 
     Raises:
         UsageError: there is no such file.
@@ -108,21 +113,32 @@ def verify_exact(model: Path | bytes, images: Array) -> ExactReport:
     loaded = runtime.session(model)
     takes = runtime.model_input(loaded)
     images = np.ascontiguousarray(runtime.arrange(images, takes))
-    expected = runtime.run(loaded, images, batch=len(images))
-    optimized = runtime.optimized_model(model)
-    values = _run_tapped(optimized, images)
+    if there is None:
+        expected = runtime.run(loaded, images, batch=len(images))
+        optimized, told = runtime.optimized_model(model), runtime.version()
+        values = _run_tapped(optimized, images)
+    else:
+        expected, optimized, told = foreign.answer(there, model, takes.name, images)
+        values = foreign.values(there, _tapped(optimized)[0], {takes.name: images})
     values[takes.name] = images
     values |= {t.name: numpy_helper.to_array(t) for t in optimized.graph.initializer}
     opset = {o.domain: o.version for o in optimized.opset_import}.get("", 21)
-    checks = [c for node in optimized.graph.node for c in _check(node, values, opset)]
+    kernels = kernels_of(there.arithmetic if there else this_target().arithmetic)
+    checks = [c for node in optimized.graph.node for c in _check(node, values, opset, kernels)]
     last = values[optimized.graph.output[0].name].reshape(expected.shape)
     name = model.name if isinstance(model, Path) else "the model"
     same = bool(np.array_equal(last, expected))
-    return ExactReport(name, runtime.version(), len(images), tuple(checks), same)
+    return ExactReport(name, told, len(images), tuple(checks), same)
 
 
 def _run_tapped(optimized: onnx.ModelProto, images: Array) -> dict[str, Array]:
     """Every tensor of the optimized graph, which runs as it stands."""
+    tapped, names = _tapped(optimized)
+    return runtime.values(tapped, images, names, optimize=False)
+
+
+def _tapped(optimized: onnx.ModelProto) -> tuple[bytes, list[str]]:
+    """A model whose outputs are all of its tensors, and their names."""
     tapped = onnx.ModelProto()
     tapped.CopyFrom(optimized)
     known = {o.name for o in tapped.graph.output}
@@ -130,20 +146,22 @@ def _run_tapped(optimized: onnx.ModelProto, images: Array) -> dict[str, Array]:
     for name in names:
         if name not in known:
             tapped.graph.output.append(onnx.ValueInfoProto(name=name))
-    return runtime.values(tapped.SerializeToString(), images, names, optimize=False)
+    return tapped.SerializeToString(), names
 
 
-def _check(node: onnx.NodeProto, values: dict[str, Array], opset: int) -> Iterator[NodeCheck]:
+def _check(
+    node: onnx.NodeProto, values: dict[str, Array], opset: int, kernels: Mapping[str, Kernel]
+) -> Iterator[NodeCheck]:
     """Compare the first output of a node (or all, where it splits)."""
     attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
     inputs = [values[name] if name else None for name in node.input]
     got = [values[name] for name in node.output if name]
     name = _label(node)
-    if node.op_type in KERNELS and _supported(node, inputs):
-        result = KERNELS[node.op_type](inputs, attributes)
+    if node.op_type in kernels and supported(node, inputs):
+        result = kernels[node.op_type](inputs, attributes)
         predicted = result if isinstance(result, list) else [result]
     elif node.op_type in REFERENCED and not node.domain:
-        predicted = _by_onnx(node, inputs, opset)
+        predicted = by_onnx(node, inputs, opset)
     else:
         yield NodeCheck(name, node.op_type, got[0].size, None, reason=_reason(node, inputs))
         return
@@ -151,7 +169,7 @@ def _check(node: onnx.NodeProto, values: dict[str, Array], opset: int) -> Iterat
         yield _compare(name, node.op_type, want, have)
 
 
-def _supported(node: onnx.NodeProto, inputs: list[Array | None]) -> bool:
+def supported(node: onnx.NodeProto, inputs: list[Array | None]) -> bool:
     """Kernels are per tensor where the runtime's are; a max pooling of floats has no reference."""
     if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
         scale = inputs[1]
@@ -167,7 +185,7 @@ def _reason(node: onnx.NodeProto, inputs: list[Array | None]) -> str:
     return "float"
 
 
-def _by_onnx(node: onnx.NodeProto, inputs: list[Array | None], opset: int) -> list[Array]:
+def by_onnx(node: onnx.NodeProto, inputs: list[Array | None], opset: int) -> list[Array]:
     """One node by the reference implementation of ONNX."""
     given = {n: x for n, x in zip(node.input, inputs, strict=True) if x is not None}
     infos = [helper.make_tensor_value_info(n, _type(x), x.shape) for n, x in given.items()]

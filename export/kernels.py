@@ -1,4 +1,6 @@
-"""The runtime's integer kernels in numpy: what each must give, to the last bit.
+"""The runtime's integer kernels in numpy: what each must give, to the last bit, on x86.
+
+Where other CPUs differ is in `arithmetic.py`.
 
 Accumulators are 32-bit integers, and a result is requantized by one float32 factor,
 
@@ -40,9 +42,14 @@ def requantize(acc: Array, factor: Array | np.float32, zero: Array) -> Array:
     return _saturate(np.rint(acc.astype(F32) * factor) + zero.astype(F32), zero.dtype)
 
 
+def round_shifted(values: Array, zero: Array) -> Array:
+    """`clip(rint(v + z))`: of a tie, an odd `z` makes another integer than `rint(v) + z`."""
+    return _saturate(np.rint(values + zero.astype(F32)), zero.dtype)
+
+
 def conv(inputs: Sequence[Array | None], attributes: Attributes) -> Array:
     """QLinearConv, in NCHW or (`channels_last`) NHWC: factor `(s_x s_w) / s_y`."""
-    x, xs, xz, w, ws, wz, ys, yz = _all(inputs[:8])
+    x, xs, xz, w, ws, wz, ys, yz = all_of(inputs[:8])
     bias = inputs[8] if len(inputs) > 8 else None
     last = bool(attributes.get("channels_last", 0))
     if last:
@@ -63,7 +70,7 @@ def accumulate(x: Array, w: Array, attributes: Attributes) -> Array:
     dilations = attributes.get("dilations", [1] * rank)
     pads = attributes.get("pads", [0] * 2 * rank)
     kernel = w.shape[2:]
-    x = np.pad(x, [(0, 0), (0, 0), *zip(pads[:rank], pads[rank:], strict=True)])
+    x = np.pad(x.astype(F32), [(0, 0), (0, 0), *zip(pads[:rank], pads[rank:], strict=True)])
     extent = [d * (k - 1) + 1 for d, k in zip(dilations, kernel, strict=True)]
     windows = sliding_window_view(x, extent, axis=tuple(range(2, 2 + rank)))
     steps = (*(slice(None, None, s) for s in strides), *(slice(None, None, d) for d in dilations))
@@ -80,13 +87,13 @@ def accumulate(x: Array, w: Array, attributes: Attributes) -> Array:
 
 def gemm(inputs: Sequence[Array | None], attributes: Attributes) -> Array:
     """QGemm: factor `(alpha s_a s_b) / s_y`, or floats `acc (alpha s_a s_b)` without `s_y`."""
-    a, as_, az, b, bs, bz = _all(inputs[:6])
+    a, as_, az, b, bs, bz = all_of(inputs[:6])
     left, right = a.astype(np.int32) - az.astype(np.int32), b.astype(np.int32)
     if attributes.get("transA"):
         left = left.T
     if attributes.get("transB"):
         right = right.T
-    acc = _product(left, right - bz.astype(np.int32))
+    acc = product(left, right - bz.astype(np.int32))
     if len(inputs) > 6 and inputs[6] is not None:
         acc = acc + inputs[6]
     factor = F32(attributes.get("alpha", 1.0)) * as_ * bs
@@ -95,24 +102,24 @@ def gemm(inputs: Sequence[Array | None], attributes: Attributes) -> Array:
 
 def matmul(inputs: Sequence[Array | None], attributes: Attributes) -> Array:
     """QLinearMatMul: factor `(s_a s_b) / s_y`."""
-    a, as_, az, b, bs, bz, ys, yz = _all(inputs[:8])
-    acc = _product(a.astype(np.int32) - az.astype(np.int32), b.astype(np.int32) - bz.astype(int))
+    a, as_, az, b, bs, bz, ys, yz = all_of(inputs[:8])
+    acc = product(a.astype(np.int32) - az.astype(np.int32), b.astype(np.int32) - bz.astype(int))
     return _leave(acc, as_ * bs, (ys, yz))
 
 
 def matmul_float(inputs: Sequence[Array | None], attributes: Attributes) -> Array:
     """MatMulIntegerToFloat: floats `acc (s_a s_b) + bias`."""
     a, b, as_, bs, az, bz, bias = (*inputs, *[None] * 7)[:7]
-    a, b, as_, bs = _all([a, b, as_, bs])
+    a, b, as_, bs = all_of([a, b, as_, bs])
     left = a.astype(np.int32) - (0 if az is None else az.astype(np.int32))
     right = b.astype(np.int32) - (0 if bz is None else bz.astype(np.int32))
-    y: Array = _product(left, right).astype(F32) * (as_ * bs)
+    y: Array = product(left, right).astype(F32) * (as_ * bs)
     return y if bias is None else y + bias
 
 
 def dynamic_quantize(inputs: Sequence[Array | None], attributes: Attributes) -> list[Array]:
     """DynamicQuantizeLinear: the range of the tensor and 0, `s = (high - low) / 255`."""
-    (x,) = _all(inputs)
+    (x,) = all_of(inputs)
     low, high = min(F32(x.min()), F32(0)), max(F32(x.max()), F32(0))
     scale = F32((high - low) / F32(255)) if high > low else F32(1)
     zero = np.uint8(np.rint(np.clip(-low / scale, 0, 255)))
@@ -131,22 +138,22 @@ def add(inputs: Sequence[Array | None], attributes: Attributes) -> Array:
 
     With `r_a = s_a / s_y`, `r_b = s_b / s_y` and `c = z_y - (r_a z_a + r_b z_b)`, fused likewise.
     """
-    a, as_, az, b, bs, bz, ys, yz = _all(inputs[:8])
+    a, as_, az, b, bs, bz, ys, yz = all_of(inputs[:8])
     ra, rb = F32(as_ / ys), F32(bs / ys)
-    fixed = yz.astype(F32) - _fma(az, ra, rb * bz.astype(F32))
-    return _saturate(np.rint(_fma(a, ra, _fma(b, rb, fixed))), yz.dtype)
+    fixed = yz.astype(F32) - fma(az, ra, rb * bz.astype(F32))
+    return _saturate(np.rint(fma(a, ra, fma(b, rb, fixed))), yz.dtype)
 
 
 def multiply(inputs: Sequence[Array | None], attributes: Attributes) -> Array:
-    """QLinearMul: the product of both integers, factor `(s_a s_b) / s_y`."""
-    a, as_, az, b, bs, bz, ys, yz = _all(inputs[:8])
+    """QLinearMul: the product of both integers, factor `(s_a s_b) / s_y`; `z_y` before rounding."""
+    a, as_, az, b, bs, bz, ys, yz = all_of(inputs[:8])
     acc = (a.astype(np.int32) - az.astype(np.int32)) * (b.astype(np.int32) - bz.astype(np.int32))
-    return requantize(acc, F32(as_ * bs / ys), yz)
+    return round_shifted(acc.astype(F32) * F32(as_ * bs / ys), yz)
 
 
 def global_average(inputs: Sequence[Array | None], attributes: Attributes) -> Array:
     """QLinearGlobalAveragePool: the sum over positions, factor `s_x / (s_y count)`."""
-    x, xs, xz, ys, yz = _all(inputs[:5])
+    x, xs, xz, ys, yz = all_of(inputs[:5])
     last = bool(attributes.get("channels_last", 0))
     axes = tuple(range(1, x.ndim - 1)) if last else tuple(range(2, x.ndim))
     acc = (x.astype(np.int32) - xz.astype(np.int32)).sum(axes, keepdims=True)
@@ -155,8 +162,8 @@ def global_average(inputs: Sequence[Array | None], attributes: Attributes) -> Ar
 
 
 def average(inputs: Sequence[Array | None], attributes: Attributes) -> Array:
-    """QLinearAveragePool: the mean of the dequantized window in float32, quantized."""
-    x, xs, xz, ys, yz = _all(inputs[:5])
+    """QLinearAveragePool: the mean of the dequantized window in float32, `rint(mean / s + z)`."""
+    x, xs, xz, ys, yz = all_of(inputs[:5])
     last = bool(attributes.get("channels_last", 0))
     if last:
         x = np.moveaxis(x, -1, 1)
@@ -168,13 +175,13 @@ def average(inputs: Sequence[Array | None], attributes: Attributes) -> Array:
     if attributes.get("count_include_pad"):
         inside = np.ones_like(inside)
     count = inside.sum(tuple(range(-rank, 0))).astype(F32)
-    y = quantize((total / count).astype(F32), ys, yz)
+    y = round_shifted((total / count).astype(F32) / ys, yz)
     return np.moveaxis(y, 1, -1) if last else y
 
 
 def concat(inputs: Sequence[Array | None], attributes: Attributes) -> Array:
     """QLinearConcat: every part by a table from its grid to that of the result."""
-    ys, yz, *parts = _all(inputs)
+    ys, yz, *parts = all_of(inputs)
     done = []
     for x, xs, xz in zip(parts[::3], parts[1::3], parts[2::3], strict=True):
         table = quantize(dequantize(np.arange(256, dtype=np.uint8).view(x.dtype), xs, xz), ys, yz)
@@ -188,7 +195,7 @@ def sigmoid(inputs: Sequence[Array | None], attributes: Attributes) -> Array:
     The runtime fills it with an approximation of the logistic function that is good to float32;
     where the exact value lies within that error of a tie, the table differs by one step.
     """
-    x, xs, xz, ys, yz = _all(inputs[:5])
+    x, xs, xz, ys, yz = all_of(inputs[:5])
     values = dequantize(np.arange(256, dtype=np.uint8).view(x.dtype), xs, xz)
     logistic = (1 / (1 + np.exp(-values.astype(np.float64)))).astype(F32)
     return quantize(logistic, ys, yz)[x.view(np.uint8)]
@@ -196,7 +203,7 @@ def sigmoid(inputs: Sequence[Array | None], attributes: Attributes) -> Array:
 
 def max_pool(inputs: Sequence[Array | None], attributes: Attributes) -> Array:
     """MaxPool of integers, in NCHW or, as NhwcMaxPool, in NHWC (`channels_last`)."""
-    (x,) = _all(inputs[:1])
+    (x,) = all_of(inputs[:1])
     last = bool(attributes.get("channels_last", 0))
     if last:
         x = np.moveaxis(x, -1, 1)
@@ -207,8 +214,8 @@ def max_pool(inputs: Sequence[Array | None], attributes: Attributes) -> Array:
 
 Kernel = Callable[[Sequence[Array | None], Attributes], Array | list[Array]]
 KERNELS: dict[str, Kernel] = {
-    "QuantizeLinear": lambda inputs, attributes: quantize(*_all(inputs[:3])),
-    "DequantizeLinear": lambda inputs, attributes: dequantize(*_all(inputs[:2]), *inputs[2:3]),
+    "QuantizeLinear": lambda inputs, attributes: quantize(*all_of(inputs[:3])),
+    "DequantizeLinear": lambda inputs, attributes: dequantize(*all_of(inputs[:2]), *inputs[2:3]),
     "QLinearConv": conv,
     "QGemm": gemm,
     "QLinearMatMul": matmul,
@@ -258,8 +265,10 @@ def _leave(acc: Array, factor: Array, output: Sequence[Array | None]) -> Array:
     return acc.astype(F32) * factor
 
 
-def _product(a: Array, b: Array) -> Array:
-    exact: Array = a.astype(np.float64) @ b.astype(np.float64)
+def product(a: Array, b: Array) -> Array:
+    """Integers `a b`, `a` of at most 9 bits: by float32 where it holds every sum, else float64."""
+    narrow = 255 * np.abs(b).sum(0, np.int64).max(initial=0) < 2**24
+    exact: Array = a.astype(F32) @ b.astype(F32) if narrow else a.astype(float) @ b.astype(float)
     return exact.astype(np.int64)
 
 
@@ -268,25 +277,25 @@ def _dense(windows: Array, w: Array, rank: int) -> Array:
     columns, images = w.reshape(len(w), -1).T, []
     for image in windows:
         order = np.moveaxis(image, 0, rank)  # [*S, C, *K]
-        rows = order.reshape(math.prod(order.shape[:rank]), -1)
-        images.append(_product(rows, columns).T.reshape(-1, *order.shape[:rank]))
+        rows = order.reshape(math.prod(order.shape[:rank]), -1)  # a copy
+        images.append(product(rows, columns).T.reshape(-1, *order.shape[:rank]))
     return np.stack(images)
 
 
 def _depthwise(windows: Array, w: Array, rank: int) -> Array:
-    acc: Array = np.zeros(windows.shape[: 2 + rank], np.int64)
+    acc: Array = np.zeros(windows.shape[: 2 + rank], F32)  # of 9 bits times 8, tens of times
     for position in np.ndindex(*w.shape[2:]):
-        taps = w[(slice(None), 0, *position)].reshape(-1, *[1] * rank)
+        taps = w[(slice(None), 0, *position)].reshape(-1, *[1] * rank).astype(F32)
         acc += windows[(Ellipsis, *position)] * taps
-    return acc
+    return acc.astype(np.int64)
 
 
-def _fma(x: Array, factor: np.float32, addend: Array | np.float32) -> Array:
+def fma(x: Array, factor: np.float32, addend: Array | np.float32) -> Array:
     """`x factor + addend`, rounded once to float32; the product of 8 and 24 bits is exact."""
     exact = x.astype(np.float64) * np.float64(factor) + np.asarray(addend, np.float64)
     return exact.astype(F32)
 
 
-def _all(inputs: Sequence[Array | None]) -> list[Array]:
+def all_of(inputs: Sequence[Array | None]) -> list[Array]:
     """Inputs that the operator requires."""
     return [x for x in inputs if x is not None]

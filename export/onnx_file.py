@@ -24,9 +24,10 @@ from mpq.targets import get_target
 from . import meta, runtime
 from .certify import Certificate, certify
 from .form import Int4Format, form_of
+from .judges import judge
 from .lower import Lowered, form_for, lower
 from .pixels import PixelInput
-from .verify import VerifyReport, verify
+from .verify import VerifyReport
 
 logger = logging.getLogger(__name__)
 LIMIT = 2**31 - 1
@@ -111,7 +112,7 @@ def to_onnx(
         )
     report = None
     if images is not None:
-        report = verify(frozen, data, lowered.sites, images, pixels=pixels)
+        report = judge(frozen, data, lowered.sites, images, get_target(named), pixels)
         if report.failures():
             raise ExportError(
                 "the file does not answer as the simulation does: " + "; ".join(report.failures())
@@ -130,7 +131,9 @@ def float_to_onnx(qg: QuantGraph, path: str | Path) -> Path:
     return Path(path)
 
 
-def verify_file(qg: QuantGraph, path: Path, images: Tensor) -> VerifyReport:
+def verify_file(
+    qg: QuantGraph, path: Path, images: Tensor, target: str | None = None
+) -> VerifyReport:
     """Compare a file that is there with the graph it was made from, as `to_onnx` does.
 
     Which value of the file belongs to which quantizer is found by lowering the graph again; a file
@@ -140,9 +143,11 @@ def verify_file(qg: QuantGraph, path: Path, images: Tensor) -> VerifyReport:
         qg: a graph in stage `prepared` or `frozen`.
         path: the file.
         images: normalized `[N, C, H, W]`.
+        target: where it is to be judged; None: where the graph's policy says.
 
     Raises:
         ExportError: the runtime cannot load or run the file.
+        PolicyError: an unknown target.
     """
     runtime.session(path)  # refuses what is no model
     frozen = qg if qg.stage == "frozen" else freeze(qg)
@@ -151,7 +156,9 @@ def verify_file(qg: QuantGraph, path: Path, images: Tensor) -> VerifyReport:
     same = _operations(data) == _operations(serialize(lowered))
     if not same:
         logger.warning("%s was lowered in another way: comparing its answers only", path)
-    return verify(frozen, data, lowered.sites if same else {}, images, pixels=pixels)
+    named = target or (frozen.policy.target if frozen.policy else None)
+    sites = lowered.sites if same else {}
+    return judge(frozen, data, sites, images, get_target(named), pixels)
 
 
 def _pixels_of(path: Path) -> PixelInput | None:

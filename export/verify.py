@@ -31,6 +31,7 @@ from mpq.shown import Shown
 from . import runtime
 from .certify import saturating_here
 from .pixels import PixelInput
+from .reference import Reference
 
 LAYER_IMAGES = 32
 """Images for the comparison site by site: integer tensors of all sites are held at once."""
@@ -77,6 +78,9 @@ class VerifyReport(Shown):
         max_step: largest difference of any site, what it inherited included.
         layers: one row per site.
         notes: why this computer cannot run the file exactly, if it answers otherwise.
+        target: where the file was judged.
+        judged_by: `runtime` at hand, or `reference`: the integer kernels of a CPU that is not here.
+        elsewhere: the same for the other targets that the file is for.
     """
 
     TABLES = ("verify_table",)
@@ -87,6 +91,9 @@ class VerifyReport(Shown):
     max_step: int
     layers: tuple[SiteCheck, ...]
     notes: tuple[str, ...] = ()
+    target: str = ""
+    judged_by: str = "runtime"
+    elsewhere: tuple[VerifyReport, ...] = ()
 
     def failures(self) -> list[str]:
         """Bounds that are not met, in words."""
@@ -107,7 +114,8 @@ class VerifyReport(Shown):
                 f"no layer alone is more than {MAX_OWN_STEP} step off, so the network itself "
                 "amplifies such steps: is it trained, or are these images that it knows?"
             )
-        return [*found, *own, *self.notes]
+        there = (f"{r.target}: {text}" for r in self.elsewhere for text in r.failures())
+        return [*found, *own, *there, *self.notes]
 
     @property
     def max_own_step(self) -> int:
@@ -117,9 +125,10 @@ class VerifyReport(Shown):
     def to_json(self) -> str:
         """The contents of `verify.json`."""
         data = asdict(self)
-        for row in data["layers"]:
-            row["sqnr_db"] = min(row["sqnr_db"], 999.0)  # JSON has no infinity
-        data["logits_sqnr_db"] = min(data["logits_sqnr_db"], 999.0)
+        for report in (data, *data["elsewhere"]):
+            for row in report["layers"]:
+                row["sqnr_db"] = min(row["sqnr_db"], 999.0)  # JSON has no infinity
+            report["logits_sqnr_db"] = min(report["logits_sqnr_db"], 999.0)
         return json.dumps(data, indent=1)
 
 
@@ -142,6 +151,7 @@ def verify(
     *,
     batch: int = 250,
     pixels: PixelInput | None = None,
+    reference: Reference | None = None,
 ) -> VerifyReport:
     """Compare a frozen graph with its exported file.
 
@@ -152,6 +162,7 @@ def verify(
         images: normalized `[N, C, H, W]`.
         batch: images at a time.
         pixels: the file takes raw images, of which `images` were made.
+        reference: what answers in place of the runtime's default options.
 
     Raises:
         ExportError: the runtime cannot load or run the file, or there are no images.
@@ -166,12 +177,15 @@ def verify(
         feed = feed if pixels.channels_last else feed.transpose(0, 3, 1, 2)
     parts = torch.split(images, batch)
     simulated = torch.cat([qg.module(part) for part in parts]).flatten(1)
-    default, plain = (
-        torch.from_numpy(runtime.run(runtime.session(model, optimize=on), feed, batch=batch))
+    answers = [
+        runtime.run(runtime.session(model, optimize=on), feed, batch=batch)
+        if reference is None or not on
+        else reference.answers(model, feed)
         for on in (True, False)
-    )
+    ]
+    default, plain = map(torch.from_numpy, answers)
     few = slice(0, LAYER_IMAGES)
-    rows = _check_sites(qg, model, sites, images[few], np.ascontiguousarray(feed[few]))
+    rows = _check_sites(qg, model, sites, images[few], np.ascontiguousarray(feed[few]), reference)
     classes = simulated.argmax(1)
     report = VerifyReport(
         n=len(images),
@@ -181,11 +195,18 @@ def verify(
         max_step=max((r.max_step for r in rows), default=0),
         layers=rows,
     )
+    if reference is not None:
+        return replace(report, judged_by="reference")
     return replace(report, notes=saturating_here(model)) if report.failures() else report
 
 
 def _check_sites(
-    qg: QuantGraph, model: bytes, sites: dict[str, str], images: Tensor, feed: NDArray[Any]
+    qg: QuantGraph,
+    model: bytes,
+    sites: dict[str, str],
+    images: Tensor,
+    feed: NDArray[Any],
+    reference: Reference | None,
 ) -> tuple[SiteCheck, ...]:
     if not sites:
         return ()
@@ -195,7 +216,11 @@ def _check_sites(
         proto.graph.output.append(onnx.ValueInfoProto(name=name))
     tapped, runs = proto.SerializeToString(), []
     for on in (True, False):
-        values = runtime.values(tapped, feed, list(sites.values()), optimize=on)
+        names = list(sites.values())
+        if on and reference is not None:
+            values = reference.values(tapped, feed, names)
+        else:
+            values = runtime.values(tapped, feed, names, optimize=on)
         runs.append({site: _plain(values[v], v in blocked) for site, v in sites.items()})
     default, plain = runs
     free: dict[str, Tensor] = {}

@@ -147,7 +147,9 @@ def test_no_cycles():
 
 def test_torch_and_onnxruntime_stay_where_they_belong():
     outside = {m: {name.split(".")[0] for name in imports(m)} for m in MODULES}
-    assert {m for m, names in outside.items() if "onnxruntime" in names} == {"mpq.export.runtime"}
+    alone = "mpq.export.runners.onnxruntime_job"  # a program for another Python, imported nowhere
+    users = {m for m, names in outside.items() if "onnxruntime" in names}
+    assert users - {alone} == {"mpq.export.runtime"}
     assert [m for m, names in outside.items() if area(m) in LIGHT and "torch" in names] == []
 
 

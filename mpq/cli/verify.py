@@ -12,6 +12,7 @@ from mpq.cli import bundles, options, terminal
 from mpq.data import DataSource
 from mpq.errors import ExportError, UsageError
 from mpq.export.certify import saturating_here
+from mpq.export.exact import ExactReport
 from mpq.pipeline.quantizing import load_quantized
 from mpq.pipeline.verifying import exact_run, verify_run
 from mpq.report.tables import exact_table, verify_table
@@ -24,6 +25,7 @@ from mpq.report.tables import exact_table, verify_table
 @options.path("--quantized", metavar="PATH",
               help="What FILE was made from.  [default: quantized.pth beside FILE]")  # fmt: skip
 @options.count("--images", help="Test images.  [default: 1000, with --exact 4]")
+@options.target("Where to judge it, without that CPU at hand.")
 @bundles.source
 @options.seed
 @options.as_json
@@ -32,6 +34,7 @@ def verify(
     exact: bool,
     quantized: Path | None,
     images: int | None,
+    target: str | None,
     source: DataSource,
     seed: int,
     as_json: bool,
@@ -40,7 +43,9 @@ def verify(
 
     By default against the quantized network it was made from: PyTorch, onnxruntime unoptimized
     and at its defaults, end to end and tensor by tensor. With --exact against an integer reference
-    that needs nothing but FILE, which may be anybody's. In a run, verify.json or exact.json is
+    that needs nothing but FILE, which may be anybody's. With --target another kind of CPU is
+    judged: by the reference of its arithmetic, or with --exact in its own runtime, where
+    mpq portability has installed one. In a run, verify.json or exact.json is
     written. Exit code 2 if FILE does not answer as it must.
 
     \b
@@ -56,16 +61,22 @@ def verify(
     if exact:
         if quantized is not None:
             raise UsageError("--exact needs nothing but the file. Give it without --quantized.")
-        _exact(path, source, images or 4, seed, as_json)
+        report = _exact(path, source, images or 4, seed, target)
+        _tell(path, "exact.json", report.to_json(), as_json)
+        _refuse_inexact(path, report)
     else:
-        _against(path, quantized, source, images or 1000, seed, as_json)
+        _against(path, quantized, source, images or 1000, seed, target, as_json)
 
 
-def _exact(path: Path, source: DataSource, images: int, seed: int, as_json: bool) -> None:
+def _exact(
+    path: Path, source: DataSource, images: int, seed: int, target: str | None
+) -> ExactReport:
     with terminal.status() as tell:
         tell("comparing node by node")
-        report = exact_run(path, source, images=images, seed=seed)
-    _tell(path, "exact.json", report.to_json(), as_json)
+        return exact_run(path, source, images=images, seed=seed, target=target)
+
+
+def _refuse_inexact(path: Path, report: ExactReport) -> None:
     differing = report.differing()
     if differing:
         names = ", ".join(f"{node.op} {node.name}" for node in differing[:5])
@@ -78,7 +89,13 @@ def _exact(path: Path, source: DataSource, images: int, seed: int, as_json: bool
 
 
 def _against(
-    path: Path, quantized: Path | None, source: DataSource, images: int, seed: int, as_json: bool
+    path: Path,
+    quantized: Path | None,
+    source: DataSource,
+    images: int,
+    seed: int,
+    target: str | None,
+    as_json: bool,
 ) -> None:
     network = quantized or path.parent / "quantized.pth"
     if not network.is_file():
@@ -90,7 +107,7 @@ def _against(
         tell("loading")
         found = load_quantized(network, source)
         tell("comparing")
-        report = verify_run(found, path, images=images, seed=seed)
+        report = verify_run(found, path, images=images, seed=seed, target=target)
     _tell(path, "verify.json", report.to_json(), as_json)
     if report.failures():
         raise ExportError(

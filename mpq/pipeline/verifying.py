@@ -15,18 +15,26 @@ from numpy.typing import NDArray
 from mpq import origins
 from mpq.data import DataSource, Normalization, open_data, sample_indices
 from mpq.errors import DataError, UsageError
-from mpq.export import bench, runtime
+from mpq.export import bench, foreign, runtime
 from mpq.export.exact import ExactReport, verify_exact
 from mpq.export.meta import from_metadata
 from mpq.export.onnx_file import verify_file
 from mpq.export.verify import VerifyReport
 from mpq.pipeline.exporting import held_out
 from mpq.pipeline.quantizing import Quantized
+from mpq.targets import get_target
 
 logger = logging.getLogger(__name__)
 
 
-def verify_run(found: Quantized, path: Path, *, images: int = 1000, seed: int = 0) -> VerifyReport:
+def verify_run(
+    found: Quantized,
+    path: Path,
+    *,
+    images: int = 1000,
+    seed: int = 0,
+    target: str | None = None,
+) -> VerifyReport:
     """Compare a file with its quantized network, as the export did.
 
     Args:
@@ -34,6 +42,7 @@ def verify_run(found: Quantized, path: Path, *, images: int = 1000, seed: int = 
         path: the ONNX file.
         images: test images (fewer if there are fewer).
         seed: of the sample.
+        target: where it is to be judged; None: where its policy says.
 
     Raises:
         DataError: there are no images to compare on.
@@ -47,7 +56,7 @@ def verify_run(found: Quantized, path: Path, *, images: int = 1000, seed: int = 
     sample = held_out(found.subject, images, seed)
     if sample is None:
         raise DataError("verification needs at least one image. Got --images 0.")
-    return verify_file(found.graph, path, sample)
+    return verify_file(found.graph, path, sample, target)
 
 
 def _check_origin(found: Quantized, path: Path) -> None:
@@ -78,7 +87,14 @@ def _check_origin(found: Quantized, path: Path) -> None:
         )
 
 
-def exact_run(path: Path, source: DataSource, *, images: int = 4, seed: int = 0) -> ExactReport:
+def exact_run(
+    path: Path,
+    source: DataSource,
+    *,
+    images: int = 4,
+    seed: int = 0,
+    target: str | None = None,
+) -> ExactReport:
     """Hold every integer tensor of a file against the integer reference.
 
     Args:
@@ -86,15 +102,18 @@ def exact_run(path: Path, source: DataSource, *, images: int = 4, seed: int = 0)
         source: where test images come from; without data named here or in the file, noise.
         images: how many; a file that is fixed to a batch gets one batch.
         seed: of the sample, or of the noise.
+        target: whose runtime is to run it; None: the one at hand.
 
     Raises:
-        UsageError: there is no such file, or no image is asked for.
+        UsageError: there is no such file, no image is asked for, or no runtime of that target is
+            installed.
         DataError: data that are named here cannot be read, or do not fit the file.
         ExportError: the runtime cannot load or run the file.
     """
     if images < 1:
         raise UsageError(f"images must be at least 1. Got {images}.")
-    return verify_exact(path, _batch(path, source, images, seed))
+    there = None if target is None else foreign.of_target(get_target(target))
+    return verify_exact(path, _batch(path, source, images, seed), there)
 
 
 def _batch(path: Path, source: DataSource, count: int, seed: int) -> NDArray[Any]:

@@ -263,6 +263,12 @@ def verify_table(verify: Json) -> Grid:
         f"top-1 agreement {verify['top1_agreement']:.2%} on {verify['n']} images, "
         f"largest difference {short(verify['max_step'])} steps"
     )
+    for one in (verify, *verify.get("elsewhere", ())):
+        if one.get("judged_by") == "reference":
+            note += (
+                f"; {one['target']} by its integer reference: {one['top1_agreement']:.2%} "
+                f"on {one['n']} images"
+            )
     return Grid("Runtime against simulation", heads, tuple(body), note)
 
 
