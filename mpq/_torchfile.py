@@ -12,14 +12,16 @@ import pickle
 import re
 import warnings
 import zipfile
-from pathlib import Path
+from pathlib import Path, PosixPath, WindowsPath
 from typing import Any, BinaryIO
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
+from torch import Tensor
 
 from mpq import limits
-from mpq.errors import CheckpointError, nearest
+from mpq.errors import CheckpointError, MpqError, nearest
 from mpq.files import atomic_file
 from mpq.userimport import working_directory
 
@@ -27,6 +29,8 @@ from mpq.userimport import working_directory
 _NUMPY_SCALAR = np.float64(0).__reduce__()[0]
 _HARMLESS: list[Any] = [
     argparse.Namespace,
+    PosixPath,
+    WindowsPath,
     np.dtype,
     (_NUMPY_SCALAR, "numpy.core.multiarray.scalar"),
     (_NUMPY_SCALAR, "numpy._core.multiarray.scalar"),
@@ -49,16 +53,24 @@ _MAGIC = (
 def load_safe(path: str | Path, *, trust_pickle: bool = False) -> Any:
     """`torch.load` to the CPU, without running code from the file unless that is trusted.
 
+    Of safetensors and of a trusted TorchScript archive: the state dict.
+
     Raises:
         CheckpointError: the file is missing, empty, truncated, not of torch, or would run code.
     """
     path = Path(path)
-    _check_file(path)
+    kind = _check_file(path)
     try:
         imports = working_directory() if trust_pickle else contextlib.nullcontext()
         with torch.serialization.safe_globals(_HARMLESS), imports, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's remarks on old formats are of no use here
+            if kind == "safetensors":
+                return _safetensors(path)
+            if kind == "script":
+                return _script_state(path, trust_pickle=trust_pickle)
             content = torch.load(path, map_location="cpu", weights_only=not trust_pickle)
+    except MpqError:
+        raise
     except Exception as error:  # unpickling may raise anything
         raise CheckpointError(_explain(path, error, trust_pickle=trust_pickle)) from error
     if isinstance(content, dict) and str(content.get("format")).startswith("mpq/"):
@@ -103,7 +115,43 @@ class _Telling:
         self.file.flush()
 
 
-def _check_file(path: Path) -> None:
+def is_exported(path: Path) -> bool:
+    """Whether a file is a program that `torch.export.save` wrote."""
+    return path.is_file() and zipfile.is_zipfile(path) and "archive_format" in _members(path)
+
+
+def _members(path: Path) -> set[str]:
+    """Names in a zip archive, below its one folder."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return {name.partition("/")[2] for name in archive.namelist()}
+    except Exception:  # zipfile raises what it stumbles over
+        return set()
+
+
+def _safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except Exception as error:
+        raise CheckpointError(
+            f"the checkpoint {path} ({path.stat().st_size} bytes) is a safetensors file, but "
+            f"damaged or truncated: {error}. Fetch or save it again."
+        ) from error
+
+
+def _script_state(path: Path, *, trust_pickle: bool) -> dict[str, Tensor]:
+    """The weights of a TorchScript archive; its operations can be had by no public function."""
+    if trust_pickle:
+        return dict(torch.jit.load(path, map_location="cpu").state_dict())
+    raise CheckpointError(
+        f"the checkpoint {path} is a TorchScript archive, whose operations no public function of "
+        "torch gives. Where the network was made, write it with torch.export.save (.pt2). For its "
+        "weights alone, give --trust-pickle (torch.jit.load may run code of the file) and --model."
+    )
+
+
+def _check_file(path: Path) -> str:
+    """What is to be read: `torch`, `safetensors` or `script`."""
     try:
         if not path.exists():
             around = path.parent.iterdir() if path.parent.is_dir() else ()
@@ -115,11 +163,12 @@ def _check_file(path: Path) -> None:
         what = _other_kind(path)
     except OSError as error:
         raise CheckpointError(f"the checkpoint {path} cannot be read: {error}") from error
-    if what:
-        raise CheckpointError(
-            f"the checkpoint {path} must be a file that torch.save wrote (.pth, .pt). "
-            f"This one is {what}."
-        )
+    if what in ("safetensors", "script", None):
+        return what or "torch"
+    raise CheckpointError(
+        f"the checkpoint {path} must be a file that torch.save wrote (.pth, .pt, .ckpt) or one of "
+        f"safetensors. This one is {what}."
+    )
 
 
 def _check_sums(path: Path) -> None:
@@ -141,7 +190,8 @@ def _explain(path: Path, error: Exception, *, trust_pickle: bool) -> str:
     if trust_pickle and isinstance(error, AttributeError | ImportError):
         return (
             f"the checkpoint {path} needs code that cannot be imported here: {first}. Run from the "
-            f"folder of that code, or save `model.state_dict()` there and pass --model."
+            "folder of that code, install it (pip install ultralytics for a YOLO), or save "
+            "`model.state_dict()` there and pass --model."
         )
     blocked = re.search(r"GLOBAL (\S+)", str(error))
     if isinstance(error, pickle.UnpicklingError) and blocked:
@@ -168,9 +218,12 @@ def _other_kind(path: Path) -> str | None:
         if head.lstrip().startswith(magic):
             return what
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 100_000_000:
-        return "a safetensors file: save its tensors with torch.save first"
+        return "safetensors"
     if path.suffix == ".onnx" or (head[0] == 8 and b"\x12" in head[1:4]):
-        return "an ONNX file: mpq starts from the PyTorch weights that it was exported from"
+        return (
+            "an ONNX file: mpq starts from the PyTorch network that it was exported from, because "
+            "it trains and scores that; an ONNX graph has no modules that could be trained"
+        )
     return "a text file" if _is_text(head) else None
 
 
@@ -189,10 +242,9 @@ def _zip(path: Path) -> str | None:
             "torch.save does not compress: unpack it, and save its tensors with torch.save"
         )
     if "constants.pkl" in names:
-        return (
-            "a TorchScript archive: load it with torch.jit.load where it was made and save its "
-            "state_dict() with torch.save"
-        )
+        return "script"
+    if "archive_format" in names:
+        return "an exported program (.pt2), which mpq analyze and mpq profile take as their network"
     return None if "data.pkl" in names else "a zip archive, but not one that torch.save wrote"
 
 

@@ -1,16 +1,18 @@
 """Networks in files: read any checkpoint, write ours.
 
 Our own files are a dict with `format: mpq/model`, a version, what the network is, what it was
-trained on and how well it did, and its `state`. Foreign files may hold a state dict at the top or
-under `state_dict`, `model` and the like; their architecture is found from the weights.
+trained on and how well it did, and its `state`. Of foreign files, what is taken for the network is
+said in `mpq.zoo.parts`; its architecture is found from the weights, or named. A folder of
+transformers or timm, a `.pt2` program, a pickled module and a factory that brings its weights are
+networks by themselves.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +22,23 @@ from torch import Tensor, nn
 
 from mpq import limits
 from mpq._torchfile import load_safe, save_atomic
-from mpq.errors import CheckpointError
+from mpq.capture.network import Network
+from mpq.errors import CheckpointError, UsageError
 from mpq.policy import ModelInfo
-from mpq.zoo.detection import Recognized, recognize, recognize_module, strip
+from mpq.userimport import trusting
+from mpq.zoo.detection import recognize, recognize_module
+from mpq.zoo.fitting import Recognized
+from mpq.zoo.parts import NESTS, Part, choose, levels, states, told
+from mpq.zoo.spelling import strip
+from mpq.zoo.whole import open_whole
 
 __all__ = [
     "Loaded",
+    "Reading",
     "load_model",
     "load_safe",
     "loaded_from",
-    "read_state",
+    "open_model",
     "save_atomic",
     "save_model",
     "weights_hash",
@@ -37,11 +46,28 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-DEPTH = 8
-"""State dicts are looked for under so many keys in a row; some files contain themselves."""
 FORMAT = "mpq/model"
 VERSION = 1
-_NESTS = ("state_dict", "model_state_dict", "model", "net", "state", "network", "weights")
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """How a network is to be read from a file.
+
+    Args:
+        arch: an architecture by name, as `mpq.zoo.builder` takes it; None: what the weights fit.
+        classes: number of outputs that the caller expects; None: what the weights have.
+        weights: `ema`, `raw`, or the name of a part of the file; None: averaged weights where there
+            are some, else the others.
+        input: `(C, H, W)` or `(H, W)` of its images; None: what the network is meant for.
+        trust_pickle: run the code inside the file if it has some.
+    """
+
+    arch: str | None = None
+    classes: int | None = None
+    weights: str | None = None
+    input: tuple[int, ...] | None = None
+    trust_pickle: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +79,14 @@ class Loaded:
         info: what it is; `normalize` is empty when the file does not say.
         data: name of the data it was trained on; None for a foreign file.
         metrics: what was measured when it was saved, empty for a foreign file.
+        call: an example call, of a network that takes anything but one batch of images.
     """
 
     module: nn.Module
     info: ModelInfo
     data: str | None = None
     metrics: dict[str, Any] = field(default_factory=dict)
+    call: Network | None = None
 
 
 def load_model(
@@ -66,52 +94,89 @@ def load_model(
     *,
     arch: str | None = None,
     classes: int | None = None,
+    weights: str | None = None,
+    input: tuple[int, ...] | None = None,
     trust_pickle: bool = False,
 ) -> Loaded:
     """Load a network.
 
     Args:
-        path: a file of `save_model`, or any state dict that `torch.save` wrote.
-        arch: an architecture by name or `package.module:factory`; default: what the weights fit.
+        path: a file of `save_model`, any state dict that `torch.save` or safetensors wrote, a
+            folder of transformers or timm, a `.pt2` program, or `package.module:factory` for a
+            network that brings its weights.
+        arch: an architecture by name, as `mpq.zoo.builder` takes it; that it is named here is leave
+            to import its code. None: what the weights fit.
         classes: number of outputs that the caller expects; default: what the weights have.
+        weights: `ema`, `raw`, or the name of a part of the file; None: averaged weights where there
+            are some, else the others.
+        input: `(C, H, W)` or `(H, W)` of its images; None: what the network is meant for.
         trust_pickle: run the code inside the file if it has some (a pickled module).
 
     Raises:
         CheckpointError: the file is missing, damaged, of another kind, not trusted, has a weight
-            that is not finite, or does not fit the architecture.
-        UsageError: an unknown architecture, a factory that fails.
+            that is not finite, does not fit the architecture, or fits several.
+        UsageError: an unknown architecture, a library that is missing, a factory that fails.
     """
-    path = Path(path)
-    return loaded_from(load_safe(path, trust_pickle=trust_pickle), path, arch=arch, classes=classes)
+    with trusting(*([arch] if arch else []), str(path)):
+        return open_model(Path(path), Reading(arch, classes, weights, input, trust_pickle))
 
 
-def loaded_from(
-    content: Any, path: Path, *, arch: str | None = None, classes: int | None = None
-) -> Loaded:
-    """`load_model` of a file that has been read: what `load_safe` gave for `path`."""
+def open_model(path: Path, how: Reading) -> Loaded:
+    """`load_model` without leave to import what has not been trusted."""
+    found = open_whole(path, how.arch, how.classes, how.input)
+    if found is None:
+        return loaded_from(load_safe(path, trust_pickle=how.trust_pickle), path, how)
+    if how.weights is not None:
+        raise UsageError(
+            f"--weights chooses among the parts of a checkpoint. {path} is a network by itself."
+        )
+    return _loaded(found, path, how)
+
+
+def loaded_from(content: Any, path: Path, how: Reading) -> Loaded:
+    """`open_model` of a file that has been read: what `load_safe` gave for `path`."""
     saved = _saved_info(content, path)
-    found = _recognized(content, path, arch, classes, saved)
-    if classes not in (None, found.classes):
+    parts = [Part("", content["state"])] if saved else states(content)
+    _check_parts(parts, content, path)
+    try:
+        found = _recognized(parts, saved, how)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    loaded = _loaded(found, path, how)
+    if saved is None:
+        return loaded
+    digest = loaded.info.sha256
+    if saved.sha256 not in ("", digest, weights_hash(content["state"])):
         raise CheckpointError(
-            f"the network in {path} must have {classes} classes. Its last layer has "
+            f"the weights in {path} must have the sha256 {saved.sha256[:12]}... that they were "
+            f"saved with. Got {digest[:12]}...: it is damaged or was changed. Write it again."
+        )
+    info = loaded.info.replace(normalize=saved.normalize)
+    data, metrics = str(content.get("data", "")), content.get("metrics", {})
+    return replace(loaded, info=info, data=data, metrics=metrics)
+
+
+def _loaded(found: Recognized, path: Path, how: Reading) -> Loaded:
+    """A network as it was found, its weights checked and counted."""
+    if found.told:
+        logger.warning("%s: %s", path, found.told)
+    if how.classes not in (None, found.classes):
+        raise CheckpointError(
+            f"the network in {path} must have {how.classes} classes. Its last layer has "
             f"{found.classes} outputs instead. Give the data set that it was trained on."
         )
+    state = found.network.state_dict()
+    _check_finite(state, path)
     info = ModelInfo(
         arch=found.arch,
         classes=found.classes,
         input=found.input,
-        normalize=saved.normalize if saved else "",
-        checkpoint=str(path),
-        sha256=weights_hash(found.network.state_dict()),
+        normalize=found.normalize,
+        checkpoint=str(path) if path.exists() else "",
+        sha256=weights_hash(state),
+        weights=how.weights,
     )
-    if saved is None:
-        return Loaded(found.network, info)
-    if saved.sha256 not in ("", info.sha256, weights_hash(_find_state(content, path))):
-        raise CheckpointError(
-            f"the weights in {path} must have the sha256 {saved.sha256[:12]}... that they were "
-            f"saved with. Got {info.sha256[:12]}...: it is damaged or was changed. Write it again."
-        )
-    return Loaded(found.network, info, str(content.get("data", "")), content.get("metrics", {}))
+    return Loaded(found.network, info, call=found.call)
 
 
 def save_model(
@@ -134,22 +199,12 @@ def save_model(
     content = {
         "format": FORMAT,
         "version": VERSION,
-        "info": info.model_dump(mode="json"),
+        "info": info.model_dump(mode="json", exclude_none=True),
         "data": data,
         "metrics": dict(metrics or {}),
         "state": state,
     }
     save_atomic(content, path)
-
-
-def read_state(path: str | Path, *, trust_pickle: bool = False) -> dict[str, Tensor]:
-    """The weights in a file, under the names they have there, floats as float32, all finite.
-
-    Raises:
-        CheckpointError: as for `load_model`.
-    """
-    path = Path(path)
-    return _checked(_find_state(load_safe(path, trust_pickle=trust_pickle), path), path)
 
 
 def weights_hash(state: Mapping[str, Tensor]) -> str:
@@ -181,62 +236,56 @@ def _saved_info(content: Any, path: Path) -> ModelInfo | None:
         raise CheckpointError(f"the header of the checkpoint {path} is damaged: {error}") from None
 
 
-def _recognized(
-    content: Any, path: Path, arch: str | None, classes: int | None, saved: ModelInfo | None
-) -> Recognized:
-    """The network of a file: a module as it is, a state dict in the network that it belongs to."""
-    state = _checked(_find_state(content, path), path)
-    module = _find_module(content)
-    try:
-        if module is not None:
-            return recognize_module(module, arch)
-        if saved is None:
-            return recognize(state, arch, classes=classes)
-        return recognize(state, arch or saved.arch, classes=classes, size=saved.input)
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from None
+def _recognized(parts: Sequence[Part], saved: ModelInfo | None, how: Reading) -> Recognized:
+    """The network of a file: a module as it is, a state in the network that it belongs to."""
+    if parts[0].module is not None:
+        fits = next(levels(parts, how.weights))
+        part = choose(fits)
+        assert part.module is not None
+        found = recognize_module(part.module, how.arch, size=how.input)
+        return replace(found, told=told(part, fits))
+    arch = how.arch or (saved.arch if saved else None)
+    size = how.input or (saved.input if saved else None)
+    return recognize(parts, arch, classes=how.classes, size=size, weights=how.weights)
 
 
-def _find_module(content: Any, depth: int = 0) -> nn.Module | None:
-    """The module in a trusted file: the content itself or an entry of it."""
-    if isinstance(content, nn.DataParallel):
-        content = content.module
-    if isinstance(content, nn.Module):
-        return content
-    if not isinstance(content, Mapping) or depth > DEPTH:
-        return None
-    nested = (_find_module(content[key], depth + 1) for key in _NESTS if key in content)
-    return next((module for module in nested if module is not None), None)
-
-
-def _find_state(content: Any, path: Path, depth: int = 0) -> dict[str, Tensor]:
-    """The tensors of a file, from where training scripts put them."""
-    module = _find_module(content)
-    if module is not None:
-        return module.state_dict()
-    if isinstance(content, Mapping):
-        for key in _NESTS if depth < DEPTH else ():
-            if isinstance(content.get(key), Mapping):
-                return _find_state(content[key], path, depth + 1)
-        state = {str(k): v for k, v in content.items() if isinstance(v, Tensor)}
-        if state:
-            dropped = [str(k) for k in content if str(k) not in state]
-            if dropped:
-                logger.info("%s: entries that are no tensors are left out: %s", path, dropped)
-            return state
-    got = f"the keys {[str(k) for k in content][:8]}" if isinstance(content, Mapping) else ""
+def _check_parts(parts: Sequence[Part], content: Any, path: Path) -> None:
+    """Refuse a file without weights, and tensors that are not there value by value."""
+    for part in parts:
+        total = 0
+        for name, tensor in part.state.items():
+            _check_stored(name, tensor, path)
+            total += tensor.numel() * 4
+        if total > limits.current().file_mb * 1e6:
+            got = f"{total / 1e6:,.1f} MB as float32"
+            raise CheckpointError(limits.exceeded(f"the weights in {path}", "file_mb", got))
+    if parts:
+        return
+    while isinstance(content, Mapping):
+        got = f"the keys {[str(k) for k in content][:8]}"
+        inner = next((content[k] for k in NESTS if isinstance(content.get(k), Mapping)), None)
+        if inner is None or inner is content:
+            break
+        content = inner
+    else:
+        got = f"an object of type {type(content).__name__}"
     raise CheckpointError(
-        f"the checkpoint {path} must hold a state dict, at the top or under one of "
-        f"{', '.join(_NESTS)}. Got {got or f'an object of type {type(content).__name__}'} instead."
+        f"the checkpoint {path} must hold a state dict, at the top or under a key such as "
+        f"{', '.join(NESTS)}. Got {got} instead."
     )
 
 
 def _check_stored(name: str, tensor: Tensor, path: Path) -> None:
-    """Refuse a tensor whose values do not lie in the file one by one.
+    """Refuse a tensor whose values do not lie in the file one by one, as floats.
 
     Raises:
-        CheckpointError: a sparse or a meta tensor, or one that repeats what it stores.
+        CheckpointError: a quantized, sparse or meta tensor, or one that repeats what it stores.
     """
+    if tensor.is_quantized:
+        raise CheckpointError(
+            f"{name} of the checkpoint {path} must be a float tensor, but is quantized "
+            f"({tensor.dtype}). mpq starts from the float network."
+        )
     if tensor.is_meta or tensor.layout != torch.strided:
         kind = "has no values (a meta tensor)" if tensor.is_meta else f"is {tensor.layout}"
     elif tensor.numel() * tensor.element_size() > max(tensor.untyped_storage().nbytes(), 1_000_000):
@@ -249,24 +298,8 @@ def _check_stored(name: str, tensor: Tensor, path: Path) -> None:
     )
 
 
-def _checked(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """Floats as float32; refuse weights that are quantized already or not finite."""
-    halves = {str(t.dtype) for t in state.values() if t.is_floating_point()} - {"torch.float32"}
-    if halves:
-        logger.info("%s: weights of type %s become float32", path, ", ".join(sorted(halves)))
-    checked, total = {}, 0
+def _check_finite(state: Mapping[str, Tensor], path: Path) -> None:
     for name, tensor in state.items():
-        if tensor.is_quantized:
-            raise CheckpointError(
-                f"{name} of the checkpoint {path} must be a float tensor, but is quantized "
-                f"({tensor.dtype}). mpq starts from the float network."
-            )
-        _check_stored(name, tensor, path)
-        total += tensor.numel() * 4
-        if total > limits.current().file_mb * 1e6:
-            got = f"{total / 1e6:,.1f} MB as float32"
-            raise CheckpointError(limits.exceeded(f"the weights in {path}", "file_mb", got))
-        tensor = tensor.detach().float() if tensor.is_floating_point() else tensor.detach()
         bad = tensor.numel() - int(torch.isfinite(tensor).sum())
         if bad:
             raise CheckpointError(
@@ -274,5 +307,3 @@ def _checked(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
                 f"{tensor.numel()} values are NaN or infinite. The training that wrote it diverged "
                 f"or the file is damaged; take an earlier one."
             )
-        checked[name] = tensor
-    return checked

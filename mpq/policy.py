@@ -71,7 +71,8 @@ class ModelInfo(_Value):
 
     `arch` is a zoo or torchvision name or `package.module:factory`; `checkpoint` a path, relative
     to the policy file or to the working directory; `sha256` the hash of the weights
-    (`mpq.checkpoint.weights_hash`); `input` is `[channels, height, width]`.
+    (`mpq.checkpoint.weights_hash`); `input` is `[channels, height, width]`; `weights` is what
+    `--weights` took of a file that holds several.
     """
 
     arch: str
@@ -80,6 +81,7 @@ class ModelInfo(_Value):
     classes: int = Field(ge=1)
     input: tuple[int, int, int] = (3, 32, 32)
     normalize: str = "none"
+    weights: str | None = None
 
     @model_validator(mode="after")
     def _bounded(self) -> Self:

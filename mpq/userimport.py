@@ -94,15 +94,31 @@ def remember_trust(folder: Path) -> None:
     remember(folder, trust.names, trust.runs)
 
 
+class _Torchvision:
+    """Finds nothing; where the user's code comes to import torchvision, it is made importable."""
+
+    looking = False
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> None:
+        """As a finder of `sys.meta_path`."""
+        if name == "torchvision" and not self.looking:
+            from mpq._torchvision import declare_missing  # needs torch, which nothing else does
+
+            self.looking = True  # it looks for torchvision too
+            declare_missing()
+
+
 @contextlib.contextmanager
 def working_directory() -> Iterator[None]:
-    """Let imports see the working directory while the block runs."""
-    folder = os.getcwd()
+    """Let imports see the working directory, and a torchvision that loads, while the block runs."""
+    folder, finder = os.getcwd(), _Torchvision()
     sys.path.insert(0, folder)
+    sys.meta_path.insert(0, finder)
     try:
         yield
     finally:
         sys.path.remove(folder)
+        sys.meta_path.remove(finder)
 
 
 def import_callable(name: str, option: str, error: type[MpqError]) -> Callable[..., Any]:

@@ -150,7 +150,7 @@ def test_spoiled_files(here, fails, file, how):
         ("qat --teacher runs/model/quantized.pth -o a", "runs/model/quantized.pth"),
         ("ensemble runs/model/quantized.pth -o e.pth", "mpq/quantized"),
         ("ptq --policy model.pth -o a", "model.pth"),
-        ("analyze runs", "must be a file. Got a folder"),
+        ("analyze runs", "must hold config.json"),
         ("export --onnx runs", "runs/quantized.pth"),
     ],
 )

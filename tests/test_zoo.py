@@ -11,8 +11,8 @@ from mpq import zoo
 from mpq.errors import CheckpointError, UsageError
 from mpq.userimport import trusting
 from mpq.zoo.architectures import ARCHITECTURES
-from mpq.zoo.builder import torchvision_names
 from mpq.zoo.detection import family_key, recognize, template
+from mpq.zoo.libraries import torchvision_names
 from mpq.zoo.memoryless import WithoutMemory
 
 # Parameters for 10 classes. ResNet: He et al. 2016, table 6 (0.27, 0.46, 0.66, 0.85, 1.7 million);

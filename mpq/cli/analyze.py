@@ -22,8 +22,9 @@ from mpq.rundir import Run
 
 
 @click.command(cls=options.ListCommand)
-@click.argument("checkpoint", type=options.PATH)
+@options.checkpoint
 @options.model
+@options.weights
 @bundles.source
 @options.normalize
 @options.widths("--bits", "8,4", "Weight widths to choose from.")
@@ -37,7 +38,7 @@ from mpq.rundir import Run
 @options.choice("--rounding", get_args(Rounding), default="nearest",
                 help="Of scored weights; feedback: as mpq ptq.")  # fmt: skip
 @options.count("--num-score", default=512, help="Training images to score on.")
-@options.input_size
+@options.input_shape
 @options.path("--locked", metavar="POLICY", help="Keep the locked layers of this policy.")
 @options.count("--validate", default=0, least=0,
                help="Measure so many random policies and compare with their scores.")  # fmt: skip
@@ -52,6 +53,7 @@ from mpq.rundir import Run
 def analyze(
     checkpoint: Path,
     model: str | None,
+    weights: str | None,
     source: DataSource,
     normalize: Normalization | None,
     bits: tuple[int, ...],
@@ -62,7 +64,7 @@ def analyze(
     metric: Metric,
     rounding: Rounding,
     num_score: int,
-    input_size: int | None,
+    input_shape: tuple[int, ...] | None,
     locked: Path | None,
     validate: int,
     rescore: bool,
@@ -97,9 +99,10 @@ def analyze(
         checkpoint,
         source,
         arch=model,
+        weights=weights,
         normalize=normalize,
         trust_pickle=trust_pickle,
-        input_size=input_size,
+        input_shape=input_shape,
     )
     _introduce(checkpoint, subject)
     with terminal.bars() as tell, terminal.quiet_c():

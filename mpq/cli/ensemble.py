@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from mpq import rundir
+from mpq.checkpoint import Reading
 from mpq.cli import bundles, options, terminal
 from mpq.data import DataSource, Normalization
 from mpq.pipeline.training import build_ensemble, write_ensemble
@@ -18,6 +19,8 @@ from mpq.report.tables import ensemble_table
 @click.argument("checkpoints", nargs=-1, required=True, type=options.PATH)
 @bundles.source
 @options.normalize
+@options.model
+@options.weights
 @options.trust_pickle
 @options.as_json
 @options.force
@@ -27,6 +30,8 @@ def ensemble(
     checkpoints: tuple[Path, ...],
     source: DataSource,
     normalize: Normalization | None,
+    model: str | None,
+    weights: str | None,
     trust_pickle: bool,
     as_json: bool,
     force: bool,
@@ -41,11 +46,10 @@ def ensemble(
     mpq ensemble d.pth --normalize cifar10 ens.pth -o all.pth
     """
     rundir.refuse_overwrite(options.hold_file(out), force)
+    how = Reading(model, weights=weights, trust_pickle=trust_pickle)
     with terminal.status() as tell:
         tell("measuring the teachers")
-        found, dataset, name = build_ensemble(
-            checkpoints, source, normalize=normalize, trust_pickle=trust_pickle
-        )
+        found, dataset, name = build_ensemble(checkpoints, source, normalize=normalize, how=how)
     write_ensemble(found, out, name, force=force)
     rows = [
         {"name": m.name, "arch": m.arch, "normalize": str(m.normalize), "top1": m.top1}

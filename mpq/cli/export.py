@@ -40,6 +40,7 @@ from mpq.report.grid import counted
 @options.choice("--layout", get_args(PixelLayout), default="nhwc", help="Of raw pixels.")
 @options.target("The kind of CPU to certify for.")
 @bundles.source
+@options.trust_pickle
 @options.seed
 @options.as_json
 @options.force
@@ -55,6 +56,7 @@ def export(
     layout: PixelLayout,
     target: str | None,
     source: DataSource,
+    trust_pickle: bool,
     seed: int,
     as_json: bool,
     force: bool,
@@ -81,8 +83,8 @@ def export(
     )
     with terminal.status() as tell:
         tell("loading")
-        found = load_quantized(path, source)
-        reference = float_reference(found, path, source)
+        found = load_quantized(path, source, trust_pickle=trust_pickle)
+        reference = float_reference(found, path, source, trust_pickle=trust_pickle)
         tell("exporting and verifying")
         result = export_run(
             found,

@@ -40,6 +40,12 @@ def named(ctx: click.Context, param: click.Parameter, value: Named) -> Named:
     return value
 
 
+def named_path(ctx: click.Context, param: click.Parameter, value: Path) -> Path:
+    """A callback: code that is named in the place of a file is trusted for this command."""
+    trust(str(value))
+    return value
+
+
 def _code(ctx: click.Context, param: click.Parameter, names: tuple[str, ...]) -> None:
     wrong = next((name for name in names if not is_name(name)), None)
     if wrong is not None:
@@ -123,6 +129,8 @@ def limits(flag: str, help: str) -> Decorator[Any]:
 
 
 PATH = click.Path(path_type=Path)
+# checkpoint: Path
+checkpoint = click.argument("checkpoint", type=PATH, callback=named_path)
 
 
 def path(*flags: str, help: str, metavar: str = "FILE") -> Decorator[Any]:
@@ -245,9 +253,28 @@ resume = click.option("--resume", is_flag=True, help="Go on where an interrupted
 threads = count("--threads", metavar="N", default=1, help="Threads to use.")
 # batch: int
 batch = count("--batch", metavar="N", default=1, help="Images at a time.")
-# input_size: int | None
-input_size = count(
-    "--input-size", metavar="PIXELS", least=8, help="Image side, if not the usual one."
+
+
+def _shape(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, ...] | None:
+    if value is None:
+        return None
+    parts = [part.strip() for part in value.split(",")]
+    if not 1 <= len(parts) <= 3 or not all(p.isdecimal() and int(p) for p in parts):
+        raise click.BadParameter(
+            f"must be C,H,W or H,W or one side in pixels. Got {value!r}.", ctx, param
+        )
+    sizes = tuple(map(int, parts))
+    return sizes * 2 if len(sizes) == 1 else sizes
+
+
+# input_shape: tuple[int, ...] | None
+input_shape = click.option(
+    "--input-shape",
+    "--input-size",
+    "input_shape",
+    metavar="C,H,W",
+    callback=_shape,
+    help="Of an image, or H,W, or one side.  [default: what the network is meant for]",
 )
 # int16_form: Int16Form | None
 int16_form = choice(
@@ -265,7 +292,13 @@ model = click.option(
     "--model",
     metavar="NAME",
     callback=named,
-    help="Architecture: a zoo or torchvision name, or module:factory.",
+    help="Architecture: a zoo or torchvision name, timm:NAME, torchvision:NAME, module:factory.",
+)
+# weights: str | None
+weights = click.option(
+    "--weights",
+    metavar="PART",
+    help="Which of several in a file: ema, raw, or the name of a part.  [default: ema if there]",
 )
 # no argument: what is trusted, is so for the whole command
 trust_code = click.option(

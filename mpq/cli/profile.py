@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from mpq import rundir
-from mpq.checkpoint import load_model
+from mpq.checkpoint import Reading, open_model
 from mpq.cli import options, terminal
 from mpq.pipeline.profiling import check as hold
 from mpq.pipeline.profiling import profile_module
@@ -17,11 +17,12 @@ from mpq.report.tables import profile_table
 
 
 @click.command()
-@click.argument("checkpoint", type=options.PATH)
+@options.checkpoint
 @options.model
+@options.weights
 @options.trust_code
 @options.trust_pickle
-@options.input_size
+@options.input_shape
 @options.threads
 @options.batch
 @options.path("--check", help="Hold the prediction against this exported file.")
@@ -31,8 +32,9 @@ from mpq.report.tables import profile_table
 def profile(
     checkpoint: Path,
     model: str | None,
+    weights: str | None,
     trust_pickle: bool,
-    input_size: int | None,
+    input_shape: tuple[int, ...] | None,
     threads: int,
     batch: int,
     check: Path | None,
@@ -51,14 +53,12 @@ def profile(
     mpq profile model.pth --check runs/model/model.onnx
     """
     folder = options.hold(rundir.resolve_out(out, checkpoint.stem))
-    loaded = load_model(checkpoint, arch=model, trust_pickle=trust_pickle)
-    channels, height, width = loaded.info.input
-    size = (channels, input_size or height, input_size or width)
+    loaded = open_model(checkpoint, Reading(model, None, weights, input_shape, trust_pickle))
     kept = folder / "profile.json"
     with terminal.status() as tell:
         found = profile_module(
             loaded.module,
-            size,
+            loaded.info.input,
             threads=threads,
             batch=batch,
             again=force,

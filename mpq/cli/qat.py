@@ -23,6 +23,7 @@ from mpq.wide import Int16Form, take_form
 @options.policy
 @training.teacher
 @training.teacher_normalize
+@training.teacher_model
 @training.answers
 @training.source
 @training.recipe("qat")
@@ -41,6 +42,7 @@ def qat(
     policy_path: Path | None,
     teacher: Path | None,
     teacher_normalize: str,
+    teacher_model: str | None,
     answers: Path | None,
     source: DataSource,
     recipe: str,
@@ -73,7 +75,7 @@ def qat(
     chosen = training.recipe_from(recipe, epochs, settings, compiling=compiling)
     training.check_plan(chosen, device=device, teacher=teacher, unlabelled=source.unlabelled)
     subject = policy_subject(policy, path, source, weights=True, trust_pickle=trust_pickle)
-    guide = training.load_teacher(teacher, teacher_normalize)
+    guide = training.load_teacher(teacher, teacher_normalize, teacher_model)
     plan = TrainingPlan(chosen, guide, answers=answers)
     run = Run(folder, seed, device, resume)
     if int16_form is not None:

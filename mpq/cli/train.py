@@ -22,6 +22,7 @@ from mpq.train.plan import TrainingPlan
 @options.normalize
 @training.teacher
 @training.teacher_normalize
+@training.teacher_model
 @training.answers
 @options.path("--init", help="Checkpoint to start from.")
 @training.recipe("plain")
@@ -42,6 +43,7 @@ def train(
     normalize: Normalization | None,
     teacher: Path | None,
     teacher_normalize: str,
+    teacher_model: str | None,
     answers: Path | None,
     init: Path | None,
     recipe: str,
@@ -80,7 +82,7 @@ def train(
     )
     if init is not None:
         initial_weights(subject, init)
-    guide = training.load_teacher(teacher, teacher_normalize)
+    guide = training.load_teacher(teacher, teacher_normalize, teacher_model)
     plan = TrainingPlan(chosen, guide, answers=answers)
     run = Run(seed=seed, device=device, resume=resume)
     with training.live(chosen.epochs) as hooks:

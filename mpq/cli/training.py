@@ -11,6 +11,7 @@ import click
 import torch
 import yaml
 
+from mpq.checkpoint import Reading
 from mpq.cli import bundles, options, terminal
 from mpq.data import Normalization
 from mpq.errors import UsageError
@@ -38,6 +39,13 @@ teacher_normalize = click.option(
     metavar="HOW",
     default="",
     help="As --normalize, for a single teacher whose file does not carry it.",
+)
+# teacher_model: str | None
+teacher_model = click.option(
+    "--teacher-model",
+    metavar="NAME",
+    callback=options.named,
+    help="As --model, for a single teacher whose file does not say what it is.",
 )
 # answers: Path | None
 answers = click.option(
@@ -172,12 +180,12 @@ def _value(key: str, text: str) -> object:
         raise UsageError(f"--set {key} must be a plain value. Got {text!r}.") from None
 
 
-def load_teacher(path: Path | None, normalize: str) -> Ensemble | None:
+def load_teacher(path: Path | None, normalize: str, model: str | None) -> Ensemble | None:
     """The teachers, if any, with what is known of them said aloud."""
     if path is None:
         return None
     known = str(Normalization.parse(normalize)) if normalize else ""
-    found = load_ensemble(path, normalize=known)
+    found = load_ensemble(path, normalize=known, how=Reading(model))
     terminal.say(f"teacher {path}: {', '.join(found.names)}")
     return found
 

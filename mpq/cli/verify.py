@@ -27,6 +27,7 @@ from mpq.report.tables import exact_table, verify_table
 @options.count("--images", help="Test images.  [default: 1000, with --exact 4]")
 @options.target("Where to judge it, without that CPU at hand.")
 @bundles.source
+@options.trust_pickle
 @options.seed
 @options.as_json
 def verify(
@@ -36,6 +37,7 @@ def verify(
     images: int | None,
     target: str | None,
     source: DataSource,
+    trust_pickle: bool,
     seed: int,
     as_json: bool,
 ) -> None:
@@ -65,7 +67,17 @@ def verify(
         _tell(path, "exact.json", report.to_json(), as_json)
         _refuse_inexact(path, report)
     else:
-        _against(path, quantized, source, images or 1000, seed, target, as_json)
+        network = _origin(path, quantized)
+        with terminal.status() as tell:
+            tell("loading")
+            found = load_quantized(network, source, trust_pickle=trust_pickle)
+            tell("comparing")
+            checked = verify_run(found, path, images=images or 1000, seed=seed, target=target)
+        _tell(path, "verify.json", checked.to_json(), as_json)
+        if checked.failures():
+            raise ExportError(
+                f"{path} does not answer as {network} does: " + "; ".join(checked.failures())
+            )
 
 
 def _exact(
@@ -88,31 +100,15 @@ def _refuse_inexact(path: Path, report: ExactReport) -> None:
         raise ExportError(f"{path}: the runtime's optimized graph answers differently when dumped.")
 
 
-def _against(
-    path: Path,
-    quantized: Path | None,
-    source: DataSource,
-    images: int,
-    seed: int,
-    target: str | None,
-    as_json: bool,
-) -> None:
+def _origin(path: Path, quantized: Path | None) -> Path:
+    """The quantized network that a file was made from."""
     network = quantized or path.parent / "quantized.pth"
     if not network.is_file():
         raise UsageError(
             f"{path} must be verified against the network it was made from, but {network} does "
             "not exist. Name it with --quantized, or use --exact, which needs none."
         )
-    with terminal.status() as tell:
-        tell("loading")
-        found = load_quantized(network, source)
-        tell("comparing")
-        report = verify_run(found, path, images=images, seed=seed, target=target)
-    _tell(path, "verify.json", report.to_json(), as_json)
-    if report.failures():
-        raise ExportError(
-            f"{path} does not answer as {network} does: " + "; ".join(report.failures())
-        )
+    return network
 
 
 def _keeps(path: Path) -> bool:

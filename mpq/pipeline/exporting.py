@@ -175,13 +175,15 @@ def refuse_export(folder: Path, force: bool) -> None:
     rundir.refuse_overwrite(folder / "model.onnx", force or partial)
 
 
-def float_reference(found: Quantized, path: Path, source: DataSource) -> Subject | None:
+def float_reference(
+    found: Quantized, path: Path, source: DataSource, *, trust_pickle: bool = False
+) -> Subject | None:
     """The float network that `path` was made from; None, said aloud, where it is gone or changed.
 
     `quantized.pth` holds all that its own export needs, so this is no reason to fail.
     """
     try:
-        return policy_subject(found.policy, path, source, weights=True)
+        return policy_subject(found.policy, path, source, weights=True, trust_pickle=trust_pickle)
     except (CheckpointError, PolicyError) as error:
         logger.warning("no float.onnx to compare with: %s", error)
         return None

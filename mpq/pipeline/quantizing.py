@@ -287,8 +287,16 @@ def _data_of(found: Quantized) -> dict[str, str]:
     return {"data": f"{data.name}, {data.samples} images, seed {data.seed}"}
 
 
-def load_quantized(path: Path, source: DataSource, model: nn.Module | None = None) -> Quantized:
+def load_quantized(
+    path: Path,
+    source: DataSource,
+    model: nn.Module | None = None,
+    *,
+    trust_pickle: bool = False,
+) -> Quantized:
     """Read `quantized.pth` back into a prepared graph; of `model`, where the policy names none.
+
+    Of a network that is no name's, the checkpoint is read again, with `trust_pickle` a pickle too.
 
     Raises:
         CheckpointError: the file is missing, damaged, or of another kind.
@@ -306,7 +314,9 @@ def load_quantized(path: Path, source: DataSource, model: nn.Module | None = Non
         )
     _check_content(content, path)
     policy = Policy.from_yaml(content["policy"], f"the policy in {path}")
-    subject = policy_subject(policy, path, source, weights=False, module=model)
+    subject = policy_subject(
+        policy, path, source, weights=False, trust_pickle=trust_pickle, module=model
+    )
     graph = prepare(subject.graph(), policy)
     try:
         graph.module.load_state_dict(content["state"])

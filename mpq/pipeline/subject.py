@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from mpq import zoo
-from mpq.checkpoint import Loaded, load_model
+from mpq.capture.network import Network
+from mpq.checkpoint import Loaded, Reading, open_model
 from mpq.data import (
     DataSet,
     DataSource,
@@ -25,16 +25,16 @@ from mpq.data import (
 )
 from mpq.data.dataset import Split
 from mpq.data.normalize import NAMED
-from mpq.errors import CheckpointError, DataError, PolicyError, UsageError
+from mpq.errors import CheckpointError, DataError, PolicyError
 from mpq.graph.ir import QuantGraph
 from mpq.graph.passes import to_float
+from mpq.pipeline.proposing import propose_normalization
 from mpq.policy import ModelInfo, Policy
-from mpq.train.evaluate import predict, top1
+from mpq.train.evaluate import predict
+from mpq.trusted import is_name
+from mpq.zoo.whole import is_whole
 
 logger = logging.getLogger(__name__)
-PROPOSAL_IMAGES = 256
-MIN_PROPOSAL = 2.0
-"""A proposed normalization must classify at least this many times better than chance."""
 _NEUTRAL = NAMED["none"]
 GIVEN = "none"
 """The name of data that were given as values (`mpq.pipeline.given`): nobody can open them again."""
@@ -46,7 +46,8 @@ class Subject:
 
     Where the images of `data` have no labels, what the network itself answers stands in for them:
     accuracy is then agreement with the network before it was changed. `unlabelled` are more images
-    to train on, of which only teachers speak.
+    to train on, of which only teachers speak. `call` is an example call, of a network that takes
+    anything but one batch of images.
 
     Raises:
         DataError: the network does not take images of three channels, and there are data.
@@ -58,8 +59,14 @@ class Subject:
     data_name: str
     normalize: Normalization
     unlabelled: Split | None = None
+    call: Network | None = None
 
     def __post_init__(self) -> None:
+        if self.data is not None and self.call is not None:
+            raise DataError(
+                f"{self.info.arch} must take one batch of images to be given {self.data_name}. Its "
+                f"example call has {list(self.call.inputs)}. Give --data none."
+            )
         if self.data is not None and self.data_name != GIVEN and self.info.input[0] != 3:
             raise DataError(
                 f"{self.info.arch} must take images of 3 channels, as {self.data_name} has. It "
@@ -73,7 +80,7 @@ class Subject:
         Raises:
             GraphError: the network cannot be traced.
         """
-        return to_float(self.module, torch.zeros(2, *self.info.input))
+        return to_float(self.module, self.call or torch.zeros(2, *self.info.input))
 
     def require_data(self, purpose: str) -> DataSet:
         """The data set.
@@ -151,19 +158,29 @@ def open_checkpoint(
     source: DataSource,
     *,
     arch: str | None = None,
+    weights: str | None = None,
     normalize: Normalization | None = None,
     trust_pickle: bool = False,
-    input_size: int | None = None,
+    input_shape: tuple[int, ...] | None = None,
 ) -> Subject:
     """Open a checkpoint with its data.
+
+    Args:
+        path: as of `mpq.checkpoint.load_model`.
+        source: the data.
+        arch: the architecture; None: what the weights fit.
+        weights: which of several in the file, as `mpq.checkpoint.Reading`.
+        normalize: how images are normalized; None: as the file says, else what is proposed.
+        trust_pickle: run the code inside the file if it has some.
+        input_shape: `(C, H, W)` or `(H, W)` of the images; None: what the network is meant for.
 
     Raises:
         CheckpointError: the file cannot be read or matched.
         DataError: no data are named, or they do not fit the network.
         UsageError: the normalization is neither known nor can be proposed.
     """
-    loaded = load_model(path, arch=arch, trust_pickle=trust_pickle)
-    return subject_of(loaded, path, source, normalize=normalize, input_size=input_size)
+    reading = Reading(arch, None, weights, input_shape, trust_pickle)
+    return subject_of(open_model(path, reading), path, source, normalize=normalize)
 
 
 def subject_of(
@@ -172,7 +189,6 @@ def subject_of(
     source: DataSource,
     *,
     normalize: Normalization | None = None,
-    input_size: int | None = None,
 ) -> Subject:
     """What was read from a checkpoint, with its data. Raises as `open_checkpoint`."""
     name = source.data or loaded.data
@@ -183,22 +199,23 @@ def subject_of(
             "--data none: scores are then the SQNR of the weights alone."
         )
     info = loaded.info
-    if input_size is not None:
-        info = info.replace(input=(info.input[0], input_size, input_size))
     data = _data(name, source, info)
     _tell_unlabelled(data, name)
-    info = info.replace(checkpoint=os.path.relpath(path))
+    if info.checkpoint:
+        info = info.replace(checkpoint=os.path.relpath(path))
     more = source.more(info.input[1:])
-    return normalized(Subject(loaded.module, info, data, name, _NEUTRAL, more), normalize)
+    subject = Subject(loaded.module, info, data, name, _NEUTRAL, more, loaded.call)
+    return normalized(subject, normalize)
 
 
 def normalized(subject: Subject, normalize: Normalization | None) -> Subject:
     """Settle the normalization: as given, else as known, else as proposed where there are data."""
     if normalize is None and subject.info.normalize:
         normalize = Normalization.parse(subject.info.normalize)
-    if normalize is None and subject.data is None:
-        return subject  # it stays unknown until data are there to propose it
-    normalize = normalize or propose_normalization(subject)
+    if normalize is None:
+        if subject.data is None:
+            return subject  # it stays unknown until data are there to propose it
+        normalize = propose_normalization(subject.module, subject.info, subject.data)
     info = subject.info.replace(normalize=str(normalize))
     return replace(subject, normalize=normalize, info=info)
 
@@ -217,43 +234,6 @@ def _tell_unlabelled(data: DataSet | None, name: str) -> None:
         logger.warning(
             "data %s have no labels: right is what the network answers before it is quantized", name
         )
-
-
-def propose_normalization(subject: Subject) -> Normalization:
-    """The named normalization under which the network classifies training images best.
-
-    Raises:
-        UsageError: none does better than guessing.
-    """
-    data = subject.require_data("proposing a normalization")
-    if not data.labelled:
-        raise UsageError(
-            "--normalize must be given: the checkpoint does not carry it, and without labels none "
-            f"can be proposed. Give --normalize {', '.join(NAMED)} or m,m,m/s,s,s."
-        )
-    train = data.train
-    picked = sample_indices(train, PROPOSAL_IMAGES, 0)
-    images, labels = train.read(picked), train.labels[picked]
-    logits = {name: predict(subject.module, images, how) for name, how in NAMED.items()}
-    found = {name: top1(z, labels) for name, z in logits.items()}
-    loss = {name: float(F.cross_entropy(z, torch.from_numpy(labels))) for name, z in logits.items()}
-    # Several may classify all images right; the surest of them is the one of the training.
-    ranked = sorted(found, key=lambda name: (-found[name], loss[name]))
-    listed = ", ".join(f"{name} {found[name]:.1f} %" for name in ranked)
-    if found[ranked[0]] < MIN_PROPOSAL * 100 / subject.info.classes:
-        raise UsageError(
-            "--normalize must be given: the checkpoint does not carry it, and no known one "
-            f"classifies {len(labels)} training images better than guessing ({listed}). Give "
-            "--normalize m,m,m/s,s,s, and check that data and model belong together."
-        )
-    logger.warning(
-        "taking normalization %s, under which %d training images are classified best "
-        "(%s); --normalize sets another",
-        ranked[0],
-        len(labels),
-        listed,
-    )
-    return NAMED[ranked[0]]
 
 
 def policy_subject(
@@ -286,12 +266,13 @@ def policy_subject(
             f"{where} must name the model that it is for (key `model`). `mpq analyze` writes it."
         )
     name = source.data or policy.data.name
-    if weights:
-        module = _load_weights(info, where, trust_pickle)
-    elif module is None:
-        module = zoo.build(info.arch, info.classes, in_channels=info.input[0])
+    if module is not None and not weights:
+        loaded = Loaded(module, info)
+    else:
+        load = _load_weights if weights else _load_architecture
+        loaded = load(info, where, trust_pickle)
     data, more = _data(name, source, info), source.more(info.input[1:])
-    subject = Subject(module, info, data, name, _NEUTRAL, more)
+    subject = Subject(loaded.module, info, data, name, _NEUTRAL, more, loaded.call)
     if weights:
         _tell_unlabelled(subject.data, name)
     return normalized(subject, None) if weights or info.normalize else subject
@@ -314,7 +295,7 @@ def find_checkpoint(info: ModelInfo, policy_path: Path) -> Path:
         raise PolicyError(f"{policy_path} must name its checkpoint (key `model.checkpoint`).")
     # A policy in runs/NAME names its checkpoint as seen from the folder above runs.
     places = [Path(), *policy_path.absolute().parents]
-    found = next((p / info.checkpoint for p in places if (p / info.checkpoint).is_file()), None)
+    found = next((p / info.checkpoint for p in places if (p / info.checkpoint).exists()), None)
     if found is None:
         raise CheckpointError(
             f"the checkpoint {info.checkpoint} that {policy_path} was made for does not exist "
@@ -324,9 +305,12 @@ def find_checkpoint(info: ModelInfo, policy_path: Path) -> Path:
     return found
 
 
-def _load_weights(info: ModelInfo, policy_path: Path, trust_pickle: bool) -> nn.Module:
-    found = find_checkpoint(info, policy_path)
-    loaded = load_model(found, arch=info.arch, classes=info.classes, trust_pickle=trust_pickle)
+def _load_weights(info: ModelInfo, policy_path: Path, trust_pickle: bool) -> Loaded:
+    brought = not info.checkpoint and is_name(info.arch)
+    found = Path(info.arch) if brought else find_checkpoint(info, policy_path)
+    arch = None if brought else info.arch
+    reading = Reading(arch, info.classes, info.weights, info.input, trust_pickle)
+    loaded = open_model(found, reading)
     digest = loaded.info.sha256
     if info.sha256 and digest != info.sha256:
         raise PolicyError(
@@ -334,4 +318,17 @@ def _load_weights(info: ModelInfo, policy_path: Path, trust_pickle: bool) -> nn.
             f"{info.sha256[:12]}..., got {digest[:12]}.... Run `mpq analyze {found}` again, or "
             "remove model.sha256 from the policy to use it all the same."
         )
-    return loaded.module
+    return loaded
+
+
+def _load_architecture(info: ModelInfo, policy_path: Path, trust_pickle: bool) -> Loaded:
+    """The network that a policy was made for; its weights are of no account."""
+    if info.checkpoint:
+        try:
+            found = find_checkpoint(info, policy_path)
+        except CheckpointError:
+            found = None  # what has a name can be built without it
+        if found and (is_whole(found) or trust_pickle):
+            reading = Reading(info.arch, None, info.weights, info.input, trust_pickle)
+            return open_model(found, reading)
+    return Loaded(zoo.build(info.arch, info.classes, in_channels=info.input[0]), info)

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from mpq import rundir, zoo
-from mpq.checkpoint import load_model, load_safe, loaded_from, save_model
+from mpq.checkpoint import Reading, load_safe, loaded_from, open_model, save_model
 from mpq.data import DataSet, DataSource, Normalization, load_arrays, open_data
 from mpq.errors import DataError
 from mpq.pipeline.guard import check_teacher
@@ -110,24 +110,24 @@ def build_ensemble(
     source: DataSource,
     *,
     normalize: Normalization | None = None,
-    trust_pickle: bool = False,
+    how: Reading | None = None,
 ) -> tuple[Ensemble, DataSet, str]:
     """Bundle checkpoints and measure them, one by one and together, on the validation split.
 
     A path may be an ensemble already: its members are taken over with their normalization, so that
-    teachers which need different ones come together.
+    teachers which need different ones come together; `how` is for the others.
 
     Raises:
         CheckpointError: a file cannot be read, or the members differ in their classes.
         DataError: the data are missing.
     """
     members: list[Member] = []
-    name = source.data or ""
+    name, how = source.data or "", how or Reading()
     for path in paths:
-        content = load_safe(path, trust_pickle=trust_pickle)
+        content = load_safe(path, trust_pickle=how.trust_pickle)
         found, known = bundled(path, content)
         if not found:
-            subject = subject_of(loaded_from(content, path), path, source, normalize=normalize)
+            subject = subject_of(loaded_from(content, path, how), path, source, normalize=normalize)
             found = [member_of(path, subject.module, subject.info, normalize=subject.normalize)]
             known = subject.data_name
         members += found
@@ -157,5 +157,5 @@ def initial_weights(subject: Subject, path: Path) -> None:
     Raises:
         CheckpointError: it is of another architecture.
     """
-    loaded = load_model(path, arch=subject.info.arch, classes=subject.info.classes)
+    loaded = open_model(path, Reading(subject.info.arch, subject.info.classes))
     subject.module.load_state_dict(loaded.module.state_dict())

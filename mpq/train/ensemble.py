@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mpq.checkpoint import load_safe, loaded_from, save_atomic
+from mpq.checkpoint import Reading, load_safe, loaded_from, save_atomic
 from mpq.data import Normalization
 from mpq.errors import CheckpointError, MpqError
 from mpq.policy import ModelInfo
@@ -145,20 +145,21 @@ def save_ensemble(path: Path, ensemble: Ensemble, *, data: str = "") -> None:
     save_atomic(content, path)
 
 
-def load_ensemble(path: Path, *, normalize: str = "", trust_pickle: bool = False) -> Ensemble:
+def load_ensemble(path: Path, *, normalize: str = "", how: Reading | None = None) -> Ensemble:
     """Read an ensemble, or a single model as an ensemble of one.
 
     Args:
         path: `ens.pth`, or any checkpoint that `mpq.checkpoint.load_model` reads.
         normalize: for a single model: its normalization, if the file does not carry it.
-        trust_pickle: allow a checkpoint that can run code when loaded.
+        how: for a single model: its architecture, and what of the file is taken.
 
     Raises:
         CheckpointError: a missing, damaged or foreign file; the message names the member.
     """
-    content = load_safe(path, trust_pickle=trust_pickle)
+    how = how or Reading()
+    content = load_safe(path, trust_pickle=how.trust_pickle)
     if not _is_bundle(content):
-        return _single(path, content, normalize)
+        return _single(path, content, normalize, how)
     return _bundle(path, content)
 
 
@@ -189,8 +190,8 @@ def _bundle(path: Path, content: dict[str, Any]) -> Ensemble:
     return Ensemble(members, top1=content.get("top1"))
 
 
-def _single(path: Path, content: Any, normalize: str) -> Ensemble:
-    loaded = loaded_from(content, path)
+def _single(path: Path, content: Any, normalize: str, how: Reading) -> Ensemble:
+    loaded = loaded_from(content, path, how)
     info = loaded.info
     normalize = normalize or info.normalize
     if not normalize:
@@ -198,8 +199,8 @@ def _single(path: Path, content: Any, normalize: str) -> Ensemble:
             f"{path} does not say how its images are normalized. Give "
             "--teacher-normalize (normalize= in Python), e.g. imagenet."
         )
-    how, top1 = Normalization.parse(normalize), loaded.metrics.get("top1")
-    member = member_of(path, loaded.module, info, normalize=how, top1=top1)
+    norm, top1 = Normalization.parse(normalize), loaded.metrics.get("top1")
+    member = member_of(path, loaded.module, info, normalize=norm, top1=top1)
     return Ensemble([member], top1=member.top1)
 
 

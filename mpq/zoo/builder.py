@@ -1,9 +1,15 @@
-"""Build a network from its name: of this zoo, of torchvision, or `package.module:factory`.
+"""Build a network from its name.
 
-A factory is any callable that returns an `nn.Module`. It is called with `classes=` (or
-`num_classes=`) and `in_channels=` as far as its signature names them, and its module is looked
-for in the working directory first. An attribute `input_size = (C, H, W)` on it, if there is one,
-says what images it wants; otherwise (3, 32, 32) is assumed.
+    resnet20                  of this zoo
+    resnet18                  a classifier of torchvision
+    torchvision:NAME          any network of torchvision
+    timm:NAME                 any network of timm
+    package.module:factory    what a callable of the user's own returns
+
+A factory is called with `classes=` (or `num_classes=`) and `in_channels=` as far as its signature
+names them, and its module is looked for in the working directory first. An attribute
+`input_size = (C, H, W)` on it, if there is one, says what images it wants; else the network is
+asked, and (3, 32, 32) is assumed where it does not say either.
 """
 
 from __future__ import annotations
@@ -14,86 +20,99 @@ from typing import Any
 
 from torch import nn
 
-from mpq import _torchvision
 from mpq.errors import UsageError, nearest
 from mpq.userimport import import_callable, working_directory
+from mpq.zoo import libraries
 from mpq.zoo.architectures import ARCHITECTURES, INPUT_SIZE
 
-# What a builder of torchvision takes apart from num_classes. The auxiliary heads serve training
-# from scratch only; a checkpoint's are dropped when it is read.
-_TORCHVISION_OPTIONS: dict[str, dict[str, bool]] = {
-    "googlenet": {"aux_logits": False, "init_weights": True},
-    "inception_v3": {"aux_logits": False, "init_weights": True},
-}
+FROM_FILES = ("pt2", "transformers")
+"""Networks that only their own files can build."""
 
 
 def names() -> list[str]:
-    """All architectures by name: this zoo's, then torchvision's classifiers."""
-    return [*ARCHITECTURES, *torchvision_names()]
-
-
-def torchvision_names() -> list[str]:
-    """Torchvision's classifiers, sorted."""
-    models = _torchvision.models()
-    return sorted(models.list_models(module=models))
+    """All architectures by plain name: this zoo's, then torchvision's classifiers."""
+    return [*ARCHITECTURES, *libraries.torchvision_names()]
 
 
 def build(arch: str, classes: int, *, in_channels: int = 3) -> nn.Module:
     """Build a network with random weights, in evaluation mode.
 
     Args:
-        arch: a name of `names()`, or `package.module:factory`.
+        arch: a name, as above.
         classes: number of outputs, at least 1.
-        in_channels: channels of the image; other than 3 only for this zoo and factories.
+        in_channels: channels of the image; always 3 for torchvision.
 
     Raises:
-        UsageError: an unknown name, a factory that cannot be imported or fails, classes < 1.
+        UsageError: an unknown name, a library that is not installed, a factory that cannot be
+            imported or fails, classes < 1.
     """
     if classes < 1:
         raise UsageError(f"classes of {arch} must be at least 1. Got {classes} instead.")
-    if ":" in arch:
-        return _from_factory(arch, classes, in_channels).eval()
     if arch in ARCHITECTURES:
         return ARCHITECTURES[arch](classes=classes, in_channels=in_channels).eval()
-    _check_known(arch)
+    library, name = _split(arch)
+    if library == "timm":
+        return libraries.build_timm(name, classes, in_channels).eval()
+    if library != "torchvision":
+        return _from_factory(arch, classes, in_channels).eval()
     if in_channels != 3:
         raise UsageError(
             f"{arch} of torchvision takes 3 image channels. Got {in_channels} instead."
         )
-    options = _TORCHVISION_OPTIONS.get(arch, {})
-    models = _torchvision.models()
-    network: nn.Module = models.get_model(arch, weights=None, num_classes=classes, **options)
-    return network.eval()
+    return libraries.build_torchvision(name, classes).eval()
 
 
 def input_size(arch: str) -> tuple[int, int, int]:
-    """Image shape `(C, H, W)` that an architecture is meant for.
+    """Image shape `(C, H, W)` that an architecture is meant for; `stated_size` or (3, 32, 32)."""
+    return stated_size(arch) or (3, *INPUT_SIZE)
 
-    torchvision's networks state it with their weights, of which the smallest counts: larger
-    ones belong to fine-tuned variants. No weights are fetched.
+
+def stated_size(arch: str) -> tuple[int, int, int] | None:
+    """Image shape `(C, H, W)` that an architecture states; None for a factory that does not.
 
     Raises:
-        UsageError: an unknown name, a factory that cannot be imported.
+        UsageError: an unknown name, a library that is not installed, a factory that cannot be
+            imported.
     """
-    if ":" in arch:
-        factory = import_callable(arch, "--model", UsageError)
-        channels, height, width = getattr(factory, "input_size", (3, *INPUT_SIZE))
-        return int(channels), int(height), int(width)
     if arch in ARCHITECTURES:
         return (3, *INPUT_SIZE)
-    _check_known(arch)
-    weights = _torchvision.models().get_model_weights(arch)
-    side = min((int(w.transforms.keywords["crop_size"]) for w in weights), default=224)
-    return 3, side, side
+    library, name = _split(arch)
+    if library == "timm":
+        channels, height, width = libraries.timm_config(name).input_size
+    elif library == "torchvision":
+        side = libraries.torchvision_side(name)
+        channels, height, width = 3, side, side
+    else:
+        size = getattr(import_callable(arch, "--model", UsageError), "input_size", None)
+        if size is None:
+            return None
+        channels, height, width = size
+    return int(channels), int(height), int(width)
 
 
-def _check_known(arch: str) -> None:
+def shaped(size: tuple[int, ...] | None, otherwise: tuple[int, int, int]) -> tuple[int, int, int]:
+    """`(C, H, W)` of `size`, which may be one, a height and width alone, or None."""
+    channels, height, width = (*otherwise[: 3 - len(size)], *size) if size else otherwise
+    return channels, height, width
+
+
+def _split(arch: str) -> tuple[str, str]:
+    """The library of a name, and the name there; a factory is of no library."""
+    library, colon, name = arch.partition(":")
+    if colon and library in libraries.NAMES:
+        return library, name
+    if colon and library in FROM_FILES:
+        raise UsageError(f"{arch} can be built from its own file only, which must be named.")
+    if colon:
+        return "", arch
     known = names()
     if arch not in known:
         raise UsageError(
-            f"the architecture must be a network of the zoo, a classifier of torchvision or "
-            f"package.module:factory. Got {arch!r} instead{nearest(arch, known)}"
+            f"the architecture must be a network of the zoo, a classifier of torchvision, "
+            f"timm:NAME, torchvision:NAME or package.module:factory. Got {arch!r} instead"
+            f"{nearest(arch, known)}"
         )
+    return "torchvision", arch
 
 
 def _from_factory(arch: str, classes: int, in_channels: int) -> nn.Module:

@@ -15,35 +15,26 @@ from __future__ import annotations
 
 import functools
 import logging
-import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from functools import partial
 
 from torch import Tensor, nn
 
 from mpq.errors import CheckpointError
 from mpq.zoo.architectures import ARCHITECTURES, INPUT_SIZE
-from mpq.zoo.builder import build, input_size, torchvision_names
+from mpq.zoo.builder import build, input_size, shaped, stated_size
+from mpq.zoo.fitting import Fitting, Recognized, outputs_of
+from mpq.zoo.libraries import declared_input, timm_config, torchvision_names
 from mpq.zoo.memoryless import WithoutMemory
+from mpq.zoo.parts import Part, choose, levels, told
+from mpq.zoo.spelling import Shape, counts, differences, shapes_of, spellings, strip
 
 logger = logging.getLogger(__name__)
+Fits = list[tuple[str, int]]
+Candidates = Callable[[Mapping[str, Shape]], Iterable[str]]
 
-Shape = tuple[int, ...]
-Value = TypeVar("Value")
-
-# Counters, and the auxiliary classifiers that only training uses.
-_UNUSED = re.compile(
-    r"(.*\.)?(num_batches_tracked|total_ops|total_params)|(aux1|aux2|AuxLogits)\..*"
-)
-# Other public names for the same tensors, each set tried as a whole.
-_SPELLINGS: tuple[tuple[tuple[str, str], ...], ...] = (
-    (),
-    ((r"\.shortcut\.", ".downsample."), (r"^linear\.", "fc.")),
-    ((r"\.downsample\.", ".shortcut."), (r"^fc\.", "linear.")),
-    ((r"(denselayer\d+)\.(norm|conv)\.([12])\.", r"\1.\2\3."),),
-)
 # Start of the names of a torchvision family, and a tensor that every member has. The longest
 # matching start counts; names that match none are always tried.
 _FAMILIES: dict[str, str] = {
@@ -67,20 +58,6 @@ _FAMILIES: dict[str, str] = {
     "vit": "encoder.layers.encoder_layer_0.ln_1.weight",
     "wide_resnet": "layer4.0.conv3.weight",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Recognized:
-    """A network with the weights of a checkpoint, in evaluation mode.
-
-    `arch` is a name that `build` takes, or where a pickled module's class lies; `input` is
-    `(C, H, W)`, `classes` the outputs of the last layer.
-    """
-
-    network: nn.Module
-    arch: str
-    classes: int
-    input: tuple[int, int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,166 +85,134 @@ class Template:
 def detect(state: Mapping[str, Tensor]) -> tuple[str, int]:
     """Architecture and number of classes of a state dict.
 
-    Args:
-        state: tensors by name; a common prefix such as `module.` may stand before all names.
+    A prefix such as `module.` may stand before all names.
 
     Raises:
         CheckpointError: nothing fits; the message names the nearest and what differs.
     """
-    return _detect(strip(state))
+    found, part = _detect([Part("", state)], None)
+    return found[part][0]
 
 
 def recognize(
-    state: Mapping[str, Tensor],
+    parts: Sequence[Part] | Mapping[str, Tensor],
     arch: str | None = None,
     *,
     classes: int | None = None,
-    size: tuple[int, int, int] | None = None,
+    size: tuple[int, ...] | None = None,
+    weights: str | None = None,
 ) -> Recognized:
-    """Build the network that a state dict belongs to, and put its weights in.
+    """Build the network that weights belong to, and put them in.
 
     Args:
-        state: tensors by name, as for `detect`.
-        arch: name or `package.module:factory`; None: the architecture that the weights fit.
+        parts: the states of a file (`mpq.zoo.parts.states`), or one state dict.
+        arch: a name that `build` takes; None: the architecture that the weights fit.
         classes: outputs to ask a factory for where the weights do not tell; 10 if None.
-        size: `(C, H, W)` of its images; None: what the architecture is meant for.
+        size: `(C, H, W)` or `(H, W)` of its images; None: what the architecture is meant for.
+        weights: which of the parts, as `--weights`; None: the averaged ones where there are some.
 
     Raises:
-        CheckpointError: nothing fits, or the weights are not those of `arch`.
+        CheckpointError: nothing fits, the weights are not those of `arch`, or those of several
+            networks fit.
         UsageError: an unknown architecture, a factory that fails.
     """
-    plain = strip(state)
-    arch, outputs = (arch, _outputs(plain, arch)) if arch else _detect(plain)
-    size = size or input_size(arch)
-    network = build(arch, outputs or classes or 10, in_channels=size[0])
-    own = network.state_dict()
-    network.load_state_dict({**own, **_under_own_names(plain, own, arch)})
-    return Recognized(network, arch, _outputs(_counted(own), arch) or 1, size)
+    parts = [Part("", parts)] if isinstance(parts, Mapping) else parts
+    candidates = levels(parts, weights)
+    known: dict[Part, Fits] = {}
+    if arch is None:
+        known, part = _detect(parts, weights)
+        arch, candidates = known[part][0][0], iter([[part]])
+    stated = stated_size(arch)
+    channels = shaped(size, stated or (3, *INPUT_SIZE))[0]
+    make = partial(build, arch, in_channels=channels)
+    fitting = Fitting(arch, make, classes or 10, head_of(arch))
+    tried: list[Part] = []
+    for level in candidates:
+        tried += level
+        found = {part: fit for part in level if (fit := fitting.fit(part))}
+        if found:
+            part = choose(list(found))
+            fit = found[part]
+            words = told(part, list(known or found))
+            meant = stated or declared_input(fit.network) or (channels, *INPUT_SIZE)
+            return Recognized(fit.loaded(), arch, fit.classes, shaped(size, meant), words)
+    raise CheckpointError(fitting.refusal(tried))
 
 
-def recognize_module(module: nn.Module, arch: str | None = None) -> Recognized:
+def recognize_module(
+    module: nn.Module, arch: str | None = None, *, size: tuple[int, ...] | None = None
+) -> Recognized:
     """What a module that came whole is: its weights say so only if its class is a known one.
 
     Raises:
         CheckpointError: the module is of this zoo or of torchvision, and its weights fit nothing.
         UsageError: an unknown architecture, a factory that cannot be imported.
     """
-    plain, kind = strip(module.state_dict()), type(module)
+    state, kind = module.state_dict(), type(module)
     if arch is None and kind.__module__.startswith(("mpq.zoo.", "torchvision.models.")):
-        arch, _ = _detect(plain)
+        arch, _ = detect(state)
     own = f"{kind.__module__}:{kind.__qualname__}"
-    if arch in (None, own):  # its code is here already: it came with the file
-        arch, size = own, getattr(kind, "input_size", (3, *INPUT_SIZE))
-    else:
-        size = input_size(arch)
-    return Recognized(module.float().eval(), arch, _outputs(plain, arch) or 1, size)
+    # Of another class the code is here already: it came with the file.
+    meant = declared_input(module) if arch in (None, own) else input_size(str(arch))
+    meant, arch = meant or (_channels(module), *INPUT_SIZE), arch or own
+    classes = outputs_of(shapes_of(strip(state)), head_of(arch)) or 1
+    return Recognized(module.float().eval(), arch, classes, shaped(size, meant))
 
 
-def _detect(plain: dict[str, Tensor]) -> tuple[str, int]:
-    """Architecture and classes of a state dict without prefix."""
-    for spelling in _SPELLINGS:
-        renamed = _rename(plain, spelling)
-        if spelling and renamed.keys() == plain.keys():
-            continue
-        shapes = _shapes(renamed)
-        fits = _fitting(shapes, ARCHITECTURES) or _fitting(shapes, _torchvision_candidates(shapes))
-        if fits:
-            _log(fits, renamed=bool(spelling))
-            return fits[0]
-    raise CheckpointError(_no_match(_shapes(plain)))
+def _detect(parts: Sequence[Part], weights: str | None) -> tuple[dict[Part, Fits], Part]:
+    """The known architectures that parts fit, and the part to take.
 
-
-def _under_own_names(
-    plain: dict[str, Tensor], own: Mapping[str, Tensor], arch: str
-) -> dict[str, Tensor]:
-    """The state under the names that the network has for it, ready for `load_state_dict`."""
-    names = short_names(own)
-    wanted = {short: tuple(own[name].shape) for short, name in names.items()}
-    for spelling in _SPELLINGS:
-        renamed = _rename(plain, spelling)
-        if _shapes(renamed) == wanted:
-            found = {names[name]: tensor for name, tensor in renamed.items()}
-            _check_types(found, own)
-            return found
-    raise CheckpointError(
-        f"the weights must be those of {arch}, but differ: {differences(_shapes(plain), wanted)}. "
-        f"Leave --model away to have the network found, or give the function that builds it with "
-        f"--model package.module:factory."
-    )
-
-
-def _check_types(found: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
-    """Refuse weights that would be turned into others without a word, such as integers or bools."""
-    for name, tensor in found.items():
-        if tensor.is_floating_point() != own[name].is_floating_point():
-            kind = "floats" if own[name].is_floating_point() else str(own[name].dtype)
-            raise CheckpointError(
-                f"{name} must be {kind}, but is {tensor.dtype}. mpq starts from the float network."
-            )
-
-
-def _outputs(plain: dict[str, Tensor], arch: str) -> int | None:
-    """Outputs of the head of a named architecture; else of the last weight. None without such."""
-    if ":" in arch:
-        weights = [t for k, t in plain.items() if k.endswith("weight") and t.ndim in (2, 4)]
-        return int(weights[-1].shape[0]) if weights else None
-    for spelling in _SPELLINGS:
-        head = _rename(plain, spelling).get(template(arch).head)
-        if head is not None and head.ndim:
-            return int(head.shape[0])
-    return None
-
-
-def strip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Drop a prefix that all names share, counters and auxiliary classifiers.
-
-    DataParallel writes `module.` before all names, torch.compile `_orig_mod.`, training
-    frameworks `model.` or `net.`; a network on its own has several parts at the top.
+    States are held against this zoo, then against torchvision; only then what lies inside of them.
     """
-    return {short: state[name] for short, name in short_names(state).items()}
-
-
-def short_names(state: Mapping[str, Tensor]) -> dict[str, str]:
-    """Short to full names, of the tensors that count."""
-    short = {name: name for name in state}
-    while len({s.partition(".")[0] for s in short}) == 1 and all("." in s for s in short):
-        short = {s.partition(".")[2]: name for s, name in short.items()}
-    return _counted(short)
-
-
-def _counted(items: Mapping[str, Value]) -> dict[str, Value]:
-    """Without counters and auxiliary classifiers; names have no prefix."""
-    return {name: value for name, value in items.items() if not _UNUSED.fullmatch(name)}
-
-
-def differences(have: Mapping[str, Shape], want: Mapping[str, Shape], *, limit: int = 3) -> str:
-    """What a checkpoint lacks, has too much or in another shape, in words."""
-    parts = []
-    for word, keys in (
-        ("missing", [k for k in want if k not in have]),
-        ("not expected", [k for k in have if k not in want]),
+    zoo, torchvision = (lambda _: ARCHITECTURES), _torchvision_candidates
+    orders: tuple[tuple[Candidates, ...], ...]
+    for level, orders in zip(
+        levels(parts, weights), (((zoo,), (torchvision,)), ((zoo, torchvision),)), strict=True
     ):
-        if keys:
-            parts.append(f"{len(keys)} {word} ({_few(keys, limit)})")
-    other = [k for k in want if k in have and have[k] != want[k]]
-    if other:
-        listed = [f"{k} is {list(have[k])}, must be {list(want[k])}" for k in other]
-        parts.append(f"{len(other)} of another shape ({_few(listed, limit)})")
-    return "; ".join(parts) or "nothing"
+        for candidates in orders:
+            found = {part: fits for part in level if (fits := _known(part, candidates))}
+            if found:
+                part = choose(list(found))
+                _log(found[part])
+                return found, part
+    raise CheckpointError(_no_match(max((shapes_of(p.plain) for p in parts), key=len)))
+
+
+def _known(part: Part, candidates: Iterable[Candidates]) -> Fits:
+    """Names of known architectures that a part fits, each with its number of classes."""
+    for state in spellings(part.plain):
+        shapes = shapes_of(state)
+        for names in candidates:
+            counts = ((arch, template(arch).classes_of(shapes)) for arch in names(shapes))
+            fits = [(arch, classes) for arch, classes in counts if classes]
+            if fits:
+                return fits
+    return []
+
+
+def head_of(arch: str) -> str | None:
+    """The name of the last weight of an architecture, whose outputs are the classes, if known."""
+    if arch.startswith("timm:"):
+        classifier = timm_config(arch.removeprefix("timm:")).classifier
+        first = classifier if isinstance(classifier, str) else (classifier or ("",))[0]
+        return f"{first}.weight" if first else None
+    return None if ":" in arch else template(arch).head
+
+
+def _channels(module: nn.Module) -> int:
+    """Channels of the image, as the first convolution has them."""
+    convs = (part for part in module.modules() if isinstance(part, nn.Conv2d))
+    return next((conv.in_channels for conv in convs), 3)
 
 
 @functools.cache
 def template(arch: str) -> Template:
     """Names and shapes of an architecture by name; its weights are never allocated."""
     with WithoutMemory():
-        shapes = _shapes(_counted(build(arch, 10).state_dict()))
+        shapes = shapes_of(build(arch, 10).state_dict())
+    shapes = {name: shape for name, shape in shapes.items() if counts(name)}
     head = [k for k, s in shapes.items() if k.endswith("weight") and len(s) >= 2][-1]
     return Template(shapes, head)
-
-
-def _fitting(shapes: Mapping[str, Shape], archs: Iterable[str]) -> list[tuple[str, int]]:
-    counts = ((arch, template(arch).classes_of(shapes)) for arch in archs)
-    return [(arch, classes) for arch, classes in counts if classes]
 
 
 def _torchvision_candidates(shapes: Mapping[str, Shape]) -> list[str]:
@@ -280,10 +225,9 @@ def family_key(arch: str) -> str | None:
     return _FAMILIES[max(starts, key=len)] if starts else None
 
 
-def _log(fits: list[tuple[str, int]], *, renamed: bool) -> None:
+def _log(fits: Fits) -> None:
     arch, classes = fits[0]
-    names = " after renaming its tensors" if renamed else ""
-    logger.info("the checkpoint fits %s with %d classes%s", arch, classes, names)
+    logger.info("the checkpoint fits %s with %d classes", arch, classes)
     if len(fits) > 1:
         others = ", ".join(name for name, _ in fits[1:])
         logger.warning("the checkpoint fits %s, taken, but also %s; --model decides", arch, others)
@@ -310,19 +254,3 @@ def _likeness(have: Mapping[str, Shape], want: Mapping[str, Shape]) -> float:
     named = len(have.items() & want.items()) / max(1, len(have.keys() | want.keys()))
     a, b = Counter(have.values()), Counter(want.values())
     return named + (a & b).total() / max(1, (a | b).total())
-
-
-def _shapes(state: Mapping[str, Tensor]) -> dict[str, Shape]:
-    return {name: tuple(tensor.shape) for name, tensor in state.items()}
-
-
-def _rename(state: dict[str, Tensor], rules: Iterable[tuple[str, str]]) -> dict[str, Tensor]:
-    names = {name: name for name in state}
-    for pattern, new in rules:
-        names = {old: re.sub(pattern, new, name) for old, name in names.items()}
-    return {names[old]: tensor for old, tensor in state.items()}
-
-
-def _few(items: list[str], limit: int) -> str:
-    more = f", and {len(items) - limit} more" if len(items) > limit else ""
-    return ", ".join(items[:limit]) + more
