@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -132,4 +133,5 @@ class _Store:
 
     def remove(self) -> None:
         if self.path is not None:
-            self.path.unlink(missing_ok=True)
+            with suppress(OSError):  # of a folder that cannot be written to
+                self.path.unlink(missing_ok=True)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import random
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -169,6 +171,12 @@ def test_damaged_metadata_is_read_or_refused(tell: Tell, tries: Tries) -> None:
         _read(lambda: from_metadata({KEY: broken}, "m.onnx"), tell, "damaged metadata")  # noqa: B023
 
 
+SOME = settings(
+    max_examples=100 if "MPQ_FAULTS" in os.environ else 30,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 VALUES: st.SearchStrategy[Any] = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
     lambda below: (
@@ -179,12 +187,7 @@ VALUES: st.SearchStrategy[Any] = st.recursive(
 )
 
 
-@settings(
-    max_examples=50,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+@SOME
 @given(values=st.dictionaries(st.sampled_from(list(Policy.model_fields)), VALUES))
 def test_a_policy_of_any_values_is_read_or_refused(values: dict[str, Any], tell: Tell) -> None:
     """Of JSON, which is YAML: what is read is written and read again as the same."""
@@ -198,12 +201,45 @@ def test_a_policy_of_any_values_is_read_or_refused(values: dict[str, Any], tell:
     tell("policies of any values", "survived")
 
 
-@settings(
-    max_examples=50,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
+@SOME
+@given(values=st.dictionaries(st.sampled_from(list(Policy.model_fields)), VALUES))
+def test_metadata_of_any_values_is_read_or_refused(values: dict[str, Any], tell: Tell) -> None:
+    for told in ({"policy": {**values, "version": 1}}, {"policy": values}, values, [values]):
+        text = json.dumps(told)
+        _read(lambda: from_metadata({KEY: text}, "m.onnx"), tell, "metadata of any values")  # noqa: B023
+
+
+NAMES = st.text(st.sampled_from("ab/.\\\n-~ :0é"), min_size=1, max_size=12) | st.sampled_from(
+    ["a/1.png", "b/1.png", "../../x.png", "/etc/1.png", "a/../b/1.jpg", "__MACOSX/a/._1.png"]
 )
+
+
+@SOME
+@given(members=st.dictionaries(NAMES, st.binary(max_size=40), max_size=8))
+def test_an_archive_of_any_names_stays_in_its_place(
+    members: dict[str, bytes], tmp_path_factory: pytest.TempPathFactory, tell: Tell
+) -> None:
+    folder, picture = tmp_path_factory.mktemp("archive"), io.BytesIO()
+    Image.new("RGB", (8, 8)).save(picture, "png")
+    with warnings.catch_warnings(), zipfile.ZipFile(folder / "d.zip", "w") as archive:
+        warnings.simplefilter("ignore")  # of names that are there twice
+        for name, content in members.items():
+            archive.writestr(name, picture.getvalue() if len(content) % 2 else content)
+    before = set(folder.parent.iterdir())
+    try:
+        data = open_data(folder / "d.zip", size=(8, 8))
+        for split in (data.train, data.validation, data.test):
+            if len(split):
+                assert split.read(range(len(split))).shape[1:] == (8, 8, 3)
+    except MpqError:
+        tell("archives of any names", "refused")
+    else:
+        tell("archives of any names", "survived")
+    assert [path.name for path in folder.iterdir()] == ["d.zip"]
+    assert set(folder.parent.iterdir()) == before
+
+
+@SOME
 @given(text=st.text(alphabet=st.sampled_from("&*!|>{}[]:,-?#'\"%@ \n\tab1.~<="), max_size=60))
 def test_a_policy_of_any_text_is_read_or_refused(text: str, tell: Tell) -> None:
     with limited(yaml_values=100):

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import resource
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -62,17 +63,71 @@ def test_a_full_disk_is_told_with_the_file(tmp_path: Path) -> None:
     assert path.read_text() == "old"
 
 
-@pytest.fixture
-def full_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A file system of its own, of half a megabyte."""
-    place = tmp_path / "small"
+@contextmanager
+def mounted(place: Path, *argv: str) -> Iterator[Path]:
+    """A file system of its own."""
     place.mkdir()
-    argv = ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(place)]
-    if os.geteuid() != 0 or subprocess.run(argv, capture_output=True).returncode:
+    done = subprocess.run(["mount", *argv, str(place)], capture_output=True) if argv else None
+    if os.geteuid() != 0 or (done and done.returncode):
         pytest.skip("no file system can be mounted here")
-    monkeypatch.setattr(tempfile, "tempdir", str(place))
     yield place
     subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+@pytest.fixture
+def full_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Half a megabyte."""
+    with mounted(tmp_path / "small", "-t", "tmpfs", "-o", "size=512k", "tmpfs") as place:
+        monkeypatch.setattr(tempfile, "tempdir", str(place))
+        yield place
+
+
+@pytest.fixture
+def read_only(here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The project as working directory, in which nothing can be written."""
+    with mounted(tmp_path / "ro", "--bind", str(here)) as place:
+        subprocess.run(["mount", "-o", "remount,ro,bind", str(place)], check=True)
+        monkeypatch.chdir(place)
+        monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+        shutil.copytree(here / "state", tmp_path / "state")
+        yield place
+        monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.usefixtures("read_only")
+@pytest.mark.parametrize(
+    "command",
+    [
+        "analyze model.pth --model mine:tiny -o r --force",
+        "ptq --policy r --force",
+        "qat --policy r --force",
+        "export --onnx r --force",
+        "verify r",
+        "verify r --exact",
+        "bench r",
+        "report r",
+        "train mine:tiny --data mine:images --force -o model.pth",
+        "ensemble model.pth --force -o ens.pth",
+    ],
+)
+def test_a_read_only_folder_is_found_out_before_the_work(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for work in ("mpq.export.runtime.run", "mpq.export.runtime.values", "mpq.checkpoint.load_safe"):
+        monkeypatch.setattr(work, lambda *_, **__: pytest.fail("it worked first"))
+    assert main(command.split()) == 2
+    told = capsys.readouterr().err
+    assert "cannot be written: " in told
+    assert "Read-only file system" in told
+
+
+@pytest.mark.usefixtures("read_only")
+def test_a_read_only_working_directory_holds_up_nobody(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    named = ["--model", "mine:tiny", "--data", "mine:images", "--num-score", "8"]
+    assert main(["analyze", "model.pth", *named, "-o", str(out)]) == 0
+    assert main(["certify", "r"]) == 0
+    assert (out / "policy.yaml").is_file()
 
 
 def test_a_full_temporary_folder_is_told_and_not_the_model(full_temporary_folder: Path) -> None:

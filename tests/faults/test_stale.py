@@ -146,6 +146,22 @@ def test_a_run_takes_no_file_of_another_network(capsys: pytest.CaptureFixture[st
 
 
 @pytest.mark.usefixtures("here")
+def test_a_rerun_completes_what_is_incomplete(capsys: pytest.CaptureFixture[str]) -> None:
+    export = EXPORT[:-1]
+    assert main(export) == 2
+    assert "r/model.onnx exists already" in capsys.readouterr().err
+    Path("r/certificate.json").unlink()
+    assert main(export) == 0
+    assert Path("r/certificate.json").is_file()
+
+
+@pytest.mark.usefixtures("here")
+def test_nothing_to_resume_is_a_start() -> None:
+    qat = ["qat", "--policy", "r", "-o", "s", "--epochs", "1", "--set", "batch=32", "--resume"]
+    assert main(qat) == 0
+
+
+@pytest.mark.usefixtures("here")
 def test_a_proof_of_another_file_is_not_shown(capsys: pytest.CaptureFixture[str]) -> None:
     model = onnx.load("r/model.onnx")
     model.doc_string = "another"
