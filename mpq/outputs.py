@@ -54,8 +54,9 @@ NAMED_CHOICES = _words(
     "category ctc"
 )
 """Words which say that an output chooses among classes."""
-BOUNDED = frozenset(("sigmoid", "hardsigmoid", "tanh", "normalize", "norm", "vector_norm"))
-"""Operations after which each value stands for itself, or all of them for a direction."""
+BOUNDED = frozenset(("sigmoid", "hardsigmoid", "tanh", "normalize", "norm", "vectornorm"))
+"""Operations after which each value stands for itself, or all of them for a direction. Of an
+operation names are without underscores."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +68,7 @@ class Evidence:
         floating: whether it holds floats.
         layers: paths of the layers that it comes from.
         convolved: whether one of them is a convolution.
-        operations: names of the operations between them and the output.
+        operations: names of the operations between them and the output, without underscores.
         softmax: the dimension of a softmax among these.
         quantized: whether its values depend on a layer, so that quantization moves them.
     """

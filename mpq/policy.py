@@ -45,6 +45,16 @@ def _read_spec(value: object) -> object:
     return value if known else QuantSpec.parse(str(value))
 
 
+def _known_kind(value: object) -> object:
+    if value not in OUTPUT_KINDS:
+        known = ", ".join(OUTPUT_KINDS)
+        raise ValueError(
+            f"the kind of an output must be one of {known}. Got {value!r}"
+            f"{nearest(str(value), OUTPUT_KINDS)}"
+        )
+    return value
+
+
 Spec = Annotated[QuantSpec | Float, BeforeValidator(_read_spec), PlainSerializer(str)]
 """A number format (`int4/channel`) or `float`."""
 
@@ -180,12 +190,14 @@ class SearchResult(_Value):
 class Policy(_Value):
     """A whole policy file (DESIGN: the user's contract with every stage).
 
+    `outputs` are kinds by name (`mpq.outputs`), of a network that is more than a classifier.
     A file that names no target is for the computer that reads it; what mpq writes names one.
     """
 
     version: Literal[1] = 1
     model: ModelInfo | None = None
     data: DataInfo = DataInfo()
+    outputs: dict[str, Annotated[OutputKind, BeforeValidator(_known_kind)]] = {}
     target: str = Field(default_factory=lambda: this_target().name)
     default: DefaultSpec = DefaultSpec()
     groups: tuple[tuple[str, ...], ...] = ()
@@ -252,7 +264,7 @@ class Policy(_Value):
     def to_yaml(self) -> str:
         """The text of the file: one line per layer, so that it can be read, edited and diffed."""
         data = self.model_dump(mode="json", exclude_none=True, exclude_defaults=False)
-        for key in ("groups", "evidence", "result", "constraints"):
+        for key in ("outputs", "groups", "evidence", "result", "constraints"):
             if not data.get(key):
                 data.pop(key, None)
         for layer in data["layers"]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mpq.analyze import Scoring, Sensitivity, score_layers
 from mpq.analyze.batches import Batches
-from mpq.analyze.fisher import TEMPERATURE, _direction, fisher_terms
+from mpq.analyze.fisher import TEMPERATURE, fisher_terms
 from mpq.analyze.perturb import Column, Perturbations, perturb
 from mpq.analyze.score import METRICS
 from mpq.checkpoint import load_model, weights_hash
@@ -23,6 +23,7 @@ from mpq.errors import DataError, GraphError, PolicyError, UsageError
 from mpq.graph.ir import QuantGraph
 from mpq.graph.passes import to_float
 from mpq.numerics import choose_qparams, fake_quantize
+from mpq.outputs import direction
 from mpq.quant.ranges import activation_range, weight_scales
 from mpq.spec import QuantSpec, activation_spec, weight_spec
 
@@ -173,7 +174,7 @@ def test_block_terms_are_inner_products_with_the_gradient_of_each_image(
     columns: list[Column] = [(n, "weight", b) for n in LAYERS for b in (8, 4)]
     terms = fisher_terms(candidates, columns, Batches(images), seed=3)
     logits = graph.module(images)
-    v = _direction(logits.detach(), TEMPERATURE, torch.Generator().manual_seed(3))
+    v = drawn(logits.detach(), TEMPERATURE, 3)
     for i in range(3):
         for column, (layer, _, bits) in enumerate(columns):
             weight = graph.module.get_submodule(layer).weight
@@ -186,10 +187,15 @@ def test_block_terms_are_inner_products_with_the_gradient_of_each_image(
             )
 
 
+def drawn(logits: Tensor, temperature: float, seed: int) -> Tensor:
+    signs = torch.randint(0, 2, logits.shape, generator=torch.Generator().manual_seed(seed))
+    return direction("classes", logits, signs.float() * 2 - 1, temperature=temperature)
+
+
 def test_directions_have_the_covariance_of_the_softmax() -> None:
     logits = torch.tensor([[1.0, -0.5, 0.2, 2.0]])
     p = (logits / 2).softmax(1)[0]
-    v = _direction(logits.expand(60_000, 4), 2.0, torch.Generator().manual_seed(0))
+    v = drawn(logits.expand(60_000, 4), 2.0, 0)
     expected = torch.diag(p) - p[:, None] * p
     assert (v.T @ v / len(v) - expected).abs().max() < 0.01
 
@@ -487,10 +493,11 @@ def test_weights_that_are_not_finite_name_the_layer(graph: QuantGraph, images: T
         score_layers(graph, images)
 
 
-def test_outputs_that_are_not_logits_are_refused(images: Tensor) -> None:
+def test_metrics_of_labels_need_a_classifier(images: Tensor) -> None:
     graph = to_float(nn.Sequential(nn.Conv2d(3, 2, 1)).eval(), images[:2])
-    with pytest.raises(GraphError, match=r"returns \[N, classes\]"):
-        score_layers(graph, images)
+    for metric in ("loss", "fit", "hawq"):
+        with pytest.raises(GraphError, match=r"answers with \[N, classes\].*outputs output: regr"):
+            score_layers(graph, images, LABELS, Scoring(metric=metric))  # type: ignore[arg-type]
 
 
 # -- the file ----------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mpq.calls import Inputs, count, take
 from mpq.files import atomic_file
 from mpq.processes import ranks_of
 
@@ -34,13 +35,15 @@ class Batch:
 
     Args:
         index: number of the batch; random draws depend on it and on the seed alone.
-        images: `[n, C, H, W]`.
+        images: `[n, C, H, W]`, or inputs (`mpq.calls`).
+        count: how many they are.
         labels: `[n]`, where there are any.
         tick: to be called after each step of work, as many times as `Batches.rows` was given.
     """
 
     index: int
-    images: Tensor
+    images: Inputs
+    count: int
     labels: Tensor | None
     tick: Callable[[], None]
 
@@ -50,7 +53,7 @@ class Batches:
     """Images to go through, some at a time.
 
     Args:
-        images: `[N, C, H, W]`, normalised.
+        images: `[N, C, H, W]`, normalised, or inputs.
         labels: `[N]` or None.
         size: images at a time; bounds the memory.
         partial: where to keep what is done, to go on from there after an interruption; the name
@@ -58,7 +61,7 @@ class Batches:
         progress: called with (done, total) of this process's share.
     """
 
-    images: Tensor
+    images: Inputs
     labels: Tensor | None = None
     size: int = 64
     partial: Path | None = None
@@ -72,16 +75,16 @@ class Batches:
             ticks: how often `measure` calls `tick`.
         """
         rank, ranks = ranks_of()
-        mine = range(rank, -(-len(self.images) // self.size), ranks)
+        mine = range(rank, -(-count(self.images) // self.size), ranks)
         store = _Store(self.partial and self.partial.with_suffix(f".{rank}of{ranks}.npz"))
-        total = sum(len(self._batch(index).images) for index in mine) * ticks
-        count = sum(len(rows) for rows in store.done.values()) * ticks
+        total = sum(self._batch(index).count for index in mine) * ticks
+        done = sum(len(rows) for rows in store.done.values()) * ticks
 
         def tick(images: int) -> None:
-            nonlocal count
-            count += images
+            nonlocal done
+            done += images
             if self.progress:
-                self.progress(count, total)
+                self.progress(done, total)
 
         for index in mine:
             if index not in store.done:
@@ -92,9 +95,9 @@ class Batches:
 
     def _batch(self, index: int, tick: Callable[[int], None] = lambda _: None) -> Batch:
         part = slice(index * self.size, (index + 1) * self.size)
-        images = self.images[part]
-        labels = None if self.labels is None else self.labels[part]
-        return Batch(index, images, labels, lambda: tick(len(images)))
+        images = take(self.images, part)
+        labels, found = None if self.labels is None else self.labels[part], count(images)
+        return Batch(index, images, found, labels, lambda: tick(found))
 
 
 def gather(done: dict[int, Rows]) -> dict[int, Rows]:

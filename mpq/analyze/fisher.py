@@ -5,6 +5,7 @@ The KL divergence between the network's answers before and after a small change 
 the softmax (S. Amari, "Natural Gradient Works Efficiently in Learning", 1998). For a random `v` of
 covariance `F`, `E (v' dz)^2 = dz' F dz`, and to first order `v' dz = sum(g dY)`: `g` the gradient
 of `v' z` at a layer's output and `dY = conv(x, Q_b(W) - W)`, or at a tensor with `dY = Q_b(x) - x`.
+Every kind of output has such a `v` (`mpq.outputs.direction`); those of several are added up.
 So a single backward pass gives, for image i and every layer l and width b at once,
 
     u_i(l, b) = sum(g dY)        block form (the score)     1/2 mean_i u_i^2
@@ -15,8 +16,7 @@ The diagonal form is what ModelOpt calls its gradient score, and in spirit FIT (
 every network tried (benchmarks/sensitivity.py). Interactions between layers (CLADO: Z. Deng et al.,
 2023), which `U'U / 2N` holds as well, did not rank them better (docs/analysis.md).
 
-`v = sqrt(p) e - p (sqrt(p)' e)` with random signs `e` has covariance `F` exactly, without the
-variance of a sampled label. Training images are predicted with too much confidence, so `p` is the
+Training images are predicted with too much confidence, so `p` is the
 softmax at temperature 2: it ranks far better than 1 where the network knows its training images by
 heart and hardly worse elsewhere, and its sums are within a factor of 2 of true divergences.
 """
@@ -25,14 +25,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mpq.analyze.batches import Batch, Batches, Rows
+from mpq.analyze.judge import Judge
 from mpq.analyze.perturb import Column, Perturbations
-from mpq.analyze.watch import Watch, require_finite
-from mpq.errors import GraphError
+from mpq.analyze.watch import Watch, reaching, require_finite
+from mpq.calls import Inputs
 from mpq.hooks import hooked
 from mpq.quant.operation import LayerOp
 
@@ -74,35 +76,23 @@ def fisher_terms(
         temperature: >= 1, softens the predicted probabilities.
 
     Raises:
-        GraphError: the network's output is not `[N, classes]` with at least two classes.
+        GraphError: no gradient reaches an output of the network.
         DataError: NaN or infinity, with the layer where it begins.
     """
     recorder = _Recorder(candidates, columns)
+    judge = Judge.of(candidates.graph, batches.images, batches.size)
 
     def measure(part: Batch) -> Rows:
-        logits = recorder.run(part.images)
-        require_finite(logits, candidates.graph, part.images)
+        answers = judge.answers(recorder.run(part.images, part.count))
+        require_finite(answers, candidates.graph, part.images)
         generator = torch.Generator().manual_seed(seed + STRIDE * part.index)
-        (logits * _direction(logits.detach(), temperature, generator)).sum().backward()
+        judge.pull(answers, temperature, generator).backward()
         require_finite(recorder.terms, candidates.graph, part.images)
         part.tick()
         return recorder.terms.numpy()
 
     both = torch.from_numpy(batches.rows(measure))
     return FisherTerms(both[:, : len(columns)], both[:, len(columns) :])
-
-
-def _direction(logits: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
-    """`v` with mean 0 and covariance `diag(p) - p p'`, one per image."""
-    if logits.ndim != 2 or logits.shape[1] < 2:
-        raise GraphError(
-            "the metric fisher needs a network that returns [N, classes] with two classes or more. "
-            f"Got an output of shape {list(logits.shape)}."
-        )
-    p = (logits.float() / temperature).softmax(1)
-    signs = torch.randint(0, 2, p.shape, generator=generator).to(p) * 2 - 1
-    spread = p.sqrt() * signs
-    return spread - p * spread.sum(1, keepdim=True)
 
 
 class _Recorder:
@@ -122,14 +112,11 @@ class _Recorder:
         module = candidates.graph.module
         self.layers = {name: module.get_submodule(name) for name in self.weights}
 
-    def run(self, images: Tensor) -> Tensor:
-        """Logits, with a graph that reaches back to the images."""
-        self.terms = torch.zeros(len(images), 2 * self.count, dtype=torch.float64)
-        # The images ask for a gradient so that the first layer's output has one.
-        images = images.detach().clone().requires_grad_(True)
+    def run(self, images: Inputs, count: int) -> Any:
+        """The answer, with a graph that reaches back to the first layer."""
+        self.terms = torch.zeros(count, 2 * self.count, dtype=torch.float64)
         with hooked(m.register_forward_hook(self._see_layer(n)) for n, m in self.layers.items()):
-            logits: Tensor = self.watch.run(images)
-        return logits
+            return self.watch.answer(reaching(images))
 
     def _see_layer(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
@@ -140,7 +127,7 @@ class _Recorder:
                     noise = op.float(x, self.candidates.weights[name, bits], None)
                     self._record(index, grad, noise)
 
-            out.register_hook(backward)
+            _reached(out).register_hook(backward)
 
         return hook
 
@@ -153,10 +140,15 @@ class _Recorder:
                 for index in indices:
                     self._record(index, grad, noise)
 
-        x.register_hook(backward)
+        _reached(x).register_hook(backward)
         return x
 
     def _record(self, index: int, grad: Tensor, noise: Tensor) -> None:
-        product = (grad * noise).flatten(1)
+        product = (grad * noise).reshape(len(self.terms), -1)  # windows and tokens of an image too
         self.terms[:, index] = product.sum(1).double().cpu()
         self.terms[:, self.count + index] = product.square_().sum(1).double().cpu()
+
+
+def _reached(x: Tensor) -> Tensor:
+    """A tensor that a gradient reaches, also where it comes from whole numbers alone."""
+    return x if x.requires_grad or not x.is_floating_point() else x.requires_grad_(True)

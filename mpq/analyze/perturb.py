@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from mpq.analyze.sensitivity import Part
 from mpq.analyze.watch import Watch, require_finite
+from mpq.calls import Inputs, call, count, leaves, split, take
 from mpq.errors import GraphError
 from mpq.graph.annotate import annotate
 from mpq.graph.ir import QuantGraph
@@ -125,7 +126,7 @@ def parameter(module: nn.Module, layer: str) -> Tensor:
 
 def perturb(
     qg: QuantGraph,
-    images: Tensor | None,
+    images: Inputs | None,
     *,
     weight_bits: Sequence[int],
     activation_bits: Sequence[int],
@@ -136,7 +137,7 @@ def perturb(
 
     Args:
         qg: a graph in stage `float`; it is not changed.
-        images: `[N, C, H, W]`, normalised; None scores weights only.
+        images: `[N, C, H, W]`, normalised, or inputs (`mpq.calls`); None scores weights only.
         weight_bits: widths to try on weights.
         activation_bits: widths to try on activations; 16 bits are taken as exact.
         rounding: of weights of 6 bits and fewer: `feedback` as `mpq ptq` does, `nearest` without
@@ -151,10 +152,10 @@ def perturb(
         raise GraphError(f"analysis needs a graph in stage 'float'. Got {qg.stage!r} instead.")
     graph = _private_copy(qg)
     if images is not None:
-        graph.module.to(images.device)
+        graph.module.to(next(iter(leaves(images).values())).device)
     moments = {}
     if images is not None and rounding == "feedback" and min(weight_bits) <= SEARCHED:
-        moments = _second_moments(graph, images[:MOMENT_IMAGES], batch)
+        moments = _second_moments(graph, take(images, slice(MOMENT_IMAGES)), batch)
     weights = {
         (n, b): _weight_noise(graph, n, b, moments.get(n))
         for n in graph.layers
@@ -164,7 +165,8 @@ def perturb(
     widths = [b for b in activation_bits if b <= 8]
     grids: dict[tuple[str, int], Grid] = {}
     if images is not None and widths:
-        for tensor, values in _observe(graph, readers, images[:RANGE_IMAGES], batch).items():
+        first = take(images, slice(RANGE_IMAGES))
+        for tensor, values in _observe(graph, readers, first, batch).items():
             grids |= {(tensor, b): _grid(values, activation_spec(b)) for b in widths}
     return Perturbations(graph, weights, grids, readers)
 
@@ -197,7 +199,7 @@ def _weight_noise(graph: QuantGraph, name: str, bits: int, moment: Tensor | None
 
 
 @torch.no_grad()
-def _second_moments(graph: QuantGraph, images: Tensor, batch: int) -> dict[str, Tensor]:
+def _second_moments(graph: QuantGraph, images: Inputs, batch: int) -> dict[str, Tensor]:
     """`X X'` `[G, K, K]` of the inputs of every layer that is a matrix product of moderate size."""
     found: dict[str, Gram] = {}
     places: list[tuple[str, nn.Module]] = []
@@ -207,7 +209,7 @@ def _second_moments(graph: QuantGraph, images: Tensor, batch: int) -> dict[str, 
 
         def look(module: nn.Module, args: tuple[Tensor, ...], _: Tensor) -> None:
             op, weight = LayerOp.of(module), module_weight(graph.module, name)
-            positions = info.out_elements // info.out_channels * len(images)
+            positions = info.out_elements // info.out_channels * count(images)
             thin = max(1, math.isqrt(positions // MOMENT_COLUMNS))
             vectors = input_vectors(op, weight, args[0], thin=thin).float().cpu()
             found.setdefault(name, Gram(*vectors.shape[:2])).add(vectors)
@@ -221,8 +223,8 @@ def _second_moments(graph: QuantGraph, images: Tensor, batch: int) -> dict[str, 
         if LayerOp.of(module).kind != "conv_transpose" and weight.ndim <= 4 and rows <= MAX_ROWS:
             places.append((name, module))
     with hooked(module.register_forward_hook(hook(name)) for name, module in places):
-        for part in torch.split(images, batch):
-            graph.module(part)
+        for part in split(images, batch):
+            call(graph.module, part)
     return {n: m.quantized for n, m in found.items() if bool(m.quantized.isfinite().all())}
 
 
@@ -240,11 +242,11 @@ def _readers(graph: QuantGraph) -> dict[str, tuple[str, ...]]:
 
 
 def _observe(
-    graph: QuantGraph, readers: dict[str, tuple[str, ...]], images: Tensor, batch: int
+    graph: QuantGraph, readers: dict[str, tuple[str, ...]], images: Inputs, batch: int
 ) -> dict[str, Tensor]:
     """A sample of each tensor's values, its extremes included."""
     found: dict[str, list[Tensor]] = {name: [] for name in readers}
-    quota = max(RANGE_VALUES * batch // max(len(images), 1), 1000)
+    quota = max(RANGE_VALUES * batch // max(count(images), 1), 1000)
 
     def see(name: str, x: Tensor) -> Tensor:
         low, high = torch.aminmax(x)
@@ -255,8 +257,8 @@ def _observe(
 
     watch = Watch(graph, list(readers), see)
     with torch.no_grad():
-        for part in torch.split(images, batch):
-            watch.run(part)
+        for part in split(images, batch):
+            watch.answer(part)
     joined = {name: torch.cat(values) for name, values in found.items() if values}
     for name, values in joined.items():
         require_finite(values, graph, images, otherwise=readers[name][0])

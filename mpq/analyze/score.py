@@ -24,11 +24,13 @@ from mpq.analyze.perturb import Column, Perturbations, Rounding, perturb
 from mpq.analyze.sensitivity import Part, Row, Sensitivity
 from mpq.analyze.single import single_scores
 from mpq.analyze.traces import trace_scores
+from mpq.calls import Inputs, count, leaves
 from mpq.checkpoint import weights_hash
 from mpq.errors import DataError, UsageError, nearest
 from mpq.graph.annotate import reading_groups
 from mpq.graph.ir import QuantGraph
 from mpq.graph.liveness import live_sets
+from mpq.graph.outputs import stated
 from mpq.spec import WIDTHS
 
 Metric = Literal["fisher", "gradient", "kl", "loss", "fit", "hawq", "sqnr"]
@@ -91,21 +93,23 @@ class Scoring:
         image = sum(layer.out_elements for layer in qg.layers.values()) * BYTES_PER_ELEMENT
         return max(1, min(MAX_BATCH, PASS_BYTES // image))
 
-    def key(self, qg: QuantGraph, images: Tensor | None, labels: Tensor | None) -> str:
+    def key(self, qg: QuantGraph, images: Inputs | None, labels: Tensor | None) -> str:
         """Hash of weights, network, images and settings: equal keys mean equal scores."""
         digest = hashlib.sha256(weights_hash(qg.module.state_dict()).encode())
-        for tensor in (images, labels if self.metric in LABELLED else None):
+        for tensor in (*leaves(images).values(), labels if self.metric in LABELLED else None):
             if tensor is not None:
                 digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
         widths = sorted(self.bits), sorted(self.act_bits)
         settings = (*widths, self.metric, self.seed, self.batch_for(qg), self.rounding)
         digest.update(repr((VERSION, settings, list(qg.layers.values()))).encode())
+        if kinds := stated(qg.outputs):
+            digest.update(repr(kinds).encode())
         return digest.hexdigest()
 
 
 def score_layers(
     qg: QuantGraph,
-    images: Tensor | None,
+    images: Inputs | None,
     labels: Tensor | None = None,
     how: Scoring | None = None,
     *,
@@ -118,7 +122,8 @@ def score_layers(
 
     Args:
         qg: a graph in stage `float` (`mpq.graph.passes.to_float`); it is not changed.
-        images: `[N, C, H, W]`, normalised as the network wants it; only `sqnr` can do without.
+        images: `[N, C, H, W]`, normalised as the network wants it, or inputs (`mpq.calls`); only
+            `sqnr` can do without.
         labels: `[N]` class ids, for `loss`, `fit` and `hawq`.
         how: metric, widths and all else; None: `Scoring()`.
         partial: a file to keep what is done in, and to go on from (see `Batches`).
@@ -153,21 +158,25 @@ def score_layers(
         layers=tuple(qg.layers.values()),
         groups=tuple(tuple(group) for group in reading_groups(qg)),
         metric=how.metric,
-        samples=0 if images is None else len(images),
+        samples=0 if images is None else count(images),
         seed=how.seed,
         key=how.key(qg, images, labels),
         live_sets=live_sets(qg),
     )
 
 
-def _check_images(metric: Metric, images: Tensor | None, labels: Tensor | None) -> None:
-    if metric != "sqnr" and (images is None or not len(images)):
+def _check_images(metric: Metric, images: Inputs | None, labels: Tensor | None) -> None:
+    if metric != "sqnr" and (images is None or not count(images)):
         raise DataError(
             f"the metric {metric} needs images. Give some with --data, or take --metric sqnr, "
             "which looks at the weights only."
         )
-    if metric in LABELLED and images is not None and (labels is None or len(labels) != len(images)):
-        got = "none" if labels is None else f"{len(labels)} for {len(images)} images"
+    if (
+        metric in LABELLED
+        and images is not None
+        and (labels is None or len(labels) != count(images))
+    ):
+        got = "none" if labels is None else f"{len(labels)} for {count(images)} images"
         raise DataError(
             f"the metric {metric} needs the label of every image. Got {got}. Give labels, or take "
             "the metric fisher or kl, which ask the network itself."

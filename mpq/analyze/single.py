@@ -14,9 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from mpq.analyze.batches import Batch, Batches, Rows
+from mpq.analyze.judge import Judge, logits_of
 from mpq.analyze.perturb import Column, Perturbations
 from mpq.analyze.watch import Watch, require_finite
-from mpq.numerics import kl_divergence
+from mpq.calls import Inputs, arguments
+from mpq.graph.ir import QuantGraph
 
 
 @torch.no_grad()
@@ -31,23 +33,30 @@ def single_scores(
         candidates: what quantization would do to each tensor.
         columns: candidates to score.
         batches: images; with labels, the cost is the mean increase of the cross-entropy, without
-            the mean `KL(p || p_candidate)` from the network's own answers. Each candidate counts
-            as progress.
+            the mean divergence from the network's own answers (`mpq.analyze.judge`). Each candidate
+            counts as progress.
 
     Raises:
+        GraphError: labels, and a network that is no classifier.
         DataError: NaN or infinity, with the layer where it begins.
     """
-    runner = _Runner(candidates)
+    runner, graph = _Runner(candidates), candidates.graph
+    judge = Judge.of(graph, batches.images, batches.size)
+
+    def cost(reference: Any, changed: Any, part: Batch) -> Tensor:
+        if part.labels is None:
+            return judge.cost(judge.answers(reference), judge.answers(changed), part.count)
+        before, after = (_loss(graph, answer, part.labels) for answer in (reference, changed))
+        return (after - before).cpu()
 
     def measure(part: Batch) -> Rows:
-        reference = runner.start(part.images).double().log_softmax(-1)
-        require_finite(reference, candidates.graph, part.images)
-        rows = torch.zeros(len(part.images), len(columns), dtype=torch.float64)
+        reference = runner.start(part.images)
+        require_finite(judge.answers(reference), graph, part.images)
+        rows = torch.zeros(part.count, len(columns), dtype=torch.float64)
         for index, column in enumerate(columns):
-            logits = runner.again(column)
-            if logits is not None:
-                changed = logits.double().log_softmax(-1)
-                rows[:, index] = _cost(reference, changed, part.labels).cpu()
+            changed = runner.again(column)
+            if changed is not None:
+                rows[:, index] = cost(reference, changed, part)
             part.tick()
         return rows.numpy()
 
@@ -55,13 +64,10 @@ def single_scores(
     return [max(float(value), 0.0) for value in rows.mean(0)]
 
 
-def _cost(reference: Tensor, changed: Tensor, labels: Tensor | None) -> Tensor:
-    """Of each image, from log-probabilities `[n, ..., C]`."""
-    if labels is None:
-        return kl_divergence(reference, changed).reshape(len(reference), -1).sum(1)
-    labels = labels.to(reference.device)
-    before, after = (F.nll_loss(p, labels, reduction="none") for p in (reference, changed))
-    return (after - before).reshape(len(reference), -1).sum(1)
+def _loss(graph: QuantGraph, answer: Any, labels: Tensor) -> Tensor:
+    """The cross-entropy of each image."""
+    found = logits_of(graph, answer, "the metric loss").double().log_softmax(1)
+    return F.nll_loss(found, labels.to(found.device), reduction="none")
 
 
 class _Runner:
@@ -72,23 +78,23 @@ class _Runner:
         self.order = {node.name: i for i, node in enumerate(self.graph.module.graph.nodes)}
         self.env: dict[fx.Node, Any] = {}
 
-    def start(self, images: Tensor) -> Tensor:
-        """Logits of the float network."""
+    def start(self, images: Inputs) -> Any:
+        """What the float network answers."""
         whole = fx.Interpreter(self.graph.module, garbage_collect_values=False)
-        logits: Tensor = whole.run(images)
+        answer = whole.run(*arguments(self.graph.module, images))
         self.env = dict(whole.env)
-        return logits
+        return answer
 
-    def again(self, column: Column) -> Tensor | None:
-        """Logits with one candidate in force; None where it has no noise."""
+    def again(self, column: Column) -> Any:
+        """The answer with one candidate in force; None where it has no noise."""
         layer, part, bits = column
         if part == "weight":
             weight = self.candidates.weight(layer)
             kept = weight.clone()
             weight += self.candidates.weights[layer, bits]  # shares memory with the parameter
-            logits = self._rest(self._node_of(layer), fx.Interpreter(self.graph.module))
+            answer = self._rest(self._node_of(layer), fx.Interpreter(self.graph.module))
             weight.copy_(kept)
-            return logits
+            return answer
         tensor = self.candidates.tensor_of(layer)
         if tensor is None or (tensor, bits) not in self.candidates.grids:
             return None
@@ -103,10 +109,9 @@ class _Runner:
                 return str(node.name)
         raise AssertionError(f"layer {layer} is called by no node")
 
-    def _rest(self, first: str, interpreter: fx.Interpreter) -> Tensor:
+    def _rest(self, first: str, interpreter: fx.Interpreter) -> Any:
         start = self.order[first]
         before = {n: v for n, v in self.env.items() if self.order[n.name] < start}
         # A placeholder consumes an argument; those before `first` are in the environment.
-        inputs = [v for n, v in self.env.items() if n.op == "placeholder"]
-        logits: Tensor = interpreter.run(*inputs, initial_env=before)
-        return logits
+        inputs = [v for n, v in self.env.items() if n.op == "placeholder" and n not in before]
+        return interpreter.run(*inputs, initial_env=before)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,8 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mpq.analyze.batches import Batch, Batches, Rows
+from mpq.analyze.judge import logits_of
 from mpq.analyze.perturb import Column, Perturbations, parameter
-from mpq.analyze.watch import Watch, require_finite
+from mpq.analyze.watch import Watch, reaching, require_finite
+from mpq.calls import Inputs
 from mpq.quant.operation import LayerOp
 
 TRACE_BATCH = 16
@@ -49,19 +52,21 @@ def trace_scores(
 
     Raises:
         DataError: NaN or infinity, with the layer where it begins.
+        GraphError: a network that is no classifier.
     """
     probe = _Probe(candidates, columns)
 
     def measure(part: Batch) -> Rows:
         assert part.labels is not None
-        logits, tensors = probe.run(part.images)
+        answer, tensors = probe.run(part.images)
+        logits = logits_of(candidates.graph, answer, "a metric of labels")
         require_finite(logits, candidates.graph, part.images)
         loss = F.cross_entropy(logits, part.labels.to(logits.device))
         generator = torch.Generator().manual_seed(seed + part.index)
-        squares = _curvature(loss, tensors, len(part.images), hessian, generator)
+        squares = _curvature(loss, tensors, part.count, hessian, generator)
         found = np.array([probe.score(c, squares, tensors, hessian=hessian) for c in columns])
         part.tick()
-        return np.repeat(found[None], len(part.images), axis=0)
+        return np.repeat(found[None], part.count, axis=0)
 
     batches = replace(batches, size=min(batches.size, TRACE_BATCH))
     rows = batches.rows(measure)
@@ -100,12 +105,12 @@ class _Probe:
         for weight in self.weights.values():
             weight.requires_grad_(True)
 
-    def run(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Logits, and the tensors that the trace is taken over."""
+    def run(self, images: Inputs) -> tuple[Any, dict[str, Tensor]]:
+        """The answer, and the tensors that the trace is taken over."""
         self.seen = {}
-        logits = self.watch.run(images.detach().clone().requires_grad_(True))
+        answer = self.watch.answer(reaching(images))
         weights: dict[str, Tensor] = {f"weight {n}": w for n, w in self.weights.items()}
-        return logits, weights | {f"tensor {n}": t for n, t in self.seen.items()}
+        return answer, weights | {f"tensor {n}": t for n, t in self.seen.items()}
 
     def _see(self, name: str, x: Tensor) -> Tensor:
         self.seen[name] = x

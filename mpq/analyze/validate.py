@@ -1,8 +1,8 @@
 """How far to trust the scores: predicted against measured loss of random configurations.
 
 Configurations are run as the search takes them, every tensor with the noise of its width, on images
-that were not scored. The truth is the divergence of the answers,
-`KL(float || quantized)`; the increase of the loss on the labels is measured beside it.
+that were not scored. The truth is the divergence of the answers from those of the float network
+(`mpq.analyze.judge`); the increase of the loss on the labels is measured beside it.
 """
 
 from __future__ import annotations
@@ -19,11 +19,13 @@ from torch import Tensor
 
 from mpq.analyze import cost
 from mpq.analyze.batches import Progress
+from mpq.analyze.judge import Answers, Judge, logits_of
 from mpq.analyze.perturb import Perturbations
 from mpq.analyze.sensitivity import Sensitivity
 from mpq.analyze.watch import Watch
+from mpq.calls import Inputs, split
+from mpq.calls import count as count_of
 from mpq.layers import Widths
-from mpq.numerics import kl_divergence
 
 FEW = 3
 """Fewer points than this have no rank correlation."""
@@ -150,7 +152,7 @@ def validate(
         truths.append(Truth(widths, effective, sensitivity.predict(widths), kl, loss, top1))
         if progress:
             progress(done, len(drawn))
-    return Validation(sensitivity.metric, len(simulator.reference), seed, tuple(truths))
+    return Validation(sensitivity.metric, simulator.count, seed, tuple(truths))
 
 
 class Simulator:
@@ -158,20 +160,21 @@ class Simulator:
 
     Args:
         candidates: the perturbations, from images that were scored.
-        images: images to measure on, `[N, C, H, W]`.
-        labels: `[N]`, or None.
+        images: images to measure on, `[N, C, H, W]`, or inputs (`mpq.calls`).
+        labels: `[N]`, or None; labels need a network that is a classifier.
         batch: images per pass.
     """
 
     def __init__(
-        self, candidates: Perturbations, images: Tensor, labels: Tensor | None, batch: int = 100
+        self, candidates: Perturbations, images: Inputs, labels: Tensor | None, batch: int = 100
     ) -> None:
-        self.candidates, self.labels = candidates, labels
-        self.parts = torch.split(images, batch)
+        self.candidates, self.labels, self.count = candidates, labels, count_of(images)
+        self.parts = split(images, batch)
         self.floats = {n: candidates.weight(n).clone() for n in candidates.graph.layers}
         self.bits: dict[str, int] = {}
         self.watch = Watch(candidates.graph, list(candidates.readers), self._quantize)
-        self.reference = self._log_probabilities()
+        self.judge = Judge.of(candidates.graph, images, batch)
+        self.reference = self._run()
 
     def measure(self, widths: Mapping[str, Widths]) -> tuple[float, float | None, float | None]:
         """Divergence, increase of the loss, and top-1 of a configuration."""
@@ -182,22 +185,30 @@ class Simulator:
                 quantized = self.floats[name] + self.candidates.weights[name, bits]
                 self.candidates.weight(name).copy_(quantized)
         try:
-            found = self._log_probabilities()
+            found = self._run()
         finally:
             for name, weight in self.floats.items():
                 self.candidates.weight(name).copy_(weight)
             self.bits = {}
-        kl = float(kl_divergence(self.reference, found).mean())
+        costs = [
+            self.judge.cost(before, after, count_of(part))
+            for before, after, part in zip(self.reference, found, self.parts, strict=True)
+        ]
+        cost = float(torch.cat(costs).mean())
         if self.labels is None:
-            return kl, None, None
-        loss = F.nll_loss(found, self.labels) - F.nll_loss(self.reference, self.labels)
-        return kl, float(loss), float((found.argmax(1) == self.labels).double().mean()) * 100
+            return cost, None, None
+        before, after = (self._log_probabilities(answers) for answers in (self.reference, found))
+        loss = F.nll_loss(after, self.labels) - F.nll_loss(before, self.labels)
+        return cost, float(loss), float((after.argmax(1) == self.labels).double().mean()) * 100
 
     def _quantize(self, name: str, x: Tensor) -> Tensor:
         grid = self.candidates.grids.get((name, self.bits.get(name, 32)))
         return x if grid is None else x + grid.noise(x)
 
     @torch.no_grad()
-    def _log_probabilities(self) -> Tensor:
-        found = [self.watch.run(part).double().log_softmax(1) for part in self.parts]
-        return torch.cat(found)
+    def _run(self) -> list[Answers]:
+        return [self.judge.answers(self.watch.answer(part)) for part in self.parts]
+
+    def _log_probabilities(self, answers: Sequence[Answers]) -> Tensor:
+        logits = [logits_of(self.candidates.graph, dict(a), "a loss on labels") for a in answers]
+        return torch.cat(logits).double().log_softmax(1)

@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 from torch import Tensor, fx, nn
 
-from mpq.calls import leaves
 from mpq.errors import GraphError
 from mpq.graph.ir import QuantGraph
+from mpq.graph.outputs import find_outputs
 from mpq.graph.shapes import run_example
 from mpq.hooks import hooked
 from mpq.layers import LayerInfo, LayerKind
@@ -35,7 +35,8 @@ def describe(qg: QuantGraph) -> int:
         answer = run_example(qg, run := _Exact(qg.module))
     if not found:
         raise GraphError("the model has no Conv or Linear layer, so there is nothing to quantize.")
-    qg.layers, qg.outputs, qg.exact = found, tuple(leaves(answer)), frozenset(run.found)
+    qg.layers, qg.exact = found, frozenset(run.found)
+    qg.outputs = find_outputs(qg, answer)
     return len(found)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from mpq.calls import Inputs, leaves
 from mpq.errors import GraphError
 from mpq.layers import LayerChoice, LayerInfo
+from mpq.outputs import Output
 from mpq.policy import Policy
 from mpq.spec import QuantSpec
 from mpq.target import Support
@@ -61,7 +62,8 @@ class QuantGraph:
         module: the graph; module paths are those of the original model.
         example: one batch as the graph takes it: a lone tensor `[N, ...]`, or a dict of inputs by
             name, nested as the network takes them.
-        outputs: names of the tensors that it answers (`mpq.calls.leaves`), found by `describe`.
+        outputs: the tensors that it answers with (`mpq.calls.leaves`) by name, with their kinds,
+            found by `describe`.
         exact: names of nodes that give whole numbers or truth values, which no quantizer rounds.
         layers: quantizable layers in execution order, by module path.
         sites: quantizers by module path, filled by annotation.
@@ -75,7 +77,7 @@ class QuantGraph:
     module: fx.GraphModule
     example: Inputs
     layers: dict[str, LayerInfo] = field(default_factory=dict)
-    outputs: tuple[str, ...] = ()
+    outputs: dict[str, Output] = field(default_factory=dict)
     exact: frozenset[str] = frozenset()
     sites: dict[str, Site] = field(default_factory=dict)
     plans: dict[str, LayerPlan] = field(default_factory=dict)

@@ -9,7 +9,7 @@ wrong with the name of the pass. What they leave behind it holds against `mpq.gr
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -28,8 +28,10 @@ from mpq.graph.freeze import freeze as freeze_pass
 from mpq.graph.insert import insert
 from mpq.graph.ir import QuantGraph, Stage
 from mpq.graph.normalize import normalize
+from mpq.graph.outputs import stated
 from mpq.graph.spec import check
 from mpq.graph.trace import trace
+from mpq.outputs import settle
 from mpq.policy import Policy
 
 logger = logging.getLogger(__name__)
@@ -66,7 +68,9 @@ def run(qg: QuantGraph, passes: tuple[Pass, ...], *, needs: Stage, gives: Stage)
     return qg
 
 
-def to_float(model: nn.Module, example: Inputs | Network) -> QuantGraph:
+def to_float(
+    model: nn.Module, example: Inputs | Network, outputs: Mapping[str, str] | None = None
+) -> QuantGraph:
     """Trace, normalize and fold: the float graph that analysis and preparation start from.
 
     The model is not changed: the graph works on a copy of its parameters.
@@ -76,14 +80,18 @@ def to_float(model: nn.Module, example: Inputs | Network) -> QuantGraph:
         example: a call with a batch of at least two samples: one tensor such as `[N, C, H, W]`, a
             tuple of positional arguments, a dict of keyword arguments, or a `Network` of both.
             Arguments without a tensor stay as they are in the example.
+        outputs: kinds of outputs by name, `{"boxes": "regression"}` (`mpq.outputs`); of others the
+            kind is proposed.
 
     Raises:
         GraphError: the example does not fit the signature; the model cannot be traced or run, or
             has no layers; or the graph does not answer as the model does.
-        UsageError: the tensors of the example differ in their first size.
+        UsageError: the tensors of the example differ in their first size; an output or a kind
+            that there is not.
     """
     network = Network.of(model, example)
     qg = run(trace(model, network), TO_FLOAT, needs="traced", gives="float")
+    qg.outputs = settle(qg.outputs, outputs or {})
     _check_answers(qg, network)
     return qg
 
@@ -133,6 +141,7 @@ def prepare(
     Raises:
         GraphError: as `to_float`.
         PolicyError: the policy does not fit the network.
+        UsageError: it states the kind of an output that there is not, or one that does not fit.
     """
     if isinstance(model, QuantGraph):
         qg = model.copy()
@@ -140,6 +149,9 @@ def prepare(
         raise GraphError("prepare needs an example input batch to trace a module.")
     else:
         qg = to_float(model, example)
+    qg.outputs = settle(qg.outputs, policy.outputs)
+    kinds = stated(qg.outputs)
+    policy = policy if kinds == policy.outputs else policy.replace(outputs=kinds)
     named = partial(annotate, policy=policy)
     run(qg, (named,), needs="float", gives="annotated")
     return run(qg, (insert,), needs="annotated", gives="prepared")
