@@ -61,16 +61,16 @@ def profile(
     names = list(graph.layers)
     say("exporting four files")
     plain = serialize(lower(graph))
-    integer = _quantized(graph, ())
-    odd, even = _quantized(graph, names[1::2]), _quantized(graph, names[::2])
+    integer = at_8_bits(graph, ())
+    odd, even = at_8_bits(graph, names[1::2]), at_8_bits(graph, names[::2])
     say("measuring the whole")
     totals = measure([integer, plain, odd, even], threads=threads, batch=batch, runs=runs)
     say("measuring node by node")
     parts = [_layers(data, names, threads, batch, runs) for data in (integer, plain)]
-    base, scaled = _scale(parts, totals[:2])
+    base, scaled = scaled_to(parts, totals[:2])
     layers = {n: LayerLatency(scaled[0][n], scaled[1][n]) for n in names}
     elements = {edge: graph.layers[edge[1]].in_elements * batch for edge in edges(graph)}
-    rate = _boundary_rate(
+    rate = boundary_rate(
         layers, elements, base, [(names[1::2], totals[2]), (names[::2], totals[3])]
     )
     return LatencyProfile(
@@ -118,7 +118,7 @@ def cpu_identity() -> str:
     return ", ".join([cpu.name, *(flag for flag in FLAGS if flag in cpu.flags)])
 
 
-def _quantized(graph: QuantGraph, floats: Sequence[str]) -> bytes:
+def at_8_bits(graph: QuantGraph, floats: Sequence[str]) -> bytes:
     """The network at 8 bits, some layers in float; ranges do not change the time."""
     entries = [LayerPolicy(name=name, weight="float", activation="float") for name in floats]
     policy = Policy.uniform(8).with_layers(*entries)
@@ -136,7 +136,7 @@ def _layers(
 ) -> dict[str, float]:
     """Milliseconds of each layer, with the nodes that are charged to it."""
     optimized = runtime.optimized_model(data)
-    owner = _owners(optimized.graph, executed_nodes(data, optimized))
+    owner = charged_to(optimized.graph, executed_nodes(data, optimized))
     for index, node in enumerate(optimized.graph.node):
         node.name = f"n{index}"
     times = runtime.node_times(optimized.SerializeToString(), threads, batch, runs)
@@ -146,7 +146,7 @@ def _layers(
     return found
 
 
-def _owners(graph: onnx.GraphProto, executed: Mapping[str, int]) -> list[str]:
+def charged_to(graph: onnx.GraphProto, executed: Mapping[str, int]) -> list[str]:
     """The layer that each node of an optimized graph is charged to.
 
     Args:
@@ -168,7 +168,7 @@ def _owners(graph: onnx.GraphProto, executed: Mapping[str, int]) -> list[str]:
     return [name or first for name in owners]
 
 
-def _scale(
+def scaled_to(
     parts: Sequence[dict[str, float]], totals: Sequence[float]
 ) -> tuple[float, list[dict[str, float]]]:
     """Milliseconds outside of nodes, and layers that sum up to what is left of the totals."""
@@ -180,7 +180,7 @@ def _scale(
     return base, scaled
 
 
-def _boundary_rate(
+def boundary_rate(
     layers: Mapping[str, LayerLatency],
     elements: Mapping[Edge, int],
     base: float,

@@ -55,13 +55,13 @@ def test_edges_follow_the_data(graph) -> None:
 
 
 def test_nodes_are_charged_to_the_layer_before_them(graph) -> None:
-    data = measuring._quantized(graph, ())
+    data = measuring.at_8_bits(graph, ())
     optimized = runtime.optimized_model(data)
     executed = executed_nodes(data, optimized)
     assert set(executed) == set(graph.layers)
     nodes = optimized.graph.node
     assert {nodes[i].op_type for i in executed.values()} == {"QLinearConv", "QGemm"}
-    owners = measuring._owners(optimized.graph, executed)
+    owners = measuring.charged_to(optimized.graph, executed)
     assert len(owners) == len(nodes)
     assert owners[0] == next(iter(graph.layers))  # the input's quantizer
     adds = [i for i, n in enumerate(nodes) if n.op_type == "QLinearAdd"]
@@ -75,14 +75,14 @@ def test_boundaries_are_what_the_mixed_files_take_beyond_their_layers() -> None:
     layers = {n: measuring.LayerLatency(1.0, 3.0) for n in "abc"}
     elements = {("a", "b"): 100, ("b", "c"): 300}
     mixed = [(["b"], 0.5 + 1 + 3 + 1 + 0.8), (["a", "c"], 0.5 + 3 + 1 + 3 + 0.8)]
-    rate = measuring._boundary_rate(layers, elements, 0.5, mixed)
+    rate = measuring.boundary_rate(layers, elements, 0.5, mixed)
     assert rate == pytest.approx(0.8 / 400)
     fast = [(names, ms - 2) for names, ms in mixed]
-    assert measuring._boundary_rate(layers, elements, 0.5, fast) == 0
+    assert measuring.boundary_rate(layers, elements, 0.5, fast) == 0
 
 
 def test_node_times_are_scaled_to_the_whole() -> None:
-    base, scaled = measuring._scale([{"a": 1.0, "b": 3.0}, {"a": 5.0, "b": 5.0}], [4.5, 10.0])
+    base, scaled = measuring.scaled_to([{"a": 1.0, "b": 3.0}, {"a": 5.0, "b": 5.0}], [4.5, 10.0])
     assert base == 0
     assert scaled[0] == pytest.approx({"a": 1.125, "b": 3.375})
     assert sum(scaled[1].values()) == pytest.approx(10.0)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import nets
 import pytest
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from mpq.errors import UsageError
 from mpq.graph.ir import QuantGraph
 from mpq.graph.passes import prepare, to_float
+from mpq.hooks import hooked
 from mpq.policy import Policy
 from mpq.ptq import calibrate
 from mpq.ptq.sequential import quantize_layers
@@ -88,6 +89,35 @@ def test_scales_keep_an_integer_bias_below_its_limit():
     layer.set_scale(torch.zeros_like(layer.scale))
     assert torch.equal(layer.scale, layer.least_step())
     assert float(layer.scale[0]) > 0
+
+
+def means(graph: QuantGraph) -> dict[str, Tensor]:
+    """Mean output of each channel of each layer, by layer."""
+    found: dict[str, Tensor] = {}
+
+    def note(name: str) -> Callable[[nn.Module, object, Tensor], None]:
+        return lambda _m, _args, out: found.update({name: out.transpose(0, 1).flatten(1).mean(1)})
+
+    layers = {name: graph.module.get_submodule(name) for name in graph.layers}
+    with hooked(layer.register_forward_hook(note(name)) for name, layer in layers.items()):
+        graph.module.eval()(BATCH)
+    return found
+
+
+@torch.no_grad()
+def test_bias_correction_gives_each_channel_the_mean_that_it_had():
+    wanted = means(calibrated()[0])
+    off = {}
+    for corrected in (False, True):
+        _, graph = calibrated(bits=3)
+        quantize_layers(graph, BATCH, learn_rounding=False, correct_bias=corrected)
+        got = means(graph)
+        off[corrected] = {n: float((got[n] - wanted[n]).abs().max()) for n in wanted}
+    for name, left in off[True].items():
+        layer = graph.module.get_submodule(name)
+        step = layer.source.step() * layer.constants().scale  # of its bias, which is an integer
+        assert left <= 0.51 * float(step.max()), name
+        assert name == "conv1" or left < 0.1 * off[False][name], name
 
 
 def test_no_images_and_other_stages_are_refused():
