@@ -54,6 +54,7 @@ LAYERS = {
     "mpq.checkpoint": 3,
     "mpq._torchvision": 2,
     "mpq._torchfile": 3,
+    "mpq.saved": 3,
     "mpq.quant": 4,
     "mpq.capture": 3,
     "mpq.graph": 5,

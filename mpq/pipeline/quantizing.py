@@ -12,7 +12,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from mpq import files, origins, rundir
-from mpq.checkpoint import load_safe, save_atomic
 from mpq.data import DataSource, sample_indices
 from mpq.errors import CheckpointError, UsageError
 from mpq.graph.annotate import make_dynamic
@@ -26,6 +25,7 @@ from mpq.policy import Policy
 from mpq.ptq import FinishedBlocks, PtqSettings, equalize, quantize_graph
 from mpq.ptq.blockwise import PROGRESS
 from mpq.rundir import Run
+from mpq.saved import Kind
 from mpq.shown import Shown
 from mpq.staging import together
 from mpq.train.evaluate import accuracy
@@ -36,7 +36,12 @@ from mpq.train.progressive import stage, take_widths
 from mpq.wide import take_form
 
 logger = logging.getLogger(__name__)
-FORMAT, VERSION = "mpq/quantized", 1
+KIND = Kind(
+    "mpq/quantized",
+    1,
+    "be a quantized network, as `mpq ptq` and `mpq qat` write it. For a float checkpoint run "
+    "`mpq analyze` and one of these first.",
+)
 VALIDATION_IMAGES = 500
 
 
@@ -82,7 +87,7 @@ class Quantized(Shown):
         Raises:
             CheckpointError: the path cannot be written.
         """
-        save_atomic(_content(self), Path(path))
+        KIND.save(Path(path), _content(self))
         return Path(path)
 
     @classmethod
@@ -254,7 +259,7 @@ def save_quantized(
         made_from[origins.POLICY] = origins.digest(asked)
     noted, by, folder = {path.name: made_from}, found.metrics["stage"], path.parent
     with together(rundir.touch_run(folder)) as aside:
-        save_atomic(_content(found), aside / path.name)
+        KIND.save(aside / path.name, _content(found))
         if policy_path is not None and policy_path.resolve() != (folder / "policy.yaml").resolve():
             _place_policy(policy_path, asked, aside / "policy.yaml")
         if by == "qat" and (folder / METRICS).is_file():
@@ -266,8 +271,6 @@ def save_quantized(
 def _content(found: Quantized) -> dict[str, Any]:
     """What `quantized.pth` holds."""
     return {
-        "format": FORMAT,
-        "version": VERSION,
         "policy": found.policy.to_yaml(),
         "state": found.graph.module.state_dict(),
         "metrics": found.metrics,
@@ -302,16 +305,7 @@ def load_quantized(
         CheckpointError: the file is missing, damaged, or of another kind.
     """
     made_from = origins.chain(path) if path.is_file() else {}
-    content = load_safe(path)
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{path} must be a quantized network, as `mpq ptq` and `mpq qat` write it. For a float "
-            "checkpoint run `mpq analyze` and one of these first."
-        )
-    if content.get("version") != VERSION:
-        raise CheckpointError(
-            f"{path}: version must be {VERSION}. Got {content.get('version')} instead."
-        )
+    content = KIND.read(path)
     _check_content(content, path)
     policy = Policy.from_yaml(content["policy"], f"the policy in {path}")
     subject = policy_subject(

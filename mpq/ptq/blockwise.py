@@ -14,13 +14,13 @@ from typing import Any
 
 from torch import Tensor
 
-from mpq.checkpoint import load_safe, save_atomic
 from mpq.errors import UsageError
 from mpq.ptq.blocks import Block, blocks
 from mpq.ptq.learn import Learning, block_states, learn_block, learnable
 from mpq.ptq.walk import LockStep, Target
+from mpq.saved import Kind
 
-FORMAT, VERSION = "mpq/rounding", 2
+KIND = Kind("mpq/rounding", 2, "hold the finished blocks of `mpq ptq`, but does not.", UsageError)
 PROGRESS = "rounding.pth"
 """The file of finished blocks in a run."""
 
@@ -108,13 +108,8 @@ class BlockLearner:
         states = block_states(block, walk)
         self.done.append(Finished(states, biases if ratio == 1.0 else {}))
         if self.path is not None:
-            content = {
-                "format": FORMAT,
-                "version": VERSION,
-                "identity": self.identity,
-                "blocks": [vars(block) for block in self.done],
-            }
-            save_atomic(content, self.path)
+            done = [vars(block) for block in self.done]
+            KIND.save(self.path, {"identity": self.identity, "blocks": done})
 
     def _tell(self, steps: int) -> None:
         if self.progress:
@@ -123,19 +118,6 @@ class BlockLearner:
 
 
 def _read(path: Path, identity: Mapping[str, Any]) -> list[Finished]:
-    content = load_safe(path)
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise UsageError(f"{path} must hold the finished blocks of `mpq ptq`, but does not.")
-    if content.get("version") != VERSION:
-        raise UsageError(
-            f"{path}: version must be {VERSION}. Got {content.get('version')!r} instead."
-        )
-    saved = content["identity"]
-    changed = [k for k in identity if saved.get(k) != identity[k]]
-    if changed:
-        listed = "; ".join(f"{k} was {saved.get(k)!r}, is {identity[k]!r}" for k in changed)
-        raise UsageError(
-            f"{path} must be of the same run to be resumed, but {listed}. Use the old settings, "
-            "another folder, or start anew with --force."
-        )
+    content = KIND.read(path)
+    KIND.refuse_other_run(path, content["identity"], identity)
     return [Finished(**block) for block in content["blocks"]]

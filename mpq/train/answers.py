@@ -18,13 +18,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpq.checkpoint import load_safe, save_atomic, weights_hash
+from mpq.checkpoint import weights_hash
 from mpq.errors import CheckpointError
+from mpq.saved import Kind
 from mpq.train.ensemble import Ensemble
 from mpq.train.recipe import Recipe
 
 logger = logging.getLogger(__name__)
-FORMAT, VERSION = "mpq/answers", 1
+KIND = Kind(
+    "mpq/answers",
+    1,
+    "hold a teacher's answers as mpq writes them. Delete it, and they are computed again.",
+)
 
 IMAGE_KEYS = (
     "batch",
@@ -114,20 +119,13 @@ class Answers:
         for path, known, new in zip(self.paths, self._known, self._new, strict=True):
             if known is not None:
                 continue
-            content = {"format": FORMAT, "version": VERSION, "logits": torch.cat(new)}
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                save_atomic(content, path)
+                KIND.save(path, {"logits": torch.cat(new)})
             except (OSError, CheckpointError) as error:
                 logger.warning("the answers of a teacher are not kept: %s", error)
 
 
 def _read(path: Path) -> Tensor:
-    content = load_safe(path)
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{path} must hold a teacher's answers as mpq writes them. Delete it, and they are "
-            "computed again."
-        )
-    logits: Tensor = content["logits"]
+    logits: Tensor = KIND.read(path)["logits"]
     return logits

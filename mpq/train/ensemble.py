@@ -15,14 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mpq.checkpoint import Reading, load_safe, loaded_from, save_atomic
+from mpq.checkpoint import Reading, load_safe, loaded_from
 from mpq.data import Normalization
 from mpq.errors import CheckpointError, MpqError
 from mpq.policy import ModelInfo
+from mpq.saved import Kind
 from mpq.train.evaluate import Images, Labels, normalize_unit, predict_units, top1
 from mpq.zoo import build
 
-FORMAT, VERSION = "mpq/ensemble", 1
+KIND = Kind("mpq/ensemble", 1, "be an ensemble that mpq wrote.")
 
 
 @dataclass(frozen=True)
@@ -135,14 +136,7 @@ def save_ensemble(path: Path, ensemble: Ensemble, *, data: str = "") -> None:
         }
         for m in ensemble.members
     ]
-    content = {
-        "format": FORMAT,
-        "version": VERSION,
-        "data": data,
-        "top1": ensemble.top1,
-        "members": members,
-    }
-    save_atomic(content, path)
+    KIND.save(path, {"data": data, "top1": ensemble.top1, "members": members})
 
 
 def load_ensemble(path: Path, *, normalize: str = "", how: Reading | None = None) -> Ensemble:
@@ -158,7 +152,7 @@ def load_ensemble(path: Path, *, normalize: str = "", how: Reading | None = None
     """
     how = how or Reading()
     content = load_safe(path, trust_pickle=how.trust_pickle)
-    if not _is_bundle(content):
+    if not KIND.marks(content):
         return _single(path, content, normalize, how)
     return _bundle(path, content)
 
@@ -168,22 +162,13 @@ def bundled(path: Path, content: Any) -> tuple[Sequence[Member], str]:
 
     `content` is what `load_safe` read from `path`. Raises as `load_ensemble`.
     """
-    if not _is_bundle(content):
+    if not KIND.marks(content):
         return (), ""
     return _bundle(path, content).members, str(content.get("data", ""))
 
 
-def _is_bundle(content: Any) -> bool:
-    return isinstance(content, dict) and content.get("format") == FORMAT
-
-
 def _bundle(path: Path, content: dict[str, Any]) -> Ensemble:
-    if content.get("version") != VERSION:
-        raise CheckpointError(
-            f"{path}: version must be {VERSION}. Got {content.get('version')!r} instead; "
-            "a newer mpq may have written it."
-        )
-    entries = content.get("members")
+    entries = KIND.checked(content, path).get("members")
     if not isinstance(entries, list) or not entries:
         raise CheckpointError(f"{path}: members must be a list with at least one entry.")
     members = [_member(entry, f"{path}: member {i}") for i, entry in enumerate(entries)]

@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from mpq.checkpoint import load_safe, save_atomic
 from mpq.errors import TrainError
+from mpq.saved import Kind
 from mpq.train.evaluate import Images, Labels
 from mpq.train.metrics import METRICS, Record, write_metrics
 from mpq.train.optim import Ema
 from mpq.train.recipe import Recipe
 
-FORMAT, VERSION = "mpq/training", 1
+KIND = Kind("mpq/training", 1, "be a training checkpoint of mpq, but is none.", TrainError)
 CHECKPOINT = "checkpoint.pth"
 
 
@@ -55,8 +55,6 @@ class State:
     def save(self, folder: Path) -> None:
         """Replace the checkpoint, then the metrics."""
         content = {
-            "format": FORMAT,
-            "version": VERSION,
             "identity": dict(self.identity),
             "epoch": self.epoch,
             "model": self.model.state_dict(),
@@ -65,7 +63,7 @@ class State:
             "ema_updates": self.ema.updates if self.ema else 0,
             "history": self.history,
         }
-        save_atomic(content, folder / CHECKPOINT)
+        KIND.save(folder / CHECKPOINT, content)
         write_metrics(folder / METRICS, self.history)
 
     def load(self, folder: Path) -> None:
@@ -76,13 +74,7 @@ class State:
             CheckpointError: it is damaged.
         """
         path = folder / CHECKPOINT
-        content = load_safe(path)
-        if not isinstance(content, dict) or content.get("format") != FORMAT:
-            raise TrainError(f"{path} must be a training checkpoint of mpq, but is none.")
-        if content.get("version") != VERSION:
-            raise TrainError(
-                f"{path}: version must be {VERSION}. Got {content.get('version')!r} instead."
-            )
+        content = KIND.read(path)
         missing = {"identity", "epoch", "model", "optimizer", "ema", "history"} - set(content)
         if missing:
             raise TrainError(f"{path} must hold {', '.join(sorted(missing))}, but does not.")
@@ -90,7 +82,7 @@ class State:
         if "recipe" in saved:  # keys that came later, or are gone, are off by default
             known = {k: v for k, v in saved["recipe"].items() if v or k in Recipe.model_fields}
             saved["recipe"] = Recipe().model_dump() | known
-        refuse_other_run(path, saved, self.identity)
+        KIND.refuse_other_run(path, saved, self.identity)
         self.model.load_state_dict(content["model"])
         self.optimizer.load_state_dict(content["optimizer"])
         if self.ema:
@@ -111,29 +103,3 @@ def structure(model: nn.Module) -> str:
     """Short text that differs for models with other modules, widths, parameters or buffers."""
     names = ";".join(f"{k}{tuple(v.shape)}" for k, v in model.state_dict().items())
     return f"{type(model).__name__} {zlib.crc32(f'{names} {model!r}'.encode()):08x}"
-
-
-def refuse_other_run(path: Path, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Name what differs between a checkpoint and the run that would continue it.
-
-    Raises:
-        TrainError: anything differs.
-    """
-    old, new = _flat(saved), _flat(wanted)
-    changed = [k for k in dict.fromkeys([*old, *new]) if old.get(k) != new.get(k)]
-    if changed:
-        listed = "; ".join(f"{k} was {old.get(k)!r}, is {new.get(k)!r}" for k in changed[:5])
-        raise TrainError(
-            f"{path} must be of the same run to be resumed, but {listed}. "
-            "Use the old settings, another folder, or start anew without resuming."
-        )
-
-
-def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            out.update({f"{key}.{k}": v for k, v in value.items()})
-        else:
-            out[key] = value
-    return out
