@@ -582,3 +582,22 @@ def test_frozen_weights_are_integers_with_an_integer_bias():
     assert int(second.weight.min()) >= -8
     assert (third.weight.dtype, third.bias.dtype) == (torch.int16, torch.float32)
     assert third.spec == QuantSpec.parse("int16/channel")
+
+
+@pytest.mark.parametrize("name", ["to", "half", "training"])
+def test_a_node_may_be_called_as_a_part_of_a_module(name: str) -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.other = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.other(F.elu(self.conv(x)))
+
+    graph = to_float(Named().eval(), images())
+    elu = next(n for n in graph.module.graph.nodes if n.target is F.elu)
+    elu._rename(name)
+    graph.module.recompile()
+    prepared = prepare(graph, Policy.uniform(8))
+    assert f"quantizers.{name}_site" in prepared.sites
+    assert prepared.module(images()).isfinite().all()

@@ -37,6 +37,8 @@ The hard-sigmoid's is a little lower, because `hardsigmoid(0) = 1/2`, its most f
 lie between two integers of a grid that ends at 1, and runtimes would disagree on the rounding.
 """
 JOINS = ("add", "mul", "concat")
+_TAKEN = frozenset(dir(nn.Module()))
+"""What no child of a module can be called: `x.to(y)` makes a node `to`."""
 
 
 def annotate(qg: QuantGraph, policy: Policy) -> int:
@@ -216,7 +218,7 @@ class _Annotator:
         readers = [r for r in self.readers(node) if self.integer_layer(r) or self.rounding_layer(r)]
         specs = [self.choices[str(r.target)].activation for r in readers]
         placed = Site(
-            name=f"quantizers.{node.name}",
+            name=f"quantizers.{node.name}{'_site' if node.name in _TAKEN else ''}",
             node=node.name,
             role="input" if node.op == "placeholder" else role,
             spec=ROUNDED_16 if self.wide(node) else _widest([s for s in specs if s is not None]),
