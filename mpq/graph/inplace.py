@@ -2,14 +2,13 @@
 
 What a graph means should not hang on what shares memory: every later pass moves values (after a
 quantizer, into an exported file, out of a backward pass) as if a node's value never changed.
+Recording has seen to it that whoever reads an overwritten tensor reads the node that did it, and
+that operators (`x += y`) are plain ones.
 """
 
 from __future__ import annotations
 
 import inspect
-import operator
-from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,27 +16,11 @@ from torch import Tensor, fx, nn
 
 from mpq.graph.ir import QuantGraph
 
-_OPERATORS: dict[Callable[..., Any], Callable[..., Any]] = {
-    operator.iadd: operator.add,
-    operator.isub: operator.sub,
-    operator.imul: operator.mul,
-    operator.itruediv: operator.truediv,
-}
-
 
 def out_of_place(qg: QuantGraph) -> int:
-    """Rewrite them all; return how many there were.
-
-    Nodes that read an overwritten input later read the new tensor, as they saw its values.
-    """
+    """Rewrite them all; return how many there were."""
     modules = dict(qg.module.named_modules())
-    nodes, count = list(qg.module.graph.nodes), 0
-    for i, node in enumerate(nodes):
-        if _rewrite(node, modules):
-            later = set(nodes[i + 1 :])
-            node.all_input_nodes[0].replace_all_uses_with(node, later.__contains__)
-            count += 1
-    return count
+    return sum(_rewrite(node, modules) for node in qg.module.graph.nodes)
 
 
 def _rewrite(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
@@ -63,7 +46,7 @@ def _rewrite(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
 
 def _rewrite_function(node: fx.Node) -> bool:
     assert callable(node.target)
-    name, pure = getattr(node.target, "__name__", ""), _OPERATORS.get(node.target)
+    name, pure = getattr(node.target, "__name__", ""), None
     for home in (torch, F):
         if name.endswith("_") and getattr(home, name, None) is node.target:
             pure = getattr(home, name.removesuffix("_"), None)

@@ -38,13 +38,10 @@ MODULES: dict[type[nn.Module], str] = {
 FUNCTIONS: dict[Callable[..., Any], str] = {
     F.relu: "relu",
     torch.relu: "relu",
-    torch.relu_: "relu",
     F.relu6: "relu6",
     operator.add: "add",
-    operator.iadd: "add",
     torch.add: "add",
     operator.mul: "mul",
-    operator.imul: "mul",
     torch.mul: "mul",
     torch.cat: "concat",
     torch.concat: "concat",
@@ -76,11 +73,8 @@ FUNCTIONS: dict[Callable[..., Any], str] = {
 
 METHODS: dict[str, str] = {
     "relu": "relu",
-    "relu_": "relu",
     "add": "add",
-    "add_": "add",
     "mul": "mul",
-    "mul_": "mul",
     "mean": "mean",
     "flatten": "flatten",
     "view": "flatten",
