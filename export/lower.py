@@ -27,12 +27,12 @@ from mpq.quant.fake_quant import FrozenQuant
 from mpq.quant.layer import FrozenLayer, IslandLayer
 from mpq.target import Target
 
+from . import opset
 from .edit import LAYER, SITE, Step, run
 from .ends import flattened, name_ends, output_names
 from .form import BYTE_SHUFFLE, Form, Int4Format, choose_form
 from .groups import merge_groups
 from .operators import LAYER_OPS
-from .opset import GELU_BY_ERF, set_opset
 from .pack import pack
 from .pixels import PixelInput, take_pixels
 from .place import place
@@ -90,7 +90,7 @@ def lower(qg: QuantGraph, form: Form | None = None, pixels: PixelInput | None = 
     pack(model, _widths(qg), form)
     name_ends(model, qg.inputs, output_names(qg))
     sites = slim(model)
-    set_opset(model, form)
+    opset.set_opset(model, form)
     layers = tuple(str(n.name) for n in model.graph if n.name in qg.layers)
     missing = [name for name in qg.layers if name not in layers]
     if missing:
@@ -102,8 +102,7 @@ def _steps(form: Form) -> Iterator[Step]:
     """What a form needs to be rewritten."""
     if form.needs < BYTE_SHUFFLE:
         yield PLAIN_SHUFFLE
-    if form.opset < 20:
-        yield GELU_BY_ERF
+    yield from opset.steps(form)
     if form.int4 != "dq":  # a form for other runtimes, which may not fold what spreads the weights
         yield merge_groups
 
