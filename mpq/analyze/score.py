@@ -25,9 +25,9 @@ from mpq.analyze.sensitivity import Part, Row, Sensitivity
 from mpq.analyze.single import single_scores
 from mpq.analyze.traces import trace_scores
 from mpq.calls import Inputs, count, leaves
-from mpq.checkpoint import weights_hash
 from mpq.errors import DataError, UsageError, nearest
 from mpq.graph.annotate import reading_groups
+from mpq.graph.fingerprint import fingerprint
 from mpq.graph.ir import QuantGraph
 from mpq.graph.liveness import live_sets
 from mpq.graph.outputs import stated
@@ -39,7 +39,7 @@ LABELLED = ("loss", "fit", "hawq")
 """Metrics that look at the true labels."""
 MAX_BATCH, PASS_BYTES, BYTES_PER_ELEMENT = 64, 1_500_000_000, 12
 """Images per pass; memory of a pass; what one output of a layer costs with what follows it."""
-VERSION = 3
+VERSION = 4
 """Part of the key: raise it when scoring or the file changes."""
 
 
@@ -94,8 +94,8 @@ class Scoring:
         return max(1, min(MAX_BATCH, PASS_BYTES // image))
 
     def key(self, qg: QuantGraph, images: Inputs | None, labels: Tensor | None) -> str:
-        """Hash of weights, network, images and settings: equal keys mean equal scores."""
-        digest = hashlib.sha256(weights_hash(qg.module.state_dict()).encode())
+        """Hash of network, weights, images and settings: equal keys mean equal scores."""
+        digest = hashlib.sha256(fingerprint(qg).encode())
         for tensor in (*leaves(images).values(), labels if self.metric in LABELLED else None):
             if tensor is not None:
                 digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
@@ -113,6 +113,7 @@ def score_layers(
     labels: Tensor | None = None,
     how: Scoring | None = None,
     *,
+    key: str | None = None,
     partial: Path | None = None,
     progress: Progress | None = None,
 ) -> Sensitivity:
@@ -126,6 +127,7 @@ def score_layers(
             `sqnr` can do without.
         labels: `[N]` class ids, for `loss`, `fit` and `hawq`.
         how: metric, widths and all else; None: `Scoring()`.
+        key: `how.key` of all these, where it is known already.
         partial: a file to keep what is done in, and to go on from (see `Batches`).
         progress: called with (done, total).
 
@@ -160,7 +162,7 @@ def score_layers(
         metric=how.metric,
         samples=0 if images is None else count(images),
         seed=how.seed,
-        key=how.key(qg, images, labels),
+        key=key or how.key(qg, images, labels),
         live_sets=live_sets(qg),
     )
 

@@ -1,7 +1,7 @@
 """Scores of a network, from where they lie already or else by scoring.
 
 Scores are kept in the run (`sensitivity.json`) and under `runs/.scores`, with a key that hashes
-weights, images and settings: another budget, or another run of the same network, scores nothing
+network, images and settings: another budget, or another run of the same network, scores nothing
 again. What an interrupted scoring has done lies there too, and the next one goes on from it.
 """
 
@@ -57,7 +57,7 @@ def scores_of(
         if found is not None:
             return found, place
     partial = kept.with_suffix(".part.npz")
-    made = score_layers(graph, images, labels, how, partial=partial, progress=tell)
+    made = score_layers(graph, images, labels, how, key=key, partial=partial, progress=tell)
     _keep(made, kept)
     return made, None
 
