@@ -12,19 +12,20 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import onnx
 from onnx import shape_inference
 
-from mpq.layers import LayerChoice
+from mpq.layers import FloatPart, LayerChoice
 from mpq.shown import Shown
 from mpq.target import ROUNDED, Support, Target
 from mpq.targets import get_target, this_target
 
 from . import meta, runtime
+from .besides import besides, stored_bytes
 from .executed import (
     INTEGER_OPS,
     MATRIX,
@@ -84,6 +85,8 @@ class Certificate(Shown):
         needs: the oldest runtime that the file says it runs on; empty where it says nothing.
         target: the kind of CPU that it was judged for.
         notes: what else to know before it is used.
+        besides: what else it multiplies, in float: recurrent layers, products of activations.
+        stored: bytes of the file by what they are for: `layers`, `besides`, `graph`.
     """
 
     TABLES = ("certificate_table",)
@@ -96,11 +99,13 @@ class Certificate(Shown):
     needs: str = ""
     target: str = ""
     notes: tuple[str, ...] = ()
+    besides: tuple[FloatPart, ...] = ()
+    stored: dict[str, int] = field(default_factory=dict)
 
     @property
     def integer_macs_fraction(self) -> float:
-        """Share of the multiply-accumulates that integer kernels execute, 0 to 1."""
-        total = sum(row.macs for row in self.layers)
+        """Share of all multiply-accumulates that integer kernels execute, 0 to 1."""
+        total = sum(row.macs for row in (*self.layers, *self.besides))
         return sum(row.macs for row in self.layers if row.integer) / total if total else 0.0
 
     def broken(self) -> list[LayerCertificate]:
@@ -159,19 +164,22 @@ def certify(
         )
         for node, run in zip(layers, found, strict=True)
     ]
+    size = len(model) if isinstance(model, bytes) else model.stat().st_size
     return Certificate(
         tuple(rows),
         _boundaries(optimized.graph),
         dict(sorted(Counter(n.op_type for n in optimized.graph.node).items())),
         runtime.version(),
         next((o.version for o in proto.opset_import if not o.domain), 0),
-        len(model) if isinstance(model, bytes) else model.stat().st_size,
+        size,
         metadata.get(NEEDS, ""),
         cpu.name,
         saturating(
             {r.name: roots[weight_of(n)] for r, n in zip(rows, layers, strict=True) if r.integer},
             cpu,
         ),
+        besides(proto.graph, shapes, () if graph is None else graph.besides),
+        stored_bytes(proto.graph, layers, size),
     )
 
 

@@ -14,7 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mpq.analyze import Scoring, Search, build_policy, score_layers
+    from mpq.analyze import Scoring, Search, allocate, build_policy, score_layers
     from mpq.api import analyze, bench, certify, export, ptq, qat, report, verify
     from mpq.export.certify import Certificate
     from mpq.export.onnx_file import ExportResult
@@ -53,6 +53,7 @@ _HOME = {
     "TrainingData": "mpq.train.plan",
     "TrainingPlan": "mpq.train.plan",
     "absorb_norms": "mpq.graph.norms",
+    "allocate": "mpq.analyze",
     "attach_norms": "mpq.graph.norms",
     "bench": "mpq.api",
     "build_policy": "mpq.analyze",
@@ -89,6 +90,7 @@ __all__ = [
     "TrainingPlan",
     "__version__",
     "absorb_norms",
+    "allocate",
     "analyze",
     "attach_norms",
     "bench",

@@ -103,6 +103,25 @@ class LayerInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class FloatPart:
+    """Something besides the layers, which stays in float whatever the policy says.
+
+    Args:
+        name: module path, path of a tensor, or node.
+        kind: what it is: `LSTM`, `LayerNorm`, `matmul`, `tensor`, `graph`.
+        bytes: that it takes in the file.
+        macs: multiply-accumulates per image.
+        reason: why it stays in float.
+    """
+
+    name: str
+    kind: str
+    bytes: int
+    macs: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class LayerChoice:
     """The resolved decision for one layer; a width of None is float."""
 

@@ -89,7 +89,7 @@ class Target:
         gaps: layers without an integer kernel.
         dynamic: kinds with a kernel that takes the range of its input at run time.
         writes_floats: kinds whose integer kernel may write floats; that of others writes integers.
-        native_bytes: average bytes of a layer's graph nodes, constants and policy entry in the
+        native_bytes: average bytes of a layer's own nodes, constants and policy entry in the
             file, where its width (None: float) has a type of its own.
         packed_bytes: the same for packed widths: of a layer, of each part that a byte is taken
             apart in, and of each plane after the first.

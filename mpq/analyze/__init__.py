@@ -13,7 +13,7 @@ from mpq.analyze.cost import Allocation
 from mpq.analyze.drop import Measured
 from mpq.analyze.explain import build_policy, locked_widths
 from mpq.analyze.score import METRICS, Scoring, score_layers
-from mpq.analyze.search import Search, candidates
+from mpq.analyze.search import Search, allocate, candidates
 from mpq.analyze.sensitivity import Row, Sensitivity
 from mpq.verb import callable_package
 
@@ -25,6 +25,7 @@ __all__ = [
     "Scoring",
     "Search",
     "Sensitivity",
+    "allocate",
     "build_policy",
     "candidates",
     "locked_widths",

@@ -8,7 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from mpq.layers import LayerInfo, LiveSet, Widths, mean_bits
+from mpq.layers import FloatPart, LayerInfo, LiveSet, Widths, mean_bits
+from mpq.layers import bitops as bitops_of
+from mpq.layers import weight_bytes as weight_bytes_of
 from mpq.target import Target
 
 SCALE_BYTES = 4
@@ -62,9 +64,12 @@ def effective_bits(layers: Iterable[LayerInfo], widths: Mapping[str, Widths]) ->
     return mean_bits((layer.params, widths[layer.name][0]) for layer in layers)
 
 
-def bitops(layers: Iterable[LayerInfo], widths: Mapping[str, Widths]) -> float:
-    """BitOps per image: `sum MACs x weight bits x activation bits`."""
-    return sum(layer.bitops(*widths[layer.name]) for layer in layers)
+def bitops(
+    layers: Iterable[LayerInfo], widths: Mapping[str, Widths], besides: Iterable[FloatPart] = ()
+) -> float:
+    """BitOps per image: `sum MACs x weight bits x activation bits`, of layers and of the rest."""
+    fixed = sum(bitops_of(part.macs, None, None) for part in besides)
+    return fixed + sum(layer.bitops(*widths[layer.name]) for layer in layers)
 
 
 def weight_bytes(layers: Iterable[LayerInfo], widths: Mapping[str, Widths]) -> int:
@@ -76,15 +81,36 @@ def layer_bytes(layer: LayerInfo, bits: int | None, target: Target) -> int:
     """Bytes of one layer in the file: weights, scales, bias, name, and its share of the graph."""
     per_channel = (0 if bits is None else SCALE_BYTES) + (BIAS_BYTES if layer.bias else 0)
     channels = layer.out_channels * per_channel
-    return layer.weight_bytes(bits) + channels + len(layer.name) + target.layer_bytes(bits)
+    weights = weight_bytes_of(_stored_weights(layer, bits), bits)
+    return weights + channels + len(layer.name) + target.layer_bytes(bits)
+
+
+def _stored_weights(layer: LayerInfo, bits: int | None) -> int:
+    """Weights in the file: those of an integer stem have zeros among them (export/stem.py)."""
+    if bits is None or bits > 8 or layer.kind != "conv" or len(layer.weight_shape) != 4:
+        return layer.params
+    out, channels, *kernel = layer.weight_shape
+    pixels = layer.in_elements * out / (layer.out_elements * channels)  # for each output pixel
+    if layer.grouped or channels > 4 or not 3 <= pixels <= 6:
+        return layer.params
+    blocks = [(k + (k - 1) // 2 % 2 + 1) // 2 for k in kernel]
+    return 4 * out * channels * blocks[0] * blocks[1]
+
+
+def fixed_bytes(besides: Iterable[FloatPart], target: Target) -> int:
+    """Bytes of the exported file that no width decides."""
+    return target.bytes_per_file + sum(part.bytes for part in besides)
 
 
 def predicted_bytes(
-    layers: Iterable[LayerInfo], widths: Mapping[str, Widths], target: Target
+    layers: Iterable[LayerInfo],
+    widths: Mapping[str, Widths],
+    target: Target,
+    besides: Iterable[FloatPart] = (),
 ) -> int:
     """Bytes of the exported file (`tests/test_size.py` compares them with real files)."""
     own = sum(layer_bytes(layer, widths[layer.name][0], target) for layer in layers)
-    return target.bytes_per_file + own
+    return fixed_bytes(besides, target) + own
 
 
 def activation_bytes(live_sets: Iterable[LiveSet], widths: Mapping[str, Widths]) -> int:

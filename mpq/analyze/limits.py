@@ -62,6 +62,7 @@ def limits(
         profile: measured times, if there are any.
     """
     layers, infos = sensitivity.layers, by_name(sensitivity.layers)
+    besides = sensitivity.besides
     edges = len(profile.boundary_ms) if profile else 0
     of = [(infos[name], pair) for name, pair in keys]
 
@@ -86,14 +87,15 @@ def limits(
             "max_size_mb",
             [float(cost.layer_bytes(i, p[0], target)) for i, p in of],
             1e6,
-            lambda w: cost.predicted_bytes(layers, w, target) / 1e6,
-            float(target.bytes_per_file),
+            lambda w: cost.predicted_bytes(layers, w, target, besides) / 1e6,
+            float(cost.fixed_bytes(besides, target)),
         ),
         linear(
             "max_bops",
             [i.bitops(*p) for i, p in of],
             1e9,
-            lambda w: cost.bitops(layers, w) / 1e9,
+            lambda w: cost.bitops(layers, w, besides) / 1e9,
+            cost.bitops((), {}, besides),
         ),
     ]
     if sensitivity.live_sets:

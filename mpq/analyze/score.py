@@ -164,6 +164,7 @@ def score_layers(
         seed=how.seed,
         key=key or how.key(qg, images, labels),
         live_sets=live_sets(qg),
+        besides=qg.besides,
     )
 
 

@@ -35,6 +35,11 @@ def candidates(bits: Sequence[int], act_bits: Sequence[int] = (8,)) -> list[Widt
     return [*wide, *dict.fromkeys(narrow)]
 
 
+def allocate(scores: Sensitivity, constraints: Constraints) -> Allocation:
+    """The configuration of least predicted loss within the budgets; see `Search` for more."""
+    return Search(scores).allocate(constraints)
+
+
 @dataclass(frozen=True)
 class Search:
     """The scores of a network and what its layers may have: answers any number of budgets.
@@ -172,16 +177,17 @@ def _front(found: list[tuple[float, Allocation]], also: Sequence[Allocation]) ->
 
 def _described(problem: Problem, widths: dict[str, Widths], gap: float) -> Allocation:
     """A configuration with all that it costs."""
-    layers, live_sets = problem.sensitivity.layers, problem.sensitivity.live_sets
+    scores, layers = problem.sensitivity, problem.sensitivity.layers
+    live_sets, besides = scores.live_sets, scores.besides
     chosen, latency = set(widths.items()), problem.limits.get("max_latency_ms")
     picked = [s for key, s in zip(problem.keys, problem.scores, strict=False) if key in chosen]
     return Allocation(
         widths=widths,
         objective=math.fsum(picked),
         effective_bits=cost.effective_bits(layers, widths),
-        bitops=cost.bitops(layers, widths),
+        bitops=cost.bitops(layers, widths, besides),
         weight_bytes=cost.weight_bytes(layers, widths),
-        bytes=cost.predicted_bytes(layers, widths, problem.target),
+        bytes=cost.predicted_bytes(layers, widths, problem.target, besides),
         activation_bytes=cost.activation_bytes(live_sets, widths) if live_sets else None,
         latency_ms=latency.measure(widths) if latency else None,
         status="optimal" if gap == 0 else "best found",

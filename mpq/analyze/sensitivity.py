@@ -15,7 +15,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from mpq.errors import PolicyError
-from mpq.layers import LayerInfo, LiveSet
+from mpq.layers import FloatPart, LayerInfo, LiveSet
 
 Part = Literal["weight", "activation"]
 PARTS: tuple[Part, ...] = ("weight", "activation")
@@ -64,6 +64,7 @@ class Sensitivity:
         seed: of the random draws.
         key: hash of weights, images and settings; equal keys mean equal rows.
         live_sets: activations that are alive at one time, for the budget of activation memory.
+        besides: what the network stores and computes besides its layers.
     """
 
     rows: tuple[Row, ...]
@@ -74,6 +75,7 @@ class Sensitivity:
     seed: int
     key: str
     live_sets: tuple[LiveSet, ...] = ()
+    besides: tuple[FloatPart, ...] = ()
 
     def __post_init__(self) -> None:
         names = {layer.name for layer in self.layers}
@@ -127,6 +129,7 @@ class Sensitivity:
             "layers": [_layer_json(layer) for layer in self.layers],
             "groups": [list(group) for group in self.groups],
             "moments": [{"fixed": m.fixed, "layers": dict(m.layers)} for m in self.live_sets],
+            "besides": [dataclasses.asdict(part) for part in self.besides],
             "rows": [dataclasses.asdict(row) for row in self.rows],
         }
 
@@ -149,6 +152,7 @@ class Sensitivity:
                     LiveSet(m["fixed"], tuple(m["layers"].items()))
                     for m in content.get("moments", ())
                 ),
+                besides=tuple(FloatPart(**part) for part in content.get("besides", ())),
                 **{k: content[k] for k in ("metric", "samples", "seed", "key")},
             )
         except (ValueError, TypeError, KeyError) as error:

@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from mpq.calls import Inputs, leaves
 from mpq.errors import GraphError
-from mpq.layers import LayerChoice, LayerInfo
+from mpq.layers import FloatPart, LayerChoice, LayerInfo
 from mpq.outputs import Output
 from mpq.policy import Policy
 from mpq.spec import QuantSpec
@@ -66,6 +66,7 @@ class QuantGraph:
             found by `describe`.
         exact: names of nodes that give whole numbers or truth values, which no quantizer rounds.
         layers: quantizable layers in execution order, by module path.
+        besides: what it stores and computes besides the layers, in float.
         sites: quantizers by module path, filled by annotation.
         plans: what becomes of each layer, filled by annotation.
         policy: what was asked, set by annotation; what is written of the graph takes it from here.
@@ -79,6 +80,7 @@ class QuantGraph:
     layers: dict[str, LayerInfo] = field(default_factory=dict)
     outputs: dict[str, Output] = field(default_factory=dict)
     exact: frozenset[str] = frozenset()
+    besides: tuple[FloatPart, ...] = ()
     sites: dict[str, Site] = field(default_factory=dict)
     plans: dict[str, LayerPlan] = field(default_factory=dict)
     policy: Policy | None = None

@@ -1,6 +1,7 @@
 """The pipeline of graph passes, as lists, and the one runner that checks them all.
 
-    trace -> [normalize, fold_bn, describe] -> float -> [annotate, insert] -> prepared -> freeze
+    trace -> [normalize, fold_bn, describe, besides] -> float
+    float -> [annotate, insert] -> prepared -> freeze
 
 The runner, not the passes, checks the stage, lints, recompiles, logs the count, and wraps what goes
 wrong with the name of the pass. What they leave behind it holds against `mpq.graph.spec`.
@@ -22,6 +23,7 @@ from mpq.capture.network import Network
 from mpq.capture.replay import apart
 from mpq.errors import GraphError, MpqError
 from mpq.graph.annotate import annotate
+from mpq.graph.besides import besides
 from mpq.graph.describe import describe
 from mpq.graph.fold_bn import fold_bn
 from mpq.graph.freeze import freeze as freeze_pass
@@ -36,7 +38,7 @@ from mpq.policy import Policy
 
 logger = logging.getLogger(__name__)
 Pass = Callable[[QuantGraph], int]
-TO_FLOAT: tuple[Pass, ...] = (normalize, fold_bn, describe)
+TO_FLOAT: tuple[Pass, ...] = (normalize, fold_bn, describe, besides)
 
 
 def run(qg: QuantGraph, passes: tuple[Pass, ...], *, needs: Stage, gives: Stage) -> QuantGraph:

@@ -221,14 +221,14 @@ class _Bench:
         """What one policy makes of a network whose top-1 in float is `exact`."""
         settings = PtqSettings(effort=self.how.effort)
         found = run_ptq(policy, subject, settings, Run(seed=self.run.seed))
-        layers = list(found.graph.layers.values())
+        layers, besides = list(found.graph.layers.values()), found.graph.besides
         choices = policy.resolve([layer.name for layer in layers])
         widths = {n: (c.weight_bits, c.activation_bits) for n, c in choices.items()}
         reached, divergence = meter.measure(found.graph)
         return {
             "effective_bits": round(cost.effective_bits(layers, widths), 3),
-            "bytes": cost.predicted_bytes(layers, widths, get_target(policy.target)),
-            "bitops": cost.bitops(layers, widths),
+            "bytes": cost.predicted_bytes(layers, widths, get_target(policy.target), besides),
+            "bitops": cost.bitops(layers, widths, besides),
             "top1": round(reached, 3),
             "drop": round(exact - reached, 3),
             "kl": divergence,

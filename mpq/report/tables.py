@@ -239,6 +239,11 @@ def certificate_table(certificate: Json) -> Grid:
     heads = columns("layer", "asked", "stored", "executed", "reason")
     keys = ("name", "asked", "stored", "executed", "reason")
     body = [tuple(str(layer[k] or "") for k in keys) for layer in certificate["layers"]]
+    body += [
+        (part["name"], "-", "FLOAT", part["kind"], part["reason"])
+        for part in certificate.get("besides", ())
+        if part["macs"]
+    ]
     note = (
         f"{certificate['integer_macs_fraction']:.1%} of the MACs run as integers; "
         f"{counted(certificate['boundaries'], 'boundary', 'boundaries')} between integer and float"
