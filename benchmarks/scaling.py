@@ -115,8 +115,10 @@ def searched(layers: int, widths: int) -> dict[str, Any]:
     middle: dict[str, Widths] = {info.name: (5, 8) for info in scores.layers}
     constraints = Constraints(
         effective_bits=5.0,
-        max_size_mb=0.99 * cost.predicted_bytes(scores.layers, middle, ONNXRUNTIME_CPU) / 1e6,
-        max_bops=0.9 * cost.bitops(scores.layers, middle) / 1e9,
+        max_size_mb=0.99
+        * cost.predicted_bytes(scores.layers, middle, ONNXRUNTIME_CPU, scores.besides)
+        / 1e6,
+        max_bops=0.9 * cost.bitops(scores.layers, middle, scores.besides) / 1e9,
     )
     start, wall = time.process_time(), time.perf_counter()
     found = Search(scores, widths=candidates(WIDTHS[:widths])).allocate(constraints)
