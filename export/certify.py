@@ -105,7 +105,7 @@ class Certificate(Shown):
     @property
     def integer_macs_fraction(self) -> float:
         """Share of all multiply-accumulates that integer kernels execute, 0 to 1."""
-        total = sum(row.macs for row in (*self.layers, *self.besides))
+        total = sum(row.macs for row in self.layers) + sum(part.macs for part in self.besides)
         return sum(row.macs for row in self.layers if row.integer) / total if total else 0.0
 
     def broken(self) -> list[LayerCertificate]:

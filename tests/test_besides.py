@@ -15,7 +15,7 @@ from mpq.errors import InfeasibleError
 from mpq.export import ExportResult, to_onnx
 from mpq.export.certify import certify
 from mpq.policy import Constraints, Policy
-from mpq.target import ONNXRUNTIME_CPU
+from mpq.targets import ONNXRUNTIME_CPU
 
 MADE_FROM = 750
 """Bytes of what a file says of the checkpoint that it was made from, which these files do not."""

@@ -80,9 +80,9 @@ def test_scores_are_found_by_one_hash(monkeypatch: pytest.MonkeyPatch, tmp_path)
     monkeypatch.setattr(scoring.rundir, "RUNS", tmp_path)
     images = torch.rand(2, 3, 8, 8)
     graph = to_float(Between(torch.tanh).eval(), images)
-    made, place = scoring.scores_of(graph, images, None, Scoring(), run=Run(seed=0))
+    made, place = scoring.scores_of(graph, images, None, Scoring(), run=Run(tmp_path / "run"))
     assert place is None
-    found, place = scoring.scores_of(graph, images, None, Scoring(), run=Run(seed=0))
+    found, place = scoring.scores_of(graph, images, None, Scoring(), run=Run(tmp_path / "run"))
     assert place is not None
     assert found.to_json() == made.to_json()
     assert len(counted) == 2

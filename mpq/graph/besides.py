@@ -138,11 +138,11 @@ def _module_macs(module: nn.Module, given: Any, out: Any) -> int:
     if isinstance(module, nn.RNNBase):
         return x.shape[:-1].numel() * weights
     if isinstance(module, nn.MultiheadAttention):
-        other = given[1].shape[-2 if module.batch_first else 0] if len(given) > 1 else 0
-        return x.shape[:-1].numel() * (weights + 2 * other * module.embed_dim)
+        other = int(given[1].shape[-2 if module.batch_first else 0]) if len(given) > 1 else 0
+        return x.shape[:-1].numel() * (weights + 2 * other * int(module.embed_dim))
     if type(module) in LAYERS and isinstance(out, Tensor):
         moved = x if "Transpose" in type(module).__name__ else out
-        return moved.numel() * module.weight[0].numel()  # type: ignore[index,operator]
+        return moved.numel() * module.weight[0].numel()  # type: ignore[index]
     return 0
 
 
