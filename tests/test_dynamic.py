@@ -131,7 +131,11 @@ def test_the_runtime_multiplies_integers_and_answers_as_promised(bits: int, tmp_
         assert rows[name].executed in KERNELS
         assert rows[name].asked == f"W{bits}A8 dynamic"
         assert not rows[name].broken
-    assert made.certificate.integer_macs_fraction == 1
+    told = made.certificate
+    assert all(layer.integer for layer in told.layers)
+    inside, between = (sum(p.macs for p in parts) for parts in (told.layers, told.besides))
+    assert between == 2 * 4096  # queries with keys, and weights with values
+    assert told.integer_macs_fraction == inside / (inside + between)
     assert "MatMulInteger" not in made.certificate.operators
     assert "DynamicQuantizeMatMul" in made.certificate.operators
     report = made.verification
