@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 from mpq import Constraints, Scoring, Search, build_policy, prepare, quantize_graph, score_layers
 from mpq import to_float as to_float_graph
+from mpq.calls import Inputs, take
 from mpq.capture.capture import capture
 from mpq.capture.network import Network
 from mpq.errors import MpqError
@@ -52,7 +53,7 @@ def network(name: str) -> Network:
     """A network in eval mode on noise, whose batch norms hold the statistics of what they see."""
     torch.manual_seed(0)
     made = NETWORKS[name]()
-    made = made.map(lambda t: torch.rand(IMAGES, *t.shape[1:]) if t.is_floating_point() else t)
+    made = made.map(_more)
     for parameter in made.module.parameters():
         if parameter.is_floating_point() and parameter.min() == parameter.max():
             parameter.data += 0.02 * torch.randn_like(parameter)  # zeros and ones, before training
@@ -69,6 +70,13 @@ def network(name: str) -> Network:
         made.module(*made.args, **made.kwargs)
     made.module.eval()
     return made
+
+
+def _more(tensor: Tensor) -> Tensor:
+    """As many samples as are looked at, of noise where that has a meaning."""
+    if tensor.is_floating_point():
+        return torch.rand(IMAGES, *tensor.shape[1:])
+    return tensor[torch.arange(IMAGES) % len(tensor)]
 
 
 def measure(name: str, path: Path) -> Row:
@@ -93,10 +101,8 @@ def _through(made: Network, path: Path, row: Row) -> None:
     row["captured"] = not found.islands
     if found.islands:
         row["islands"] = found.islands
-    images = made.args[0] if made.args else None
-    if len(made.inputs) != 1 or not isinstance(images, Tensor):
-        raise MpqError(f"{len(made.inputs)} inputs")
-    graph = to_float_graph(made.module, images[:2])
+    images = made.example
+    graph = to_float_graph(made.module, made)
     row["layers"] = len(graph.layers)
     scores = score_layers(graph, images, how=Scoring(batch=IMAGES))
     chosen = Search(scores).allocate(Constraints(effective_bits=EFFECTIVE_BITS))
@@ -104,7 +110,7 @@ def _through(made: Network, path: Path, row: Row) -> None:
     quantized = prepare(graph, build_policy(chosen, scores))
     row["could"] = _could(made, quantized)
     quantize_graph(quantized, images, method="minmax", effort="fast")
-    _export(quantized, path, images[:VERIFIED], row)
+    _export(quantized, path, take(images, slice(VERIFIED)), row)
 
 
 def _could(made: Network, graph: QuantGraph) -> int:
@@ -114,7 +120,7 @@ def _could(made: Network, graph: QuantGraph) -> int:
     return planned + max(0, len(named) - len(graph.layers))
 
 
-def _export(graph: QuantGraph, path: Path, images: Tensor, row: Row) -> None:
+def _export(graph: QuantGraph, path: Path, images: Inputs, row: Row) -> None:
     """The file; one that does not answer as the simulation is written all the same, and told so."""
     try:
         made = to_onnx(graph, path, images=images)
@@ -168,12 +174,12 @@ def run_all(
         n for n in NETWORKS if n not in done and (not only or group_of(n) in only or n in only)
     ]
     for name in by_size(names, out.with_suffix(".sizes.json")):
-        if time.monotonic() > end:
-            break
         line = json.dumps(_in_a_process(name, limits, more))
         with out.open("a") as file:
             file.write(line + "\n")
         print(line, flush=True)
+        if time.monotonic() > end:
+            break
 
 
 def _in_a_process(name: str, limits: dict[str, float], more: Any) -> Row:
@@ -204,12 +210,12 @@ def _in_a_process(name: str, limits: dict[str, float], more: Any) -> Row:
 
 _HEAD = f"""# From any network to a verified file
 
-Networks with random weights on noise: captured, scored, {EFFECTIVE_BITS:g} effective bits of 8 and 4,
-min-max ranges, rounding to nearest, one ONNX file that is certified and verified. Made by
+Networks with random weights on noise: captured, scored, {EFFECTIVE_BITS:g} effective bits of 8
+and 4, min-max ranges, rounding to nearest, one ONNX file that is certified and verified. Made by
 `benchmarks/coverage.py`, which goes on where it stopped. *Captured*: nothing of it was left
 unopened. *Integer*: layers that run as integers, of those that the target can. *Agreement*: of file
-and simulation on {VERIFIED} inputs. *Bytes*: of the file, as predicted before it was quantized and as
-written.
+and simulation on {VERIFIED} inputs. *Predicted* and *written*: bytes of the file, before it was
+quantized and in the end.
 """
 
 
@@ -222,10 +228,10 @@ def table(out: Path) -> str:
     of = {group: sum(group_of(n) == group for n in NETWORKS) for group in groups}
     lines = [
         f"{_HEAD}\nonnxruntime {runtime.version()}, torch {torch.__version__}.\n",
-        "| group | networks | measured | captured | verified | all layers integer | bytes within 1 % |",
+        "| group | networks | measured | captured | verified | all integer | bytes within 1 % |",
         "|---" * 7 + "|",
         *(_group(group, max(of[group], len(own)), own) for group, own in groups.items()),
-        "\n| network | params (M) | captured | integer | agreement | predicted | written | off | why not |",
+        "\n| network | millions | captured | integer | agree | predicted | written | off | why |",
         "|---" * 9 + "|",
         *(_line(found[name]) for name in sorted(found)),
     ]
