@@ -162,7 +162,7 @@ def is_of(path: Path, name: str) -> bool:
 def _stale(run: Path, name: str, known: Mapping[str, Origin]) -> str | None:
     """Follow a file back to where it was made from something else than what is there now."""
     found = known.get(name)
-    if found is None or found.sha256 != identity(run / name):
+    if found is None or not (run / name).is_file() or found.sha256 != identity(run / name):
         return None
     for source, then in found.made_from.items():
         now = _now(run, source)
