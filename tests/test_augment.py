@@ -12,9 +12,8 @@ from mpq._torchvision import models
 from mpq.errors import UsageError
 from mpq.train.augment import Targets, augment, epoch_rng, erase, mix, shift_flip
 from mpq.train.evaluate import to_unit
-from mpq.train.randaugment import rand_augment
 from mpq.train.recipe import Recipe
-from mpq.train.trivial import OPERATIONS, trivial_augment
+from mpq.train.trivial import OPERATIONS, rand_augment, trivial_augment
 
 STRONG = Recipe(trivial=True, erase=0.5, mixup=0.4, cutmix=1.0)
 

@@ -8,5 +8,5 @@
 - `optim`: parameter groups, schedule, moving average
 - `objective`: the loss of a recipe; `losses`, `weighting`: its parts, as functions over logits
 - `ensemble`: teachers as one module and one file; `evaluate`: logits and accuracy
-- `augment`, `trivial`, `randaugment`: random changes of a batch of images
+- `augment`, `trivial`: random changes of a batch of images
 """

@@ -17,9 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mpq.train.evaluate import send, to_unit
-from mpq.train.randaugment import rand_augment
 from mpq.train.recipe import Recipe
-from mpq.train.trivial import trivial_augment
+from mpq.train.trivial import rand_augment, trivial_augment
 
 ERASE_AREA = (0.02, 0.33)
 ERASE_RATIO = (0.3, 3.3)
