@@ -84,7 +84,7 @@ def _info(name: str, module: nn.Module, x: Tensor, out: Tensor) -> LayerInfo:
     weight = module.weight
     assert isinstance(weight, Tensor)
     op = LayerOp.of(module)
-    channels = out.shape[-1] if op.kind == "linear" else out.shape[1]
+    channels = out.shape[op.channel(out)]
     positions = (x if op.kind == "conv_transpose" else out).numel() // out.shape[0]
     width = x.shape[1] if op.kind == "conv_transpose" else channels
     return LayerInfo(

@@ -97,8 +97,7 @@ class _OutputStatistics:
         self.total = self.squares = torch.zeros(())
 
     def hook(self, module: nn.Module, args: object, out: Tensor) -> None:
-        axis = out.ndim - 1 if self.layer.op.kind == "linear" else 1
-        rows = out.transpose(0, axis).flatten(1).double()
+        rows = self.layer.op.by_channel(out).double()
         self.total = self.total + rows.sum(1)
         self.squares = self.squares + rows.square().sum(1)
         self.count += rows.shape[1]

@@ -120,9 +120,7 @@ class _Inputs:
     def _watch(self, name: str, parts: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             x, channels = args[0], self.chains[name]
-            last = LayerOp.of(module).kind == "linear"
-            rows = x.reshape(-1, x.shape[-1]).T if last else x.transpose(0, 1).flatten(1)
-            rows = rows.reshape(channels, -1)
+            rows = LayerOp.of(module).by_channel(x).reshape(channels, -1)
             zero = torch.zeros(channels)
             self.high[name] = torch.maximum(self.high.get(name, zero), rows.amax(1))
             self.low[name] = torch.minimum(self.low.get(name, zero), rows.amin(1))

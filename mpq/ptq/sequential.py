@@ -214,9 +214,9 @@ def _correct_bias(
     error, count = torch.zeros_like(layer.bias), 0
     for got, target in zip(found, wanted, strict=True):
         difference = target.get() - got.get()
-        channel = _channel(layer, difference)
-        error.add_(difference.transpose(0, channel).flatten(1).sum(1))
-        count += difference.numel() // difference.shape[channel]
+        rows = layer.op.by_channel(difference)
+        error.add_(rows.sum(1))
+        count += rows.shape[1]
     return _take_bias(layer, layer.bias + error / count, found, store)
 
 
@@ -230,15 +230,10 @@ def _take_bias(
     moved = []
     for got in found:
         value = got.get()
-        value.add_(per_axis(shift, value.ndim, _channel(layer, value)))  # not seen by others yet
+        value.add_(per_axis(shift, value.ndim, layer.op.channel(value)))  # not seen by others yet
         got.drop()
         moved.append(store.put(value))
     return moved
-
-
-def _channel(layer: QuantLayer, out: Tensor) -> int:
-    """The dimension of output channels."""
-    return out.ndim - 1 if layer.op.kind == "linear" else 1
 
 
 def _added(layer: QuantLayer, bias: Tensor) -> Tensor:

@@ -93,8 +93,7 @@ class SoftLayer(nn.Module):
         op = self.layer.op
         out = op.float(x, self.integers() * self._per_weight(self.scale()), self.bias())
         if isinstance(self.unit, float):  # the first batch tells how large a step of a bias is
-            channel = out.ndim - 1 if op.kind == "linear" else 1
-            self.unit = out.detach().transpose(0, channel).flatten(1).std(1).clamp(min=TINY)
+            self.unit = op.by_channel(out.detach()).std(1).clamp(min=TINY)
         return out
 
     @torch.no_grad()

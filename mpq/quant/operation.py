@@ -80,6 +80,14 @@ class LayerOp:
         """The weight dimension that carries the scales: output channels where they are one."""
         return 1 if self.kind == "conv_transpose" and self.groups == 1 else 0
 
+    def channel(self, values: Tensor) -> int:
+        """The dimension of its input, or its output, that counts channels."""
+        return values.ndim - 1 if self.kind == "linear" else 1
+
+    def by_channel(self, values: Tensor) -> Tensor:
+        """Its input or output as `[channels, values of each]`."""
+        return values.transpose(0, self.channel(values)).flatten(1)
+
     def float(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The float operation."""
         if self.kind == "linear":
