@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-faults test-install lint clean
+.PHONY: demo test test-faults test-portable test-install lint clean
 demo: $(STAMP)
 	$(BIN)/mpq demo --force
 
@@ -22,6 +22,11 @@ test-install: $(STAMP)
 	$(PYTHON) -m venv build/fresh/venv
 	build/fresh/venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt build/wheel/*.whl
 	cd build/fresh/empty && ../venv/bin/mpq doctor && ../venv/bin/mpq demo
+
+# The other runtimes of docs/portability.md, installed below build/runtimes-other and really run.
+test-portable: $(STAMP)
+	MPQ_PORTABLE=1 MPQ_RUNTIMES=$(abspath build/runtimes-other) OMP_NUM_THREADS=1 \
+		OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest tests/test_portability.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -50,6 +50,7 @@ class Foreign:
         command: the words before the folder of a job, and those after it.
         install: the name by which `install.sh` knows it; empty where nothing is to be installed.
         there: whether it can be run now.
+        emulated: whether its CPU is, so that its times say nothing.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Foreign:
     command: tuple[tuple[str, ...], tuple[str, ...]]
     install: str = ""
     there: bool = True
+    emulated: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +115,8 @@ def runtimes() -> list[Foreign]:
     there = (emulated / "qemu/usr/bin/qemu-aarch64").exists() and (emulated / "site").is_dir()
     for cpu in CPUS:
         name = f"onnxruntime-arm64 {cpu}"
-        found.append(Foreign(name, "arm64", (_emulated(emulated, cpu, job), ()), "arm64", there))
+        words = _emulated(emulated, cpu, job)
+        found.append(Foreign(name, "arm64", (words, ()), "arm64", there, emulated=True))
     python = place / "openvino" / "bin" / "python"
     words = (str(python), str(RUNNERS / "openvino_job.py"))
     found.append(Foreign("openvino", None, (words, ()), "openvino", python.exists()))
@@ -134,7 +137,7 @@ def _emulated(place: Path, cpu: str, job: str) -> tuple[str, ...]:
 
 
 def chosen(names: tuple[str, ...]) -> list[Foreign]:
-    """The runtimes whose names begin with one of these; all for none.
+    """The runtimes of these names, or whose names begin so; all for none.
 
     Raises:
         UsageError: a name that no runtime has.
@@ -146,7 +149,9 @@ def chosen(names: tuple[str, ...]) -> list[Foreign]:
             raise UsageError(
                 f"runtime must be one of {', '.join(listed)}. Got {name!r}{nearest(name, listed)}"
             )
-    return [r for r in known if not names or any(r.name.startswith(name) for name in names)]
+    exact = {r.name for r in known}.intersection(names)
+    begin = tuple(name for name in names if name not in exact)
+    return [r for r in known if not names or r.name in exact or r.name.startswith(begin or "/")]
 
 
 def install(name: str, tell: Callable[[str], None]) -> None:
@@ -164,13 +169,11 @@ def install(name: str, tell: Callable[[str], None]) -> None:
         )
     tell(f"installing {name} in {home()}")
     command = ["bash", str(RUNNERS / "install.sh"), str(home()), name]
-    done = subprocess.run(
-        command,
-        env={**os.environ, "PYTHON": sys.executable},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    with_python = {**os.environ, "PYTHON": sys.executable}
+    try:
+        done = subprocess.run(command, env=with_python, capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise ExportError(f"{name} cannot be installed: {error}") from None
     if done.returncode:
         raise ExportError(f"{name} cannot be installed: {_last(done.stderr or done.stdout)}")
 

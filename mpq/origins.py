@@ -37,6 +37,7 @@ AGAIN = {
     "certificate.json": "mpq export --onnx {run} --force",
     "verify.json": "mpq verify {run}",
     "exact.json": "mpq verify --exact {run}",
+    "portability.json": "mpq portability {run}",
     "bench.jsonl": "mpq bench {run}/model.onnx",
 }
 """The command that makes a file anew."""

@@ -45,6 +45,7 @@ FILES = {
     "certificate.json": "mpq export --onnx",
     "verify.json": "mpq export --onnx",
     "exact.json": "mpq verify --exact",
+    "portability.json": "mpq portability",
     "bench.jsonl": "mpq bench",
     "report.html": "mpq report",
 }

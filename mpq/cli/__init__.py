@@ -42,6 +42,9 @@ COMMANDS = {
     "export": Entry("mpq.cli.export:export", "Write the ONNX file, verified and certified."),
     "verify": Entry("mpq.cli.verify:verify", "Does a file answer as promised, to the bit?"),
     "certify": Entry("mpq.cli.certify:certify", "What onnxruntime makes of any ONNX file."),
+    "portability": Entry(
+        "mpq.cli.portability:portability", "One file in every runtime that this computer has."
+    ),
     "bench": Entry("mpq.cli.bench:bench", "Accuracy, latency and size of files, side by side."),
     "targets": Entry("mpq.cli.targets:targets", "Where a file can be made to run, and how."),
     "doctor": Entry("mpq.cli.doctor:doctor", "What this computer has, runs, and lacks."),

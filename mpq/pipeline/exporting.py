@@ -21,7 +21,7 @@ from mpq.staging import together
 
 PixelLayout = Literal["nhwc", "nchw"]
 logger = logging.getLogger(__name__)
-OF_ONE_FILE = ("verify.json", "exact.json", "bench.jsonl", "report.html")
+OF_ONE_FILE = ("verify.json", "exact.json", "portability.json", "bench.jsonl", "report.html")
 """What a run holds on its `model.onnx`, beside the certificate."""
 FLOAT = "float.onnx"
 

@@ -6,6 +6,7 @@ And without that network: are its integers, in the runtime, those of the integer
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from mpq.export import bench, foreign, runtime
 from mpq.export.exact import ExactReport, verify_exact
 from mpq.export.meta import from_metadata
 from mpq.export.onnx_file import verify_file
+from mpq.export.portability import Portability, portability
 from mpq.export.verify import VerifyReport
 from mpq.pipeline.exporting import held_out
 from mpq.pipeline.quantizing import Quantized
@@ -113,11 +115,50 @@ def exact_run(
     if images < 1:
         raise UsageError(f"images must be at least 1. Got {images}.")
     there = None if target is None else foreign.of_target(get_target(target))
-    return verify_exact(path, _batch(path, source, images, seed), there)
+    return verify_exact(path, _batch(path, source, images, seed)[0], there)
 
 
-def _batch(path: Path, source: DataSource, count: int, seed: int) -> NDArray[Any]:
-    """Test images as the file takes them; noise where nothing is known."""
+def portability_run(
+    path: Path,
+    source: DataSource,
+    runtimes: Sequence[foreign.Foreign],
+    *,
+    float_file: Path | None = None,
+    images: int = 128,
+    seed: int = 0,
+    progress: Callable[[str], None] = lambda _: None,
+) -> Portability:
+    """Run a file in several runtimes on test images, or on noise where nothing is known.
+
+    Args:
+        path: any ONNX classifier.
+        source: where test images come from.
+        runtimes: in which it is run.
+        float_file: what speed is relative to.
+        images: how many; a file that is fixed to a batch gets one batch.
+        seed: of the sample.
+        progress: called with what is being run.
+
+    Raises:
+        UsageError: there is no such file.
+        DataError: data that are named here cannot be read, or do not fit the file.
+        ExportError: the runtime of this Python cannot load the file.
+    """
+    batch, labels = _batch(path, source, images, seed)
+    return portability(
+        path,
+        batch,
+        labels=labels,
+        float_file=float_file,
+        runtimes=runtimes,
+        progress=progress,
+    )
+
+
+def _batch(
+    path: Path, source: DataSource, count: int, seed: int
+) -> tuple[NDArray[Any], NDArray[Any] | None]:
+    """Test images as the file takes them, and labels; noise and none where nothing is known."""
     info, takes = bench.file_info(path), runtime.model_input(runtime.session(path))
     count = takes.batch or count
     name = source.data or info.data or "none"
@@ -125,16 +166,18 @@ def _batch(path: Path, source: DataSource, count: int, seed: int) -> NDArray[Any
         try:
             shape = takes.shape(1)
             height, width = shape[1:3] if takes.channels_last else shape[2:4]
-            split = open_data(name, root=source.root, size=(height, width)).compared
-            pixels = split.read(sample_indices(split, count, seed))
+            data = open_data(name, root=source.root, size=(height, width))
+            chosen = sample_indices(data.compared, count, seed)
+            pixels = data.compared.read(chosen)
+            labels = np.asarray(data.compared.labels)[chosen] if data.labelled else None
         except DataError as error:
             if source.data is not None:
                 raise
             logger.warning("comparing on noise: %s", error)
         else:
             norm = Normalization.parse(info.normalize or "none")
-            return pixels if takes.integer else norm.apply(pixels)
+            return (pixels if takes.integer else norm.apply(pixels)), labels
     rng = np.random.default_rng(seed)
     if takes.integer:
-        return rng.integers(0, 256, takes.shape(count), np.uint8)
-    return rng.standard_normal(takes.shape(count), np.float32)
+        return rng.integers(0, 256, takes.shape(count), np.uint8), None
+    return rng.standard_normal(takes.shape(count), np.float32), None

@@ -167,6 +167,7 @@ SECTIONS: tuple[Callable[[Path], Section | None], ...] = (
     _shown("Training", "metrics.jsonl", plots.curves_plot),
     _shown("Certificate", "certificate.json", tables.certificate_table),
     _shown("Verification", "verify.json", tables.verify_table),
+    _shown("Other runtimes", "portability.json", tables.portability_table),
     _policy,
 )
 """The page from top to bottom; each gives None where the run lacks its file."""

@@ -277,6 +277,36 @@ def verify_table(verify: Json) -> Grid:
     return Grid("Runtime against simulation", heads, tuple(body), note)
 
 
+def portability_table(found: Json) -> Grid:
+    """A file in every runtime: `found` is `portability.json`."""
+    heads = columns(
+        *("runtime", "?version", "#integer layers", "#predicted", "#same class", "?#top-1"),
+        *("#ms", "#speed", "note"),
+    )
+    body = [
+        (
+            row["runtime"],
+            row["version"] or "-",
+            "-" if row["integer"] is None else f"{row['integer']} of {row['layers']}",
+            *(
+                "-" if row[key] is None else f"{row[key]} of {row['n']}"
+                for key in ("predicted", "same_class")
+            ),
+            fixed(row["top1"], 2),
+            fixed(row["ms"], 3),
+            "-" if row["ratio"] is None else f"{row['ratio']:.2f}x",
+            row["problem"],
+        )
+        for row in found["rows"]
+    ]
+    note = (
+        "predicted: images whose logits equal the integer reference of that CPU in every bit; same "
+        "class: as the reference of x86; speed: float/this in the same runtime, of one image on "
+        "one thread; emulated CPUs have none"
+    )
+    return Grid(f"{found['file']} in other runtimes", heads, tuple(body), note)
+
+
 def exact_table(exact: Json) -> Grid:
     """The integer reference, op type by op type: `exact` is `exact.json`; what differs by name."""
     heads = columns("operator", "#nodes", "#tensors equal", "#values", "#differ", "#steps", "note")

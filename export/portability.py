@@ -1,0 +1,177 @@
+"""One file in every runtime on this computer: does it load, run as integers, answer the same?
+
+Each answer is held against the integer reference of the runtime's own arithmetic, which must agree
+in every bit, and against that of x86, which must agree in the class. Speed is that of one image,
+relative to the float file in the same runtime. A runtime that refuses the file or crashes is a row
+that says so; the others still run.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from mpq.errors import ExportError
+from mpq.target import Arithmetic
+
+from . import foreign, runtime
+from .executed import INTEGER_OPS, MATRIX, constant_roots, executions, weight_of
+from .foreign import Foreign, Job, Result
+from .reference import BATCH, Reference
+
+Array = NDArray[Any]
+RUNS = 20
+"""Timed runs of one image; the median counts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A file in one runtime.
+
+    Args:
+        runtime: name.
+        version: of it; empty where it is not installed or did not answer.
+        problem: why there is no answer: not installed (and how to), refused, crashed.
+        integer: layers that run as integers; None where the runtime does not tell.
+        layers: of all.
+        n: images.
+        predicted: images whose logits equal its own reference in every bit; None without one.
+        same_class: images of the class that the reference of x86 gives.
+        top1: percent of the labels, None without labels.
+        ms: milliseconds of one image; None on an emulated CPU.
+        ratio: times faster than the float file in this runtime; None without one.
+    """
+
+    runtime: str
+    version: str = ""
+    problem: str = ""
+    integer: int | None = None
+    layers: int | None = None
+    n: int = 0
+    predicted: int | None = None
+    same_class: int | None = None
+    top1: float | None = None
+    ms: float | None = None
+    ratio: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Portability:
+    """A file in every runtime: the contents of `portability.json`."""
+
+    file: str
+    n: int
+    rows: tuple[Row, ...]
+
+    def to_json(self) -> str:
+        """The contents of `portability.json`."""
+        return json.dumps(asdict(self), indent=1)
+
+
+def portability(
+    file: Path,
+    images: Array,
+    *,
+    labels: Array | None = None,
+    float_file: Path | None = None,
+    runtimes: Sequence[Foreign] | None = None,
+    runs: int = RUNS,
+    progress: Callable[[str], None] = lambda _: None,
+) -> Portability:
+    """Run a file in each runtime.
+
+    Args:
+        file: an ONNX file that takes images.
+        images: as it takes them.
+        labels: int64 `[n]`, or None.
+        float_file: what speed is relative to, fed noise if it takes something else.
+        runtimes: which; None: all that are known, installed or not.
+        runs: timed runs of one image.
+        progress: called with what is being run.
+
+    Raises:
+        ExportError: the runtime of this Python cannot load the file.
+        DataError: the images are not what it takes.
+    """
+    takes = runtime.model_input(runtime.session(file))
+    images = np.ascontiguousarray(runtime.arrange(images, takes))
+    job = Job({takes.name: images}, takes.batch or BATCH, takes.batch or 1)
+    references: dict[Arithmetic, Array] = {}
+
+    def reference(kind: Arithmetic) -> Array:
+        if kind not in references:
+            progress(f"integer reference of {kind}")
+            references[kind] = Reference(kind).answers(file.read_bytes(), images)
+        return references[kind]
+
+    rows = []
+    for there in foreign.runtimes() if runtimes is None else runtimes:
+        if not there.there:
+            command = f"mpq portability --install {there.install}"
+            rows.append(Row(there.name, problem=f"not installed: {command}"))
+            continue
+        progress(there.name)
+        try:
+            timed = 0 if there.emulated else runs
+            done = foreign.run(there, file, replace(job, runs=timed))
+            times = _float_seconds(there, float_file, timed)
+        except ExportError as error:
+            rows.append(Row(there.name, problem=str(error)))
+            continue
+        own = None if there.arithmetic is None else reference(there.arithmetic)
+        rows.append(_row(there, file, done, times, (own, reference("x86")), labels))
+    return Portability(file.name, len(images), tuple(rows))
+
+
+def _row(
+    there: Foreign,
+    file: Path,
+    done: Result,
+    float_seconds: float | None,
+    references: tuple[Array | None, Array],
+    labels: Array | None,
+) -> Row:
+    own, common = references
+    logits = next(iter(done.outputs.values())).reshape(len(common), -1)
+    classes = logits.argmax(1)
+    seconds = float(np.median(done.seconds)) if done.seconds else None
+    integer, layers = done.layers or _integers(file, done.optimized)
+    return Row(
+        there.name,
+        done.version.partition("-")[0],
+        integer=integer,
+        layers=layers,
+        n=len(logits),
+        predicted=None if own is None else int((logits == own).all(1).sum()),
+        same_class=int((classes == common.argmax(1)).sum()),
+        top1=None if labels is None else round(100 * float((classes == labels).mean()), 2),
+        ms=None if seconds is None else round(1e3 * seconds, 4),
+        ratio=round(float_seconds / seconds, 3) if float_seconds and seconds else None,
+    )
+
+
+def _integers(file: Path, optimized: bytes | None) -> tuple[int | None, int | None]:
+    """Layers that an onnxruntime runs as integers, of all, where it told the graph that it ran."""
+    graph = onnx.load(file, load_external_data=False).graph
+    roots = constant_roots(graph)
+    layers = [n for n in graph.node if n.op_type in MATRIX and weight_of(n) in roots]
+    if optimized is None:
+        return None, len(layers)
+    found = executions(graph, onnx.load_from_string(optimized).graph)
+    return sum(run.op in INTEGER_OPS for run in found), len(layers)
+
+
+def _float_seconds(there: Foreign, float_file: Path | None, runs: int) -> float | None:
+    """Median seconds of the float file in this runtime; None without one."""
+    if float_file is None or not runs:
+        return None
+    feeds = runtime.noise(runtime.session(float_file), 1)
+    found = foreign.run(there, float_file, Job(feeds, runs=runs))
+    return float(np.median(found.seconds))
