@@ -23,7 +23,6 @@ import pytest
 
 from mpq import origins, rundir
 from mpq.cli import main
-from mpq.pipeline import demo
 
 Tell = Callable[[str, str], None]
 pytestmark = pytest.mark.skipif("MPQ_FAULTS" not in os.environ, reason="of make test-faults")
@@ -247,41 +246,13 @@ def test_signals_at_any_moment(
     start = time.monotonic()
     assert os.waitpid(begin(), 0)[1] == 0
     whole = time.monotonic() - start
-    for part in range(1, 9):
+    for part in range(1, 5):
         restored(tmp_path / "kept", prepared)
         child = begin()
-        time.sleep(whole * part / 9)
+        time.sleep(whole * part / 5)
         os.kill(child, number)
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         assert code in (0, STOPS[number])
         rundir.tidy(Path("r"))
         assert code == 0 or contents(stage) == old or not contradicting(stage)
         tell(f"{number.name} in the middle of the work", "survived")
-
-
-@pytest.fixture
-def short_demo(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo, "TRAIN", {**demo.TRAIN, "epochs": 1, "warmup_epochs": 0})
-    monkeypatch.setattr(demo, "FINETUNE", {**demo.FINETUNE, "epochs": 1})
-
-
-@pytest.mark.usefixtures("short_demo")
-def test_the_demo_leaves_runs_that_agree(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tell: Tell
-) -> None:
-    (tmp_path / "p").mkdir()
-    monkeypatch.chdir(tmp_path / "p")
-    out = tmp_path / "moments"
-    out.mkdir()
-    faults = {"disk full": FAULTS["disk full"]}
-    monkeypatch.setattr(sys.modules[__name__], "FAULTS", faults)
-    assert watched(lambda: main(["demo", "-o", "d"]), tmp_path / "p", out) == 0
-    for moment in sorted(out.iterdir()):
-        monkeypatch.chdir(moment)
-        for run in [p.parent for p in Path().rglob("quantized.pth")]:
-            rundir.tidy(run)
-            names = [n for n in origins.AGAIN if (run / n).is_file()]
-            assert not [why for n in names if (why := origins.doubt(run / n))], moment.name
-        fault = moment.name[4:].rpartition(" ")[0]
-        tell(f"{fault} at any change of a file", "survived")
-        shutil.rmtree(moment)
