@@ -61,22 +61,29 @@ def _movable(move: ir.Node) -> bool:
         return len(move.outputs) == 1  # the second are indices
     if move.op_type != "Pad":
         return move.op_type in MOVES
-    mode = move.attributes.get("mode")
-    if mode is not None and mode.as_string() != "constant":
-        return False
-    fill = move.inputs[2] if len(move.inputs) > 2 else None
+    fill = _fill(move)
+    if fill == -np.inf:
+        return all(reader.op_type == "MaxPool" for reader, _ in move.outputs[0].uses())
+    return fill == 0
+
+
+def _fill(pad: ir.Node) -> float | None:
+    """What a Pad puts around its input; None where that is computed. Other modes need nothing."""
+    fill = pad.inputs[2] if len(pad.inputs) > 2 else None
     if fill is None:
-        return True
-    return fill.const_value is not None and float(fill.const_value.numpy()) == 0.0
+        return 0.0
+    return None if fill.const_value is None else float(fill.const_value.numpy())
 
 
 def _sink_one(graph: ir.Graph, dq: ir.Node, move: ir.Node) -> list[ir.Node]:
     scale, zero = dq.inputs[1], dq.inputs[2]
     move.replace_input_with(0, dq.inputs[0])
-    if move.op_type == "Pad":
+    if move.op_type == "Pad" and move.attributes.get_string("mode", "constant") == "constant":
+        least = _fill(move) == -np.inf  # the least integer never wins a maximum
+        fill = Writer(graph, move).constant(np.uint8(0)) if least else zero
         if len(move.inputs) < 3:
             move.resize_inputs(3)
-        move.replace_input_with(2, zero)
+        move.replace_input_with(2, fill)
     below = []
     for out in move.outputs:
         new = ir.node("DequantizeLinear", [out, scale, zero])

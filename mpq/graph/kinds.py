@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -30,6 +31,9 @@ MODULES: dict[type[nn.Module], str] = {
     nn.Dropout2d: "identity",
     nn.Dropout3d: "identity",
     nn.Identity: "identity",
+    **dict.fromkeys((nn.ZeroPad1d, nn.ZeroPad2d, nn.CircularPad1d, nn.CircularPad2d), "pad"),
+    **dict.fromkeys((nn.ReflectionPad1d, nn.ReflectionPad2d), "pad"),
+    **dict.fromkeys((nn.ReplicationPad1d, nn.ReplicationPad2d), "pad"),
     nn.BatchNorm1d: "batch_norm",
     nn.BatchNorm2d: "batch_norm",
     nn.BatchNorm3d: "batch_norm",
@@ -128,6 +132,7 @@ def moves(node: fx.Node, kinds: Mapping[fx.Node, str]) -> bool:
         return not isinstance(node.args[1], (int, str)) or kinds[node.args[0]] == "split"
     if kind == "pad":
         value = node.args[3] if len(node.args) > 3 else node.kwargs.get("value")
-        mode = node.args[2] if len(node.args) > 2 else node.kwargs.get("mode", "constant")
-        return mode == "constant" and value in (None, 0, 0.0)
+        if value == -math.inf:  # what no maximum ever is
+            return all(kinds.get(user) == "maxpool" for user in node.users)
+        return value in (None, 0, 0.0)
     return True
