@@ -5,6 +5,7 @@ No network is reached. Tests of a library that is not installed are skipped.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import logging
@@ -22,8 +23,12 @@ from torch.optim.swa_utils import AveragedModel
 from mpq import _torchvision, zoo
 from mpq.checkpoint import load_model, weights_hash
 from mpq.cli import main
+from mpq.data import DataSource, open_data
 from mpq.errors import CheckpointError, UsageError
+from mpq.pipeline.exporting import float_reference
+from mpq.pipeline.quantizing import load_quantized
 from mpq.policy import Policy
+from mpq.userimport import trusting, working_directory
 from mpq.zoo.parts import states
 
 State = dict[str, Tensor]
@@ -259,16 +264,23 @@ def fast(*argv: str) -> int:
     return main([*argv, "--num-calib", "16", "--effort", "fast"])
 
 
-def whole_way(argv: str, capsys: pytest.CaptureFixture[str], *more: str) -> Policy:
-    """Through all commands; the policy."""
-    assert main(["analyze", *argv.split(), "--num-score", "16", "-o", "r"]) == 0, (
-        capsys.readouterr().err
-    )
+def quantized(argv: str, capsys: pytest.CaptureFixture[str], *more: str) -> Policy:
+    """Analyzed, quantized, and read back as `export` does; the policy."""
+    analyze = ["analyze", *argv.split(), "--num-score", "16", "-o", "r"]
+    assert main(analyze) == 0, capsys.readouterr().err
     assert fast("ptq", "--policy", "r", *more) == 0, capsys.readouterr().err
-    assert main(["export", "--onnx", "r", "--verify", "8", *more]) == 0, capsys.readouterr().err
-    assert Path("r/float.onnx").is_file()
-    assert main(["verify", "r", "--images", "8", *more]) == 0, capsys.readouterr().err
+    path, source, trust = Path("r/quantized.pth"), DataSource(), "--trust-pickle" in more
+    with trusting("mine:net"):
+        found = load_quantized(path, source, trust_pickle=trust)
+        reference = float_reference(found, path, source, trust_pickle=trust)
+    assert reference is not None
+    assert found.graph.module(torch.zeros(1, *reference.info.input)).shape == (1, 10)
     return Policy.load("r/policy.yaml")
+
+
+def exported(*more: str) -> int:
+    """The exit code of an export that verifies its file."""
+    return main(["export", "--onnx", "r", "--verify", "8", *more])
 
 
 DATA = "--data digits --normalize none"
@@ -284,7 +296,7 @@ def test_a_program_goes_all_the_way(mine, capsys):
         load_model("net.pt2", arch="resnet8")
     with pytest.raises(UsageError, match=r"--weights chooses among the parts of a checkpoint"):
         load_model("net.pt2", weights="ema")
-    policy = whole_way(f"net.pt2 {DATA}", capsys)
+    policy = quantized(f"net.pt2 {DATA}", capsys)
     assert policy.model is not None
     assert (policy.model.arch, policy.model.classes, policy.model.input) == (
         "pt2:net",
@@ -292,7 +304,7 @@ def test_a_program_goes_all_the_way(mine, capsys):
         (3, 8, 8),
     )
     Path("net.pt2").unlink()
-    assert main(["export", "--onnx", "r", "--force"]) == 2
+    assert exported() == 2
     assert "pt2:net can be built from its own file only" in capsys.readouterr().err
 
 
@@ -314,7 +326,7 @@ def test_a_program_of_two_inputs_is_analyzed_without_data(mine, capsys):
 
 
 def test_a_factory_may_bring_its_weights(mine, capsys):
-    policy = whole_way(f"mine:net {DATA}", capsys)
+    policy = quantized(f"mine:net {DATA}", capsys)
     assert policy.model is not None
     assert (policy.model.arch, policy.model.checkpoint) == ("mine:net", "")
     assert policy.model.sha256 == weights_hash(mine.net().state_dict())
@@ -326,16 +338,19 @@ def test_a_factory_may_bring_its_weights(mine, capsys):
 
 def test_a_pickled_network_goes_all_the_way(mine, capsys):
     torch.save(mine.net(), "whole.pth")
-    policy = whole_way(f"whole.pth {DATA} --trust-pickle", capsys, "--trust-pickle")
+    policy = quantized(f"whole.pth {DATA} --trust-pickle", capsys, "--trust-pickle")
     assert policy.model is not None
     assert policy.model.arch == "torch.nn.modules.container:Sequential"
+    assert exported("--trust-pickle") == 0, capsys.readouterr().err
+    assert Path("r/float.onnx").is_file()
+    assert main(["verify", "r", "--images", "8", "--trust-pickle"]) == 0, capsys.readouterr().err
 
 
 def test_raw_weights_stay_raw_in_later_commands(mine, capsys):
     trained, averaged = mine.net().state_dict(), mine.net().state_dict()
     averaged["0.weight"] = averaged["0.weight"] + 1
     torch.save({"state_dict": trained, "state_dict_ema": averaged}, "m.pth")
-    policy = whole_way(f"m.pth --model mine:net --weights raw {DATA}", capsys)
+    policy = quantized(f"m.pth --model mine:net --weights raw {DATA}", capsys)
     assert policy.model is not None
     assert (policy.model.weights, policy.model.sha256) == ("raw", weights_hash(trained))
 
@@ -388,26 +403,56 @@ def test_teachers_of_ones_own_kind(mine, capsys):
 # Code that imports torchvision
 
 
-@pytest.mark.parametrize(
-    "code",
-    [
-        "from mpq.checkpoint import load_model; load_model('state.pth', arch='tv:net')",
-        "from mpq.checkpoint import load_model; load_model('whole.pth', trust_pickle=True)",
-        "from mpq import trusting\nfrom mpq.data import open_data\n"
-        "with trusting('tv:images'): open_data('tv:images')",
-    ],
-    ids=["factory", "pickle", "data"],
-)
-def test_code_of_users_may_import_torchvision(code, tmp_path):
+ASKING = """
+import importlib.util
+import sys
+import numpy as np
+from torch import nn
+
+sys.modules.pop("torchvision", None)  # so that it is looked for
+assert importlib.util.find_spec("torchvision")
+
+class Net(nn.Linear):
+    pass
+
+def net(classes=2): return Net(3, classes)
+def images(): return np.zeros((40, 8, 8, 3), np.uint8), np.arange(40) % 2
+"""
+
+
+@pytest.mark.parametrize("way", ["factory", "pickle", "data"])
+def test_torchvision_is_repaired_before_code_of_users_looks_for_it(way, tmp_path, monkeypatch):
+    name, repaired = f"asking_as_{way}", []
+    (tmp_path / f"{name}.py").write_text(ASKING)
+    for module in [m for m in sys.modules if m.partition(".")[0] == "torchvision"]:
+        monkeypatch.setitem(sys.modules, module, sys.modules[module])  # put back afterwards
+    monkeypatch.chdir(tmp_path)
+    if way == "pickle":
+        with working_directory():
+            torch.save(importlib.import_module(name).Net(3, 2), "whole.pth")
+        del sys.modules[name]
+    monkeypatch.setattr(_torchvision, "declare_missing", lambda: repaired.append(way))
+    try:
+        if way == "factory":
+            torch.save({"weight": torch.zeros(2, 3), "bias": torch.zeros(2)}, "state.pth")
+            load_model("state.pth", arch=f"{name}:net")
+        elif way == "pickle":
+            load_model("whole.pth", trust_pickle=True)
+        else:
+            with trusting(f"{name}:images"):
+                open_data(f"{name}:images")
+    finally:
+        sys.modules.pop(name, None)
+    assert repaired == [way]
+
+
+def test_code_of_users_may_import_torchvision(tmp_path):
     (tmp_path / "tv.py").write_text(
-        "import numpy as np\nfrom torchvision.models import squeezenet1_1\n"
-        "def net(classes=10): return squeezenet1_1(weights=None, num_classes=classes)\n"
+        "import numpy as np\nimport torchvision\n"
         "def images(): return np.zeros((40, 8, 8, 3), np.uint8), np.arange(40) % 2\n"
     )
-    net = zoo.build("squeezenet1_1", 2)
-    torch.save(net.state_dict(), tmp_path / "state.pth")
-    torch.save(net, tmp_path / "whole.pth")
-    run(code, tmp_path)
+    ask = "from mpq import trusting\nfrom mpq.data import open_data\n"
+    run(f"{ask}with trusting('tv:images'): open_data('tv:images')", tmp_path)
 
 
 def test_any_network_of_torchvision(file):
@@ -441,7 +486,7 @@ def test_timm(file, capsys, monkeypatch):
     torch.save({"state_dict": RAW, "state_dict_ema": net.state_dict()}, file)
     info = load_model(file, arch="timm:test_efficientnet").info
     assert (info.classes, info.input) == (10, (3, 160, 160))
-    policy = whole_way(f"m.pth --model timm:test_efficientnet --input-shape 32 {DATA}", capsys)
+    policy = quantized(f"m.pth --model timm:test_efficientnet --input-shape 32 {DATA}", capsys)
     assert policy.model is not None
     assert policy.model.input == (3, 32, 32)
     with pytest.raises(UsageError, match=r"timm has no network of the name 'resnet1x'"):
@@ -467,7 +512,7 @@ def test_a_folder_of_timm(tmp_path, monkeypatch, capsys):
     info = load_model(folder).info
     assert (info.arch, info.normalize) == ("timm:test_efficientnet", "0.5,0.5,0.5/0.5,0.5,0.5")
     assert info.sha256 == weights_hash(net.state_dict())
-    policy = whole_way("hub --data digits", capsys)
+    policy = quantized("hub --data digits", capsys)
     assert policy.model is not None
     assert (policy.model.checkpoint, policy.model.input) == ("hub", (3, 32, 32))
     save_file(EMA, folder / "model.safetensors")
@@ -499,7 +544,7 @@ def test_a_folder_of_transformers(shard, tmp_path, monkeypatch, capsys):
     assert loaded.info.arch == "transformers:ResNetForImageClassification"
     assert (loaded.info.input, loaded.info.classes) == ((3, 32, 32), 10)
     if not sharded:
-        whole_way("hub --data digits", capsys)
+        quantized("hub --data digits", capsys)
 
 
 @needs("transformers")
@@ -559,23 +604,20 @@ torch.save({"model": net, "ema": None, "date": "today", "version": "8"}, "y.pt")
 loaded = load_model("y.pt", trust_pickle=True, input=(64, 64))
 assert next(loaded.module.parameters()).dtype == torch.float32
 print(loaded.info.arch, loaded.info.input)
+from mpq.cli import main
+shape = ["--input-shape", "64", "--trust-pickle"]
+assert main(["analyze", "y.pt", *shape, "--data", "none", "-o", "r"]) == 0
 """
 
 
 @needs("ultralytics")
 @needs("cv2")
 def test_ultralytics(tmp_path):
-    assert run(YOLO, tmp_path).endswith("ultralytics.nn.tasks:DetectionModel (3, 64, 64)\n")
+    assert "ultralytics.nn.tasks:DetectionModel (3, 64, 64)\n" in run(YOLO, tmp_path)
     with pytest.raises(CheckpointError, match=r"ultralytics.nn.tasks.DetectionModel.*--trust-pic"):
         load_model(tmp_path / "y.pt")
-    run(YOLO.partition("import torch")[0] + YALL, tmp_path)
 
 
-YALL = """
-from mpq.cli import main
-shape = ["--input-shape", "64", "--trust-pickle"]
-assert main(["analyze", "y.pt", *shape, "--data", "none", "-o", "r"]) == 0
-"""
 LIGHTNING = """
 from pathlib import Path
 import torch
