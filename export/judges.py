@@ -10,8 +10,7 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 
-from torch import Tensor
-
+from mpq.calls import Inputs, take
 from mpq.graph.ir import QuantGraph
 from mpq.target import Target
 from mpq.targets import each, this_target
@@ -37,7 +36,7 @@ def judge(
     qg: QuantGraph,
     model: bytes,
     sites: dict[str, str],
-    images: Tensor,
+    images: Inputs,
     target: Target,
     pixels: PixelInput | None = None,
 ) -> VerifyReport:
@@ -74,14 +73,14 @@ def _report(
     qg: QuantGraph,
     model: bytes,
     sites: dict[str, str],
-    images: Tensor,
+    images: Inputs,
     target: Target,
     pixels: PixelInput | None,
 ) -> VerifyReport:
     reference = None
     if target.arithmetic is not None and not runtime_judges(target):
         macs = sum(layer.macs for layer in qg.layers.values())
-        images = images[: max(LEAST, int(MACS / max(macs, 1)))]
+        images = take(images, slice(max(LEAST, int(MACS / max(macs, 1)))))
         reference = Reference(target.arithmetic)
     found = verify(qg, model, sites, images, pixels=pixels, reference=reference)
     return replace(found, target=target.name)

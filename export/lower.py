@@ -20,6 +20,7 @@ from onnx_ir.passes import common
 from onnxscript.optimizer import fold_constants
 from onnxscript.rewriter import rewrite
 
+from mpq.axes import axes_of
 from mpq.errors import ExportError
 from mpq.graph.ir import QuantGraph
 from mpq.policy import Policy
@@ -29,7 +30,7 @@ from mpq.target import Target
 
 from . import opset
 from .edit import LAYER, SITE, Step, run
-from .ends import flattened, name_ends, output_names
+from .ends import Ends, flattened, name_ends
 from .form import BYTE_SHUFFLE, Form, Int4Format, choose_form
 from .groups import merge_groups
 from .operators import LAYER_OPS
@@ -64,13 +65,19 @@ class Lowered:
     policy: Policy | None = None
 
 
-def lower(qg: QuantGraph, form: Form | None = None, pixels: PixelInput | None = None) -> Lowered:
+def lower(
+    qg: QuantGraph,
+    form: Form | None = None,
+    pixels: PixelInput | None = None,
+    ends: Ends | None = None,
+) -> Lowered:
     """Lower a graph in stage `frozen` (quantized) or `float` (the reference).
 
     Args:
         qg: the graph.
         form: how the file is to be written; None: the default for its widths.
         pixels: raw images as input; None: normalized ones.
+        ends: names of inputs and outputs, and which sizes are free.
 
     Raises:
         ExportError: the exporter does not know an operation, or a layer got lost on the way.
@@ -80,7 +87,8 @@ def lower(qg: QuantGraph, form: Form | None = None, pixels: PixelInput | None = 
             f"only a float or frozen graph can be lowered. Got stage {qg.stage!r}; "
             "call mpq.freeze first."
         )
-    model, form = _export(qg), form or form_for(qg)
+    ends = ends or Ends()
+    model, form = _export(qg, ends.free), form or form_for(qg)
     _tie(model, qg)
     _simplify(model)
     place(model)
@@ -88,7 +96,7 @@ def lower(qg: QuantGraph, form: Form | None = None, pixels: PixelInput | None = 
         take_pixels(model, pixels)
     run(model, _steps(form))
     pack(model, _widths(qg), form)
-    name_ends(model, qg.inputs, output_names(qg))
+    name_ends(model, *ends.names(qg))
     sites = slim(model)
     opset.set_opset(model, form)
     layers = tuple(str(n.name) for n in model.graph if n.name in qg.layers)
@@ -129,10 +137,11 @@ def _widths(qg: QuantGraph) -> dict[str, int]:
     return {n: p.support.stored.bits for n, p in qg.plans.items() if p.support.stored is not None}
 
 
-def _export(qg: QuantGraph) -> ir.Model:
+def _export(qg: QuantGraph, free: tuple[str, ...]) -> ir.Model:
     module, example = flattened(qg)
     example = tuple(t[:1].expand(2, *t.shape[1:]).contiguous() if t.ndim else t for t in example)
-    batch = torch.export.Dim("batch")
+    names = {name: torch.export.Dim(name) for name in free}
+    shapes = [{d: names[n] for d, n in axes.items()} for axes in axes_of(example, free)]
     try:
         with _quiet():
             program = torch.onnx.export(
@@ -140,7 +149,7 @@ def _export(qg: QuantGraph) -> ir.Model:
                 example,
                 dynamo=True,
                 opset_version=OPSET,
-                dynamic_shapes=tuple({0: batch} if t.ndim else {} for t in example),
+                dynamic_shapes=tuple(shapes),
                 custom_translation_table=TRANSLATIONS,
                 input_names=[f"mpq.input.{i}" for i in range(len(example))],
                 output_names=[f"mpq.output.{i}" for i in range(len(qg.outputs))],

@@ -6,12 +6,12 @@ import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import onnx
 import onnx_ir as ir
-from torch import Tensor
 
+from mpq.calls import Inputs, described, flat
 from mpq.data import Normalization
 from mpq.errors import ExportError
 from mpq.files import write_bytes
@@ -23,11 +23,15 @@ from mpq.targets import get_target
 
 from . import meta, runtime
 from .certify import Certificate, certify
+from .ends import Asked, Ends, ends_of
 from .form import Int4Format, form_of
 from .judges import judge
 from .lower import Lowered, form_for, lower
 from .pixels import PixelInput
 from .verify import VerifyReport
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 logger = logging.getLogger(__name__)
 LIMIT = 2**31 - 1
@@ -64,12 +68,13 @@ def to_onnx(
     qg: QuantGraph,
     path: str | Path,
     *,
-    images: Tensor | None = None,
+    images: Inputs | None = None,
     allow_float_fallback: bool = False,
     int4_format: Int4Format | None = None,
     min_runtime: str | None = None,
     pixels: PixelInput | None = None,
     target: str | None = None,
+    **ends: Unpack[Asked],
 ) -> ExportResult:
     """Export a quantized graph to one ONNX file that onnxruntime runs as integers.
 
@@ -79,17 +84,21 @@ def to_onnx(
     Args:
         qg: a graph in stage `prepared` (it is frozen on a copy) or `frozen`.
         path: the file to write; missing folders are made.
-        images: normalized `[N, C, H, W]` to verify on; without them nothing is compared.
+        images: normalized `[N, C, H, W]` to verify on, or inputs (`mpq.calls`); without them
+            nothing is compared.
         allow_float_fallback: write the file even if a layer that was promised as integer runs in
             float.
         int4_format: storage of 4-bit weights (`mpq.export.form`).
         min_runtime: the oldest onnxruntime that must run the file.
         pixels: make the file take raw uint8 images; None: normalized ones.
         target: where it must run; None: where the policy says.
+        ends: `input_names` and `output_names` in place of the network's own, and which sizes are
+            free: `dynamic=("batch", "height", "width")`; by default the batch alone. Where more is
+            free, the file is verified at other sizes too.
 
     Raises:
-        GraphError: the graph is not what was asked of it.
-        UsageError: `min_runtime` and `int4_format` contradict each other.
+        GraphError: the graph is not what was asked of it, or its sizes cannot be free.
+        UsageError: `min_runtime` and `int4_format` contradict each other, or names do not fit.
         ExportError: an operation cannot be lowered, a promise is broken, or the file does not
             answer as the graph does. Nothing is written then.
     """
@@ -99,7 +108,10 @@ def to_onnx(
     form = form_for(
         frozen, int4_format=int4_format, min_runtime=min_runtime, target=get_target(named)
     )
-    lowered = lower(frozen, form, pixels)
+    given = Ends.of(**ends)
+    given.check(frozen)
+    others = given.others(frozen, frozen.example if images is None else images)
+    lowered = lower(frozen, form, pixels, given)
     data = serialize(lowered)
     certificate = certify(data, frozen, named)
     broken = certificate.broken()
@@ -111,28 +123,32 @@ def to_onnx(
             "Set them to float or 16 bits in the policy, or pass --allow-float-fallback."
         )
     report = None
-    if images is not None:
-        report = judge(frozen, data, lowered.sites, images, get_target(named), pixels)
+    for at_a_size in [] if images is None else [*others, images]:
+        report = judge(frozen, data, lowered.sites, at_a_size, get_target(named), pixels)
         if report.failures():
+            where = f" on {described(at_a_size)}" if others else ""
             raise ExportError(
-                "the file does not answer as the simulation does: " + "; ".join(report.failures())
+                f"the file does not answer as the simulation does{where}: "
+                + "; ".join(report.failures())
             )
     _write(data, Path(path))
     return ExportResult(Path(path), len(data), certificate, report)
 
 
-def float_to_onnx(qg: QuantGraph, path: str | Path) -> Path:
+def float_to_onnx(qg: QuantGraph, path: str | Path, **ends: Unpack[Asked]) -> Path:
     """Export a graph in stage `float`: the reference of every comparison.
 
     Raises:
-        ExportError: as `to_onnx`.
+        ExportError: as `to_onnx`, like the others.
     """
-    _write(serialize(lower(qg)), Path(path))
+    given = Ends.of(**ends)
+    given.check(qg)
+    _write(serialize(lower(qg, ends=given)), Path(path))
     return Path(path)
 
 
 def verify_file(
-    qg: QuantGraph, path: Path, images: Tensor, target: str | None = None
+    qg: QuantGraph, path: Path, images: Inputs, target: str | None = None
 ) -> VerifyReport:
     """Compare a file that is there with the graph it was made from, as `to_onnx` does.
 
@@ -142,7 +158,7 @@ def verify_file(
     Args:
         qg: a graph in stage `prepared` or `frozen`.
         path: the file.
-        images: normalized `[N, C, H, W]`.
+        images: normalized `[N, C, H, W]`, or inputs (`mpq.calls`).
         target: where it is to be judged; None: where the graph's policy says.
 
     Raises:
@@ -151,8 +167,10 @@ def verify_file(
     """
     runtime.session(path)  # refuses what is no model
     frozen = qg if qg.stage == "frozen" else freeze(qg)
-    data, pixels = path.read_bytes(), _pixels_of(path)
-    lowered = lower(frozen, form_of(onnx.load_from_string(data)), pixels)
+    data, own = path.read_bytes(), flat(frozen.module, frozen.example)
+    pixels = _pixels_of(path) if own[0].is_floating_point() else None
+    proto = onnx.load_from_string(data)
+    lowered = lower(frozen, form_of(proto), pixels, ends_of(proto))
     same = _operations(data) == _operations(serialize(lowered))
     if not same:
         logger.warning("%s was lowered in another way: comparing its answers only", path)
@@ -168,9 +186,9 @@ def _pixels_of(path: Path) -> PixelInput | None:
         ExportError: it takes raw images and does not say how they are normalized.
     """
     loaded = runtime.session(path)
-    takes = runtime.model_input(loaded)
-    if not takes.integer:
+    if loaded.get_inputs()[0].type != "tensor(uint8)":
         return None
+    takes = runtime.model_input(loaded)
     policy = meta.from_metadata(runtime.metadata(loaded), str(path))
     if policy is None or policy.model is None:
         raise ExportError(f"{path} takes raw images but does not say how it normalizes them.")

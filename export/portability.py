@@ -108,7 +108,8 @@ def portability(
     def reference(kind: Arithmetic) -> Array:
         if kind not in references:
             progress(f"integer reference of {kind}")
-            references[kind] = Reference(kind).answers(file.read_bytes(), images)
+            found = Reference(kind).answers(file.read_bytes(), images)
+            references[kind] = next(iter(found.values())).reshape(len(images), -1)
         return references[kind]
 
     rows = []

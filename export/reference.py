@@ -8,7 +8,7 @@ at hand, one by one; their last bits may differ elsewhere.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from mpq.target import Arithmetic
 from . import runtime
 from .arithmetic import kernels_of
 from .exact import REFERENCED, by_onnx, supported
+from .feeds import Feed, feeds, named, parts
 
 Array = NDArray[Any]
 Values = dict[str, Array]
@@ -39,42 +40,42 @@ class Reference:
 
     arithmetic: Arithmetic
 
-    def answers(self, model: bytes, images: Array, *, batch: int = BATCH) -> NDArray[np.float32]:
-        """Logits of many images, `[n, classes]`, as `runtime.run`.
+    def answers(self, model: bytes, inputs: Feed, *, batch: int = BATCH) -> Values:
+        """Every output by name for many samples, as `runtime.answers`.
 
         Raises:
             ExportError: the runtime cannot load the file, or a node has no reference.
         """
         walk = _Walk(model, self.arithmetic)
-        step = walk.takes.batch or min(batch, BATCH)
-        images = runtime.arrange(images, walk.takes)
-        found = [
-            walk.values(images[i : i + step], [walk.answer])[walk.answer]
-            for i in range(0, len(images), step)
-        ]
-        return np.concatenate([part.reshape(len(part), -1) for part in found])
+        given = feeds(walk.loaded, inputs)
+        total = max((len(x) for x in given.values() if x.ndim), default=0)
+        step = runtime.fixed_batch(walk.loaded) or min(batch, BATCH)
+        found = [walk.values(part, walk.outputs) for part in parts(given, total, step)]
+        return {name: np.concatenate([np.atleast_1d(part[name]) for part in found])
+                for name in walk.outputs}  # fmt: skip
 
-    def values(self, model: bytes, images: Array, names: Sequence[str]) -> Values:
-        """Named graph outputs for one batch of images, as `runtime.values`."""
-        return _Walk(model, self.arithmetic).values(images, names)
+    def values(self, model: bytes, inputs: Feed, names: Sequence[str]) -> Values:
+        """Named graph outputs for one batch, as `runtime.values`."""
+        walk = _Walk(model, self.arithmetic)
+        return walk.values(named(inputs, [str(i.name) for i in walk.loaded.get_inputs()]), names)
 
 
 class _Walk:
     """A file's optimized graph, node by node."""
 
     def __init__(self, model: bytes, arithmetic: Arithmetic) -> None:
-        self.takes = runtime.model_input(runtime.session(model))
+        self.loaded = runtime.session(model)
         self.graph = runtime.optimized_model(model)
         self.kernels = kernels_of(arithmetic)
-        self.answer = str(self.graph.graph.output[0].name)
+        self.outputs = [str(one.name) for one in self.graph.graph.output]
         self.opset = {o.domain: o.version for o in self.graph.opset_import}
         self.constants = {t.name: numpy_helper.to_array(t) for t in self.graph.graph.initializer}
         self.last = {name: node for node in self.graph.graph.node for name in node.input}
         self.floats: dict[str, Callable[[Values], list[Array]]] = {}
 
-    def values(self, images: Array, names: Iterable[str]) -> Values:
+    def values(self, inputs: Mapping[str, Array], names: Iterable[str]) -> Values:
         """The named values, of one batch in the layout that the file takes."""
-        wanted, known = set(names), {**self.constants, self.takes.name: images}
+        wanted, known = set(names), {**self.constants, **inputs}
         for node in self.graph.graph.node:
             found = self._node(node, [known[name] if name else None for name in node.input], known)
             known |= {name: x for name, x in zip(node.output, found, strict=False) if name}

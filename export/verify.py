@@ -21,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from mpq.calls import Inputs, call, count, flat, leaves, split, take
 from mpq.errors import ExportError
 from mpq.graph.ir import QuantGraph
 from mpq.hooks import hooked
@@ -147,7 +148,7 @@ def verify(
     qg: QuantGraph,
     model: bytes,
     sites: dict[str, str],
-    images: Tensor,
+    images: Inputs,
     *,
     batch: int = 250,
     pixels: PixelInput | None = None,
@@ -159,7 +160,7 @@ def verify(
         qg: the graph in stage `frozen` (or `float`, for a float file).
         model: bytes of the file.
         sites: site name -> name of the value that holds its integers.
-        images: normalized `[N, C, H, W]`.
+        images: normalized `[N, C, H, W]`, or inputs (`mpq.calls`).
         batch: images at a time.
         pixels: the file takes raw images, of which `images` were made.
         reference: what answers in place of the runtime's default options.
@@ -167,28 +168,29 @@ def verify(
     Raises:
         ExportError: the runtime cannot load or run the file, or there are no images.
     """
-    if len(images) == 0:
+    if not count(images):
         raise ExportError("verification needs at least one image.")
     qg.module.eval()
-    feed: NDArray[Any] = images.numpy()
+    feed = [t.numpy() for t in flat(qg.module, images)]
     if pixels is not None:
-        feed = pixels.pixels(feed)
-        images = torch.from_numpy(pixels.normalize.apply(feed))
-        feed = feed if pixels.channels_last else feed.transpose(0, 3, 1, 2)
-    parts = torch.split(images, batch)
-    simulated = torch.cat([qg.module(part) for part in parts]).flatten(1)
+        raw = pixels.pixels(feed[0])
+        images = torch.from_numpy(pixels.normalize.apply(raw))
+        feed = [raw if pixels.channels_last else raw.transpose(0, 3, 1, 2)]
+    simulated = torch.cat([_first(leaves(call(qg.module, part))) for part in split(images, batch)])
+    simulated = simulated.flatten(1)
     answers = [
-        runtime.run(runtime.session(model, optimize=on), feed, batch=batch)
+        runtime.answers(runtime.session(model, optimize=on), feed, batch=batch)
         if reference is None or not on
         else reference.answers(model, feed)
         for on in (True, False)
     ]
-    default, plain = map(torch.from_numpy, answers)
+    default, plain = (torch.from_numpy(_first(a)).reshape(simulated.shape) for a in answers)
     few = slice(0, LAYER_IMAGES)
-    rows = _check_sites(qg, model, sites, images[few], np.ascontiguousarray(feed[few]), reference)
+    feed = [np.ascontiguousarray(x[few]) if x.ndim else x for x in feed]
+    rows = _check_sites(qg, model, sites, take(images, few), feed, reference)
     classes = simulated.argmax(1)
     report = VerifyReport(
-        n=len(images),
+        n=count(images),
         top1_agreement=float((default.argmax(1) == classes).double().mean()),
         top1_agreement_unoptimized=float((plain.argmax(1) == classes).double().mean()),
         logits_sqnr_db=sqnr_db(simulated, default),
@@ -200,12 +202,17 @@ def verify(
     return replace(report, notes=saturating_here(model)) if report.failures() else report
 
 
+def _first(answer: dict[str, Any]) -> Any:
+    """The output that is judged."""
+    return next(iter(answer.values()))
+
+
 def _check_sites(
     qg: QuantGraph,
     model: bytes,
     sites: dict[str, str],
-    images: Tensor,
-    feed: NDArray[Any],
+    images: Inputs,
+    feed: list[NDArray[Any]],
     reference: Reference | None,
 ) -> tuple[SiteCheck, ...]:
     if not sites:
@@ -240,7 +247,7 @@ def _check_sites(
     )
 
 
-def _own(qg: QuantGraph, given: dict[str, Tensor], images: Tensor) -> dict[str, tuple[int, float]]:
+def _own(qg: QuantGraph, given: dict[str, Tensor], images: Inputs) -> dict[str, tuple[int, float]]:
     """What each site does by itself: the simulation goes on with the runtime's integers."""
     found: dict[str, tuple[int, float]] = {}
 
@@ -259,7 +266,7 @@ def _differences(want: Tensor, have: Tensor) -> tuple[int, float]:
 
 
 def _walk(
-    qg: QuantGraph, sites: list[str], images: Tensor, visit: Callable[[str, Tensor], Tensor]
+    qg: QuantGraph, sites: list[str], images: Inputs, visit: Callable[[str, Tensor], Tensor]
 ) -> None:
     """Run the simulation; each quantizer gives what `visit` makes of its site and integers."""
 
@@ -274,7 +281,7 @@ def _walk(
         return hook
 
     with hooked(qg.module.get_submodule(s).register_forward_hook(at(s)) for s in sites):
-        qg.module(images)
+        call(qg.module, images)
 
 
 def _blocked(graph: onnx.GraphProto) -> set[str]:

@@ -45,6 +45,7 @@ LAYERS = {
     "mpq.origins": 2,
     "mpq.policies": 2,
     "mpq.hooks": 3,
+    "mpq.axes": 3,
     "mpq.calls": 3,
     "mpq.nonfinite": 3,
     "mpq.numerics": 3,

@@ -15,12 +15,12 @@ from dataclasses import dataclass, field
 from torch import fx
 
 from mpq.calls import described
-from mpq.capture.attention import open_attention
+from mpq.capture.attention import WindowAttention, open_attention
 from mpq.capture.fresh import fresh
 from mpq.capture.network import Network
 from mpq.capture.record import Record, record
 from mpq.capture.refuse import Refused, raised_at
-from mpq.capture.replay import replay
+from mpq.capture.replay import at_other_sizes, replay
 from mpq.capture.running import unchanged
 from mpq.errors import GraphError
 
@@ -37,11 +37,13 @@ class Captured:
             plain tuples, lists and dicts.
         islands: paths of modules that could not be looked into, with the reason.
         frozen: what was decided by the example call and holds for every other, in words.
+        sizes: why the graph holds at the sizes of the example only; empty: at any that run.
     """
 
     module: fx.GraphModule
     islands: dict[str, str] = field(default_factory=dict)
     frozen: tuple[str, ...] = ()
+    sizes: str = ""
 
 
 def capture(network: Network) -> Captured:
@@ -62,11 +64,14 @@ def capture(network: Network) -> Captured:
             f"does, but {wrong}. Write what depends on the input with tensors and their sizes, "
             "without int(), float() and compiled functions."
         )
+    sizes = at_other_sizes(network, module, found)
+    if any(isinstance(part, WindowAttention) for part in module.modules()):
+        sizes = "the windows of its attention are laid out for the sizes of the example"
     for guard in reversed(found.guards):
         if not guard.node.users:
             found.graph.erase_node(guard.node)
     module.recompile()
-    return Captured(module, islands, _frozen(network, found))
+    return Captured(module, islands, _frozen(network, found), sizes)
 
 
 def _with_islands(network: Network) -> tuple[Record, dict[str, str]]:

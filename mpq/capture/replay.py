@@ -9,11 +9,14 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from mpq.axes import AXES, TRIED, resized
+from mpq.calls import take
 from mpq.capture.nested import leaves, plain_containers
 from mpq.capture.network import Network
 from mpq.capture.record import Record
@@ -32,25 +35,49 @@ def replay(network: Network, graph: fx.GraphModule, record: Record | None = None
         graph: the capture.
         record: names the places that may be to blame.
     """
-    for other in _others(network):
-        with unchanged(network.module), as_written():
-            try:
-                expected = _run(network.module, other.args, other.kwargs)
-            except Exception as error:
-                logger.info("%s does not run on %s: %s", _name(network), _sizes(other), error)
-                continue  # the network itself takes no such batch
-        broken: list[str] = []
-        with unchanged(network.module):
-            try:
-                found = _run(_Guarded(graph, record, broken), tuple(other.inputs.values()), {})
-                wrong = apart(expected, found)
-            except Exception as error:
-                wrong = f"the graph fails: {str(error).partition(chr(10))[0]}"
-        if wrong and _unsteady(other, expected):
-            logger.warning("%s answers differently each time, also in eval mode", _name(network))
-            return ""
-        return f"on {_sizes(other)} {wrong}{_blame(record, broken)}" if wrong else ""
-    return ""
+    verdicts = (_compare(network, other, graph, record) for other in _others(network))
+    return next((wrong for wrong in verdicts if wrong is not None), "")
+
+
+def at_other_sizes(network: Network, graph: fx.GraphModule, record: Record) -> str:
+    """Why a capture holds at the sizes of its example only; empty: it holds wherever one runs.
+
+    Args:
+        network: in eval mode; the example call it was captured with.
+        graph: the capture, with its guards.
+        record: of the capture. Where nothing of it depends on sizes, nothing is run.
+    """
+    if not (record.guards or record.fixed or record.constants):
+        return ""
+    (noisy, *_), one = _others(network), slice(1)
+    calls = resized((take(noisy.args, one), take(noisy.kwargs, one)), AXES)
+    others = (Network(network.module, *call) for call in calls)
+    verdicts = (_compare(network, other, graph, record) for other in others)
+    ran = list(islice((wrong for wrong in verdicts if wrong is not None), TRIED))
+    return next(filter(None, ran), "" if ran else f"{_name(network)} itself runs on no other size")
+
+
+def _compare(
+    network: Network, other: Network, graph: fx.GraphModule, record: Record | None
+) -> str | None:
+    """What is wrong with the answer to another call; None where the network takes no such call."""
+    with unchanged(network.module), as_written():
+        try:
+            expected = _run(network.module, other.args, other.kwargs)
+        except Exception as error:
+            logger.info("%s does not run on %s: %s", _name(network), _sizes(other), error)
+            return None
+    broken: list[str] = []
+    with unchanged(network.module):
+        try:
+            found = _run(_Guarded(graph, record, broken), tuple(other.inputs.values()), {})
+            wrong = apart(expected, found)
+        except Exception as error:
+            wrong = f"the graph fails: {str(error).partition(chr(10))[0]}"
+    if wrong and _unsteady(other, expected):
+        logger.warning("%s answers differently each time, also in eval mode", _name(network))
+        return ""
+    return f"on {_sizes(other)} {wrong}{_blame(record, broken)}" if wrong else ""
 
 
 def apart(expected: Any, found: Any) -> str:

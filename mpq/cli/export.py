@@ -12,6 +12,7 @@ from mpq import origins, rundir
 from mpq.cli import bundles, options, terminal
 from mpq.data import DataSource
 from mpq.export import ExportResult
+from mpq.export.ends import Asked
 from mpq.export.form import INT4_FORMATS, Int4Format
 from mpq.pipeline.exporting import (
     Exporting,
@@ -38,6 +39,10 @@ from mpq.report.grid import counted
 @click.option("--input", "kind", type=click.Choice(("float", "uint8")), default="float",
               show_default=True, help="What the file takes: float images or pixels.")  # fmt: skip
 @options.choice("--layout", get_args(PixelLayout), default="nhwc", help="Of raw pixels.")
+@options.names("--input-names", "Of the file's inputs.  [default: the network's own]")
+@options.names("--output-names", "Of the file's outputs.  [default: the network's own]")
+@options.names("--dynamic", "Sizes left free, of batch, length, depth, height, width; the file is "
+               "verified at several.  [default: batch]")  # fmt: skip
 @options.target("The kind of CPU to certify for.")
 @bundles.source
 @options.trust_pickle
@@ -54,6 +59,9 @@ def export(
     min_runtime: str | None,
     kind: str,
     layout: PixelLayout,
+    input_names: tuple[str, ...],
+    output_names: tuple[str, ...],
+    dynamic: tuple[str, ...],
     target: str | None,
     source: DataSource,
     trust_pickle: bool,
@@ -80,6 +88,9 @@ def export(
         pixels=layout if kind == "uint8" else None,
         target=target,
         allow_float_fallback=allow_float_fallback,
+        ends=Asked(
+            input_names=input_names, output_names=output_names, dynamic=dynamic or ("batch",)
+        ),
     )
     with terminal.status() as tell:
         tell("loading")

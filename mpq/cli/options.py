@@ -154,6 +154,15 @@ def choice(
     return click.option(flag, type=kind, default=default, show_default=True, help=help)
 
 
+def names(flag: str, help: str) -> Decorator[Any]:
+    """An option that takes names with commas between: a tuple, empty by default."""
+
+    def parse(context: object, parameter: object, text: str | None) -> tuple[str, ...]:
+        return tuple(name.strip() for name in text.split(",")) if text else ()
+
+    return click.option(flag, metavar="NAME,...", callback=parse, help=help)
+
+
 def out(help: str = "Run folder to write to.  [default: runs/NAME]") -> Decorator[Any]:
     """`--out`, `-o`: argument `out`, a Path or None. The help says what is written there."""
     return path("--out", "-o", metavar="RUN", help=help)

@@ -65,6 +65,8 @@ class QuantGraph:
         outputs: the tensors that it answers with (`mpq.calls.leaves`) by name, with their kinds,
             found by `describe`.
         exact: names of nodes that give whole numbers or truth values, which no quantizer rounds.
+        frozen: what the example decided and holds for every other call, in words.
+        sizes: why it holds at the sizes of the example only; empty: at any where it runs.
         layers: quantizable layers in execution order, by module path.
         besides: what it stores and computes besides the layers, in float.
         sites: quantizers by module path, filled by annotation.
@@ -81,6 +83,8 @@ class QuantGraph:
     outputs: dict[str, Output] = field(default_factory=dict)
     exact: frozenset[str] = frozenset()
     besides: tuple[FloatPart, ...] = ()
+    frozen: tuple[str, ...] = ()
+    sizes: str = ""
     sites: dict[str, Site] = field(default_factory=dict)
     plans: dict[str, LayerPlan] = field(default_factory=dict)
     policy: Policy | None = None

@@ -68,14 +68,24 @@ def _drop_identities(qg: QuantGraph) -> int:
 
 
 def _split_shared(qg: QuantGraph) -> int:
-    """One module per call: the first keeps its path, call k gets the path with `_k` appended."""
+    """One module per call: the first keeps its path, call k gets the path with `_k` appended.
+
+    A call with the arguments of an earlier one gives nothing new, and goes.
+    """
     modules = _modules(qg)
     calls: Counter[int] = Counter()
+    made: dict[tuple[int, str], fx.Node] = {}
     count = 0
-    for node in qg.module.graph.nodes:
+    for node in list(qg.module.graph.nodes):
         if node.op != "call_module":
             continue
         module = modules[str(node.target)]
+        first = made.setdefault((id(module), f"{node.args}{node.kwargs}"), node)
+        if first is not node:
+            node.replace_all_uses_with(first)
+            qg.module.graph.erase_node(node)
+            count += 1
+            continue
         calls[id(module)] += 1
         if calls[id(module)] > 1:
             path = free_path(qg.module, f"{node.target}_{calls[id(module)]}")

@@ -28,8 +28,10 @@ def trace(model: nn.Module, example: Inputs | Network) -> QuantGraph:
     _check_precision(network.module)
     example = network.map(lambda t: t.detach().clone()).example
     count(example)
-    captured = capture(network)
-    return QuantGraph(captured.module, example, islands=captured.islands)
+    made = capture(network)
+    return QuantGraph(
+        made.module, example, islands=made.islands, frozen=made.frozen, sizes=made.sizes
+    )
 
 
 def _check_precision(model: nn.Module) -> None:

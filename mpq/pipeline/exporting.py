@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
 
 from mpq import files, origins, rundir
+from mpq.calls import Inputs
 from mpq.data import DataSource, Normalization, sample_indices
 from mpq.errors import CheckpointError, PolicyError, UsageError
 from mpq.export import ExportResult, float_to_onnx, to_onnx
+from mpq.export.ends import Asked
 from mpq.export.form import Int4Format
 from mpq.export.pixels import PixelInput
 from mpq.pipeline.quantizing import Quantized
 from mpq.pipeline.subject import Subject, policy_subject
 from mpq.staging import together
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 PixelLayout = Literal["nhwc", "nchw"]
 logger = logging.getLogger(__name__)
@@ -36,6 +41,7 @@ class Exporting:
         pixels: make the file take raw uint8 images in this layout; None: normalized ones.
         target: the kind of CPU to certify for; None: that of this computer.
         allow_float_fallback: accept layers that were promised as integers and run in float.
+        ends: names of inputs and outputs, and which sizes are free (`mpq.export.ends`).
     """
 
     int4_format: Int4Format | None = None
@@ -43,6 +49,7 @@ class Exporting:
     pixels: PixelLayout | None = None
     target: str | None = None
     allow_float_fallback: bool = False
+    ends: Asked = field(default_factory=Asked)
 
 
 def export_run(
@@ -84,7 +91,7 @@ def export_run(
         if result.verification is not None:
             files.write_text(aside / "verify.json", result.verification.to_json() + "\n")
         if reference is not None:
-            export_float(reference, aside / FLOAT)
+            export_float(reference, aside / FLOAT, **how.ends)
         elif not _is_reference(folder, found):
             (aside / FLOAT).touch()  # of another network
         _note(aside, folder, found)
@@ -129,7 +136,7 @@ def export_file(
     *,
     count: int = 1000,
     seed: int = 0,
-    images: Tensor | None = None,
+    images: Inputs | None = None,
 ) -> ExportResult:
     """Write one file, certified and verified.
 
@@ -139,7 +146,7 @@ def export_file(
         how: it is to be written.
         count: test images to verify on (fewer if there are fewer; none without data).
         seed: of the sample.
-        images: normalized `[N, C, H, W]` to verify on instead.
+        images: normalized `[N, C, H, W]` to verify on instead, or inputs (`mpq.calls`).
 
     Raises:
         ExportError: the file breaks a promise or does not answer as promised; nothing is written.
@@ -160,6 +167,7 @@ def export_file(
         min_runtime=how.min_runtime,
         pixels=pixels,
         target=how.target,
+        **how.ends,
     )
 
 
@@ -189,9 +197,9 @@ def float_reference(
         return None
 
 
-def export_float(subject: Subject, path: Path) -> Path:
+def export_float(subject: Subject, path: Path, **ends: Unpack[Asked]) -> Path:
     """Write the float reference beside the quantized file (batch norm folded, nothing else)."""
-    written: Path = float_to_onnx(subject.graph(), path)
+    written: Path = float_to_onnx(subject.graph(), path, **ends)
     return written
 
 
