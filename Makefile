@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-faults test-portable test-install lint clean
+.PHONY: demo test test-faults test-portable test-install test-docs lint clean
 demo: $(STAMP)
 	$(BIN)/mpq demo --force
 
@@ -14,6 +14,10 @@ test: $(STAMP)
 # The long form of tests/faults, which writes the table of docs/security.md.
 test-faults: $(STAMP)
 	MPQ_FAULTS=1 OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest tests/faults
+
+# Every block of README and docs/tour.md, word for word, in empty folders.
+test-docs: $(STAMP)
+	MPQ_DOCS=1 $(BIN)/python -m pytest tests/test_readme.py
 
 # The wheel as a newcomer has it: a fresh environment, no checkout, `mpq demo` in an empty folder.
 test-install: $(STAMP)

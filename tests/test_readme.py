@@ -1,52 +1,139 @@
-"""README and CONTRIBUTING are run and compared: code, layout, commands, files; the size script."""
+"""README, docs and CONTRIBUTING: blocks are run, names and files compared; and the size script.
+
+`make test-docs` runs every block of README and docs/tour.md as it stands, in order, in an empty
+folder. Here the commands are parsed, which finds options and names that are gone, and the Python
+block of README is run.
+"""
 
 from __future__ import annotations
 
+import os
 import re
 import runpy
+import shlex
+import subprocess
+import sys
 from pathlib import Path
+from typing import NamedTuple
 
+import click
 import pytest
 
-from mpq.cli import COMMANDS
+from mpq.cli import load_command
+from mpq.policy import Policy
+from mpq.userimport import trusting
 
 ROOT = Path(__file__).resolve().parent.parent
+PAGES = ("README.md", "docs/tour.md")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+WORDS = 1300
 
 
-def test_library_example_runs(
+class Block(NamedTuple):
+    """A block of code in a page."""
+
+    language: str
+    text: str
+
+
+def blocks(page: str) -> list[Block]:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    return [Block(*found) for found in re.findall(r"^```(\w*)\n(.*?)^```", text, re.M | re.S)]
+
+
+def commands(page: str) -> list[list[str]]:
+    lines = [line for b in blocks(page) if b.language == "sh" for line in b.text.splitlines()]
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_command_is_one_with_these_options(page: str) -> None:
+    found = commands(page)
+    assert len(found) > 10
+    for program, name, *words in found:
+        assert program == "mpq"
+        with trusting(), click.Context(click.Group("mpq")) as parent:
+            load_command(name).make_context(name, list(words), parent=parent)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_policy_can_be_read(page: str) -> None:
+    found = [block.text for block in blocks(page) if block.language == "yaml"]
+    assert found
+    for text in found:
+        assert Policy.from_yaml(text).layers
+
+
+def test_the_python_of_the_readme_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code = re.search(r"```python\n(.*?)```", README, re.DOTALL)
-    assert code is not None
+    (code,) = [block.text for block in blocks("README.md") if block.language == "python"]
     monkeypatch.chdir(tmp_path)
-    exec(compile(code.group(1), "README.md", "exec"), {})
+    exec(compile(code, "README.md", "exec"), {})
     said = capsys.readouterr().out
-    assert (tmp_path / "model.onnx").stat().st_size < 200_000
-    assert "100% integer" in said
+    assert "100.0% of the MACs run as integers" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["small.onnx"]
+
+
+@pytest.mark.skipif("MPQ_DOCS" not in os.environ, reason="minutes: make test-docs runs it")
+@pytest.mark.parametrize("page", PAGES)
+def test_every_block_runs_as_it_stands(page: str, tmp_path: Path) -> None:
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    env = {**os.environ, "PATH": path, "COLUMNS": "80"}
+    runners = {"sh": ["bash", "-euo", "pipefail", "-c"], "python": [sys.executable, "-c"]}
+    run = 0
+    for number, block in enumerate(blocks(page)):
+        if block.language in runners:
+            command = [*runners[block.language], block.text]
+            done = subprocess.run(
+                command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False
+            )
+            assert done.returncode == 0, f"{page}, block {number}:\n{block.text}\n{done.stderr}"
+            run += 1
+    assert run > 5
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.split()) <= WORDS
+
+
+@pytest.mark.parametrize("page", [*PAGES, "CONTRIBUTING.md"])
+def test_links_lead_somewhere(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    links = re.findall(r"\]\(([^)#]+)[^)]*\)", text)
+    inside = [link for link in links if not link.startswith("http")]
+    assert [link for link in inside if not (ROOT / page).parent.joinpath(link).exists()] == []
+
+
+def test_the_picture_is_that_of_the_kept_results(tmp_path: Path) -> None:
+    benchmark = runpy.run_path(str(ROOT / "benchmarks" / "front.py"))
+    measured = {row["row"]: row for row in benchmark["rows"]()}
+    assert measured.keys() == benchmark["SHOWN"].keys()
+    for row in measured.values():
+        top1, images = float(row["test_top1"]), int(row["test_images"])
+        low, high = benchmark["interval"](top1, images)
+        assert low < top1 < high
+    picture = (ROOT / "docs" / "front.svg").read_text(encoding="utf-8")
+    for row in measured.values():  # matplotlib keeps the texts that it drew as comments
+        assert f"{benchmark['SHOWN'][row['row']][0]}, {int(row['bytes']) / 1e3:,.0f} kB" in picture
 
 
 def test_every_folder_of_the_repository_has_its_line() -> None:
-    layout = README.partition("\n## Layout\n")[2].partition("\n## ")[0]
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    layout = text.partition("\n## Layout\n")[2].partition("\n## ")[0]
     packages = {path.parent for top in ("mpq", "export", "policies")
                 for path in (ROOT / top).rglob("__init__.py")}  # fmt: skip
     folders = {f"{path.relative_to(ROOT).as_posix()}/" for path in packages}
     named = re.findall(r"^- `(\S+)`", layout, re.MULTILINE)
-    assert sorted(named) == sorted(folders | {"benchmarks/", "tests/", "docs/"})
+    assert sorted(named) == sorted(folders | {"benchmarks/", "examples/", "tests/", "docs/"})
 
 
-def test_commands_of_the_readme_exist() -> None:
-    named = set(
-        re.findall(r"^mpq (\w+) ", "".join(re.findall(r"```\n(.*?)```", README, re.DOTALL)), re.M)
-    )
-    assert named
-    assert named <= set(COMMANDS)
-
-
-def test_make_targets_of_the_readme_exist() -> None:
+def test_make_targets_that_are_named_exist() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    for target in re.findall(r"^make (\w+)", README, re.MULTILINE):
-        assert f"\n{target}:" in makefile
+    for page in (*PAGES, "CONTRIBUTING.md"):
+        text = (ROOT / page).read_text(encoding="utf-8")
+        for target in re.findall(r"^make (\w[\w-]+)|`make (\w[\w-]+)`", text, re.MULTILINE):
+            assert f"\n{''.join(target)}:" in makefile
 
 
 def test_files_and_names_of_contributing_exist() -> None:

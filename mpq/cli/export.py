@@ -1,4 +1,4 @@
-"""`mpq export --onnx`: one verified and certified file."""
+"""`mpq export`: one verified and certified file."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from mpq.report.grid import counted
 
 @click.command()
 @click.argument("quantized", required=False, type=options.PATH)
-@click.option("--onnx", is_flag=True, required=True, help="Write ONNX (the one format).")
+@click.option("--onnx", is_flag=True, expose_value=False, help="Write ONNX, the one format.")
 @options.count("--verify", "images", default=1000, least=0, help="Test images to verify on.")
 @click.option("--allow-float-fallback", is_flag=True,
               help="Accept layers that run in float against the policy.")  # fmt: skip
@@ -52,7 +52,6 @@ from mpq.report.grid import counted
 @options.out("Run folder to write to.  [default: that of QUANTIZED]")
 def export(
     quantized: Path | None,
-    onnx: bool,
     images: int,
     allow_float_fallback: bool,
     int4_format: Int4Format | None,
@@ -75,8 +74,8 @@ def export(
     QUANTIZED is a quantized.pth or its run; without it, the newest run's is taken.
 
     \b
-    mpq export --onnx
-    mpq export --onnx runs/r20/quantized.pth -o runs/r20-file
+    mpq export
+    mpq export runs/r20/quantized.pth -o runs/r20-file
     """
     path = options.in_run(quantized, "quantized.pth")
     folder = options.hold(path.parent if out is None else rundir.resolve_out(out, ""))
