@@ -21,15 +21,17 @@ from pydantic import (
     Field,
     PlainSerializer,
     ValidationError,
+    WithJsonSchema,
     model_validator,
 )
 
 from mpq.errors import PolicyError, nearest
+from mpq.files import write_text
 from mpq.layers import LayerChoice
 from mpq.limits import current, exceeded, read_text
-from mpq.spec import QuantSpec, activation_spec, weight_spec
+from mpq.spec import WIDTHS, QuantSpec, activation_spec, weight_spec
 from mpq.targets import get_target, this_target
-from mpq.yamltext import load, one_line, section
+from mpq.yamltext import explain, load, one_line, section
 
 CHANNELS = 1024
 """Of an image, at most."""
@@ -55,7 +57,9 @@ def _known_kind(value: object) -> object:
     return value
 
 
-Spec = Annotated[QuantSpec | Float, BeforeValidator(_read_spec), PlainSerializer(str)]
+_TEXT = f"^(float|uint8/dynamic|u?int({'|'.join(map(str, WIDTHS))})/(channel|tensor))$"
+_Schema = WithJsonSchema({"type": "string", "pattern": _TEXT})
+Spec = Annotated[QuantSpec | Float, BeforeValidator(_read_spec), PlainSerializer(str), _Schema]
 """A number format (`int4/channel`) or `float`."""
 
 
@@ -73,7 +77,7 @@ class _Value(BaseModel):
         try:
             return self.model_validate(dict(self) | changes)
         except ValidationError as error:
-            raise PolicyError(_explain(error, type(self).__name__)) from None
+            raise PolicyError(explain(error, type(self).__name__, _known_keys())) from None
 
 
 class ModelInfo(_Value):
@@ -272,6 +276,11 @@ class Policy(_Value):
                 del layer["reason"]
         return "".join(section(key, value) for key, value in data.items())
 
+    def save(self, path: str | Path) -> Path:
+        """Write a policy file, replacing what is there; `load` reads it."""
+        write_text(Path(path), self.to_yaml())
+        return Path(path)
+
     @classmethod
     def from_yaml(cls, text: str, where: str = "policy") -> Policy:
         """Read the text of a policy file; `where` names it in messages.
@@ -293,7 +302,7 @@ class Policy(_Value):
         try:
             return cls.model_validate(data)
         except ValidationError as error:
-            raise PolicyError(_explain(error, where)) from None
+            raise PolicyError(explain(error, where, _known_keys())) from None
 
     @classmethod
     def load(cls, path: str | Path) -> Policy:
@@ -327,22 +336,6 @@ def _match(pattern: str, names: Sequence[str], where: str) -> list[str]:
             f"matches none of its {len(names)} layers{nearest(pattern, names)}"
         )
     return found
-
-
-def _explain(error: ValidationError, where: str) -> str:
-    lines = []
-    for item in error.errors():
-        path = ".".join(str(p) for p in item["loc"] if not str(p).startswith("function-"))
-        if item["type"] == "extra_forbidden":
-            key = str(item["loc"][-1])
-            lines.append(f"{path} is not a known key{nearest(key, _known_keys())}")
-        elif item["type"] == "missing":
-            lines.append(f"{path} is missing.")
-        elif item["type"] == "value_error":
-            lines.append(f"{path}: {item['ctx']['error']}")
-        else:
-            lines.append(f"{path}: {item['msg']}. Got {item['input']!r} instead.")
-    return f"{where} is not a valid policy: " + " ".join(dict.fromkeys(lines))
 
 
 def _known_keys() -> Iterable[str]:

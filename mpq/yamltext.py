@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import yaml
+from pydantic import ValidationError
 
 from mpq import limits
+from mpq.errors import nearest
 
 
 def section(key: str, value: object) -> str:
@@ -85,3 +89,20 @@ def _check(node: yaml.Node, counted: dict[int, int]) -> int:
         raise yaml.YAMLError(limits.exceeded("it", "yaml_values", f"{total:,} values or more"))
     counted[id(node)] = total
     return total
+
+
+def explain(error: ValidationError, where: str, known: Iterable[str]) -> str:
+    """What is wrong with a policy, key by key, with the nearest known keys."""
+    lines = []
+    for item in error.errors():
+        path = ".".join(str(p) for p in item["loc"] if not str(p).startswith("function-"))
+        if item["type"] == "extra_forbidden":
+            key = str(item["loc"][-1])
+            lines.append(f"{path} is not a known key{nearest(key, known)}")
+        elif item["type"] == "missing":
+            lines.append(f"{path} is missing.")
+        elif item["type"] == "value_error":
+            lines.append(f"{path}: {item['ctx']['error']}")
+        else:
+            lines.append(f"{path}: {item['msg']}. Got {item['input']!r} instead.")
+    return f"{where} is not a valid policy: " + " ".join(dict.fromkeys(lines))

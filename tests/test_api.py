@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ OF_VALUES = {
 """Arguments that Python has in their place."""
 CALLED = {
     "analyze": {"profile_path": "profile"},
-    "export": {"images": "verify", "kind": "input"},
+    "export": {"kind": "input"},
 }
 BUDGETS = {"effective_bits", "max_size_mb", "max_bops", "max_activation_mb", "max_latency_ms",
            "max_drop", "drop_type"}  # fmt: skip
@@ -170,7 +171,7 @@ def test_from_a_network_to_a_file_and_back(here: Path) -> None:
     assert result.certificate.integer_macs_fraction == 1
     with pytest.raises(UsageError, match=r"model\.onnx exists already"):
         mpq.export(quantized)
-    mpq.export(quantized, force=True, data=values()[0], verify=4, input="float")
+    mpq.export(quantized, force=True, data=values()[0], num_verify=4, input="float")
     checked = mpq.verify("model.onnx", quantized)
     assert checked == result.verification
     assert mpq.verify("model.onnx", exact=True).exact
@@ -197,6 +198,9 @@ def test_results_are_kept_and_shown(here: Path) -> None:
     found = mpq.analyze(model, loader, budget=[6, 5], num_score=16)
     back = mpq.Analysis.load(found.save("run"))
     assert back.policies == found.policies
+    assert mpq.Policy.load(found.policy.save("p.yaml")) == found.policy
+    named = Path("run/policy.yaml").read_text().splitlines()[0].rpartition("=")[2]
+    assert json.loads((Path("run") / named).read_text()) == mpq.Policy.model_json_schema()
     assert (back.front, str(back)) == (found.front, str(found))
     assert not Path("runs").exists()
     assert "Sensitivity of each layer" in str(found)
@@ -258,7 +262,9 @@ def options(name: str) -> dict[str, Any]:
     module, _, attribute = COMMANDS[name].where.partition(":")
     command: click.Command = getattr(importlib.import_module(module), attribute)
     context, called = click.Context(command), CALLED.get(name, {})
-    params = (p for p in command.params if p.name and p.name not in OF_FILES | BUDGETS)
+    params = (
+        p for p in command.params if p.name and p.expose_value and p.name not in OF_FILES | BUDGETS
+    )
     return {called.get(str(p.name), str(p.name)): p.get_default(context) for p in params}
 
 

@@ -175,7 +175,7 @@ def test_bench_writes_what_it_prints(here, capsys):
     write_digits_model(run / "float.onnx")
     (run / "policy.yaml").write_text(POLICY.to_yaml())
     rundir.touch_run(run)
-    assert main(["bench", "--json", "--runs", "2", "--limit", "50"]) == 0
+    assert main(["bench", "--json", "--runs", "2", "--num-test", "50"]) == 0
     out, err = capsys.readouterr()
     assert "no file named: using runs/a/model.onnx" in err
     assert (run / "bench.jsonl").read_text() == out
@@ -190,7 +190,7 @@ def test_bench_prints_a_table_that_fits(here, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     name = "a-rather-long-name-of-a-model-file-that-needs-folding.onnx"
     write_digits_model(here / name, POLICY)
-    assert main(["bench", name, "--runs", "2", "--limit", "20"]) == 0
+    assert main(["bench", name, "--runs", "2", "--num-test", "20"]) == 0
     out = capsys.readouterr().out
     assert max(map(len, out.splitlines())) <= 80
     assert "top-1 in percent of 20 images" in out

@@ -280,7 +280,7 @@ def quantized(argv: str, capsys: pytest.CaptureFixture[str], *more: str) -> Poli
 
 def exported(*more: str) -> int:
     """The exit code of an export that verifies its file."""
-    return main(["export", "--onnx", "r", "--verify", "8", *more])
+    return main(["export", "--onnx", "r", "--num-verify", "8", *more])
 
 
 DATA = "--data digits --normalize none"
@@ -343,7 +343,9 @@ def test_a_pickled_network_goes_all_the_way(mine, capsys):
     assert policy.model.arch == "torch.nn.modules.container:Sequential"
     assert exported("--trust-pickle") == 0, capsys.readouterr().err
     assert Path("r/float.onnx").is_file()
-    assert main(["verify", "r", "--images", "8", "--trust-pickle"]) == 0, capsys.readouterr().err
+    assert main(["verify", "r", "--num-verify", "8", "--trust-pickle"]) == 0, (
+        capsys.readouterr().err
+    )
 
 
 def test_raw_weights_stay_raw_in_later_commands(mine, capsys):

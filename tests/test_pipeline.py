@@ -250,7 +250,7 @@ def test_the_whole_way_in_the_exact_forms(here, capsys, monkeypatch):
     assert "wrote runs/model/policy.yaml" in err
     names = {p.name for p in Path("runs/model").iterdir()}
     told = {"policy.yaml", "sensitivity.json", "sensitivity.png", "pareto.png"}
-    assert names == {*told, "origins.json"}
+    assert names == {*told, "origins.json", ".policy.schema.json"}
 
     shutil.copy("runs/model/policy.yaml", "p.yaml")
     out, err = say(capsys, "qat", "--policy", "p.yaml", "--teacher", "ens.pth", *FAST)
@@ -283,7 +283,7 @@ def test_json_output_is_json_and_nothing_else(here, capsys):
         "a/policy.yaml"
     )
     assert as_json(capsys, "ptq", "--effort", "fast")["stage"] == "ptq"
-    assert as_json(capsys, "export", "--onnx", "--verify", "50")["integer_macs_fraction"] == 1.0
+    assert as_json(capsys, "export", "--onnx", "--num-verify", "50")["integer_macs_fraction"] == 1.0
     told = as_json(capsys, "ensemble", "model.pth", "model.pth", "-o", "e.pth")
     assert [m["arch"] for m in told["members"]] == ["resnet8", "resnet8"]
     told = as_json(capsys, "train", "resnet8_conv", "--data", "digits", *FAST, "-o", "s.pth")
@@ -367,7 +367,7 @@ def test_without_data_the_weights_alone_are_scored_and_data_may_come_later(here,
     assert policy.data.samples == 0
     say(capsys, "ptq", "--data", "digits", "--effort", "fast")
     assert "taking normalization none, under which 256 training images" in caplog.text
-    told = as_json(capsys, "export", "--onnx", "--verify", "50")
+    told = as_json(capsys, "export", "--onnx", "--num-verify", "50")
     assert told["top1_agreement"] is not None  # the data went into quantized.pth
 
 
@@ -456,11 +456,11 @@ def test_real_network(mpq_data, tmp_path, monkeypatch, capsys):
     argv = ["--data", "cifar10", "--data-root", str(mpq_data)]
     say(capsys, "analyze", str(checkpoint), *argv, "--num-score", "64", "-o", "r")
     say(capsys, "ptq", "--num-calib", "256", *argv[2:])
-    say(capsys, "export", "--onnx", "--verify", "200", *argv[2:])
+    say(capsys, "export", "--onnx", "--num-verify", "200", *argv[2:])
     certificate = json.loads(Path("r/certificate.json").read_text())
     assert {row["executed"] for row in certificate["layers"]} == {"QLinearConv", "QGemm"}
     assert certificate["integer_macs_fraction"] == 1.0
-    out, _ = say(capsys, "bench", "--limit", "500", "--runs", "2", "--json", *argv[2:])
+    out, _ = say(capsys, "bench", "--num-test", "500", "--runs", "2", "--json", *argv[2:])
     row = json.loads(out.splitlines()[1])
     assert row["top1"] >= 88
     assert row["bytes"] < 180_000

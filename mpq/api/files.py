@@ -31,7 +31,7 @@ def export(
     path: str | Path = "model.onnx",
     *,
     data: Data | None = None,
-    verify: int = 1000,
+    num_verify: int = 1000,
     allow_float_fallback: bool = False,
     int4_format: Int4Format | None = None,
     min_runtime: str | None = None,
@@ -47,7 +47,7 @@ def export(
         quantized: what `ptq` or `qat` gave, or its file.
         path: the file to write.
         data: images to verify on. None: those that `quantized` was measured on.
-        verify: how many of them.
+        num_verify: how many of them.
         allow_float_fallback: accept layers that run in float against the policy.
         int4_format: storage of 4-bit weights; None: what `min_runtime` takes.
         min_runtime: the oldest onnxruntime that must run the file.
@@ -77,7 +77,7 @@ def export(
         return to_onnx(
             quantized,
             path,
-            images=None if data is None else _images(data, verify, seed),
+            images=None if data is None else _images(data, num_verify, seed),
             allow_float_fallback=allow_float_fallback,
             int4_format=int4_format,
             min_runtime=min_runtime,
@@ -85,8 +85,8 @@ def export(
         )
     named = data if isinstance(data, str | Path) else None
     found = _quantized(quantized, named)
-    images = None if data is None or named is not None else _images(data, verify, seed)
-    return export_file(found, Path(path), form, count=verify, seed=seed, images=images)
+    images = None if data is None or named is not None else _images(data, num_verify, seed)
+    return export_file(found, Path(path), form, count=num_verify, seed=seed, images=images)
 
 
 def bench(
@@ -99,7 +99,7 @@ def bench(
     batch: int = 1,
     runs: int = 200,
     peers: bool = False,
-    limit: int | None = None,
+    num_test: int | None = None,
     seed: int = 0,
 ) -> Bench:
     """Accuracy, latency, size and memory of ONNX files beside the float model, as `mpq bench` does.
@@ -114,7 +114,7 @@ def bench(
         batch: images at a time.
         runs: rounds timed.
         peers: also onnxruntime's own static and dynamic int8 of the float model; of data by name.
-        limit: images at most; None: all.
+        num_test: images at most; None: all.
         seed: of the sample.
 
     Raises:
@@ -125,12 +125,12 @@ def bench(
         normalize=Normalization.parse(normalize) if normalize else None,
         timing=Timing(threads, batch, runs),
         peers=peers,
-        limit=limit,
+        limit=num_test,
         seed=seed,
     )
     source: Any = DataSource(None if data is None else str(data))
     if data is not None and not isinstance(data, str | Path):
-        source = gather(data, limit, seed)
+        source = gather(data, num_test, seed)
     several = [files] if isinstance(files, str | Path) else files
     return run_bench([_fresh(file) for file in several], source, how)
 
@@ -154,7 +154,8 @@ def verify(
     *,
     exact: bool = False,
     data: str | Path | None = None,
-    images: int | None = None,
+    num_verify: int | None = None,
+    target: str | None = None,
     seed: int = 0,
 ) -> VerifyReport | ExactReport:
     """Whether a file answers as its network does, or as integers must, as `mpq verify` does.
@@ -164,7 +165,8 @@ def verify(
         quantized: what it was made from. None: `quantized.pth` beside the file.
         exact: predict every integer tensor of the runtime; needs nothing but the file.
         data: images by name. None: those that the file or `quantized` name.
-        images: how many. None: 1000, with `exact` 4.
+        num_verify: how many images. None: 1000, with `exact` 4.
+        target: where to judge it, without that CPU at hand; None: on this computer.
         seed: of the sample.
 
     Raises:
@@ -172,9 +174,9 @@ def verify(
     """
     if exact:
         source = DataSource(None if data is None else str(data))
-        return exact_run(_fresh(file), source, images=images or 4, seed=seed)
+        return exact_run(_fresh(file), source, images=num_verify or 4, seed=seed, target=target)
     found = _quantized(quantized or Path(file).parent / "quantized.pth", data)
-    return verify_run(found, _fresh(file), images=images or 1000, seed=seed)
+    return verify_run(found, _fresh(file), images=num_verify or 1000, seed=seed, target=target)
 
 
 def report(run: str | Path) -> Path:

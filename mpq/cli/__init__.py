@@ -14,9 +14,11 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import click
+from click.shell_completion import CompletionItem
 
 from mpq import __version__, interrupts, threads
 from mpq.allocator import keep_freed
+from mpq.cli.everywhere import listen, renamed, with_common
 from mpq.errors import MpqError, UsageError, nearest, printable
 from mpq.limits import limited, set_limit
 from mpq.userimport import trusting
@@ -47,6 +49,8 @@ COMMANDS = {
     ),
     "bench": Entry("mpq.cli.bench:bench", "Accuracy, latency and size of files, side by side."),
     "targets": Entry("mpq.cli.targets:targets", "Where a file can be made to run, and how."),
+    "schema": Entry("mpq.cli.schema:schema", "The JSON schema of policy.yaml, for editors."),
+    "completion": Entry("mpq.cli.completion:completion", "Completion for bash, zsh and fish."),
     "doctor": Entry("mpq.cli.doctor:doctor", "What this computer has, runs, and lacks."),
     "cache": Entry("mpq.cli.cache:cache", "What is kept for the next time; --clear removes it."),
     "report": Entry("mpq.cli.report:report", "One self-contained HTML page of a run."),
@@ -66,7 +70,7 @@ class LazyGroup(click.Group):
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Import one command; None for an unknown name."""
-        return _with_threads(load_command(cmd_name)) if cmd_name in COMMANDS else None
+        return with_common(load_command(cmd_name)) if cmd_name in COMMANDS else None
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -74,7 +78,18 @@ class LazyGroup(click.Group):
         """As click's, with the nearest names for one that is unknown."""
         if args and args[0] not in COMMANDS and not args[0].startswith("-"):
             ctx.fail(f"no command {args[0]!r}{nearest(args[0], COMMANDS)}")
-        return super().resolve_command(ctx, args)
+        name, command, rest = super().resolve_command(ctx, args)
+        return name, command, renamed(name or "", rest)
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Names of commands from the table: none is imported to complete its name."""
+        if incomplete.startswith("-"):
+            return super().shell_complete(ctx, incomplete)
+        return [
+            CompletionItem(name, help=entry.help)
+            for name, entry in COMMANDS.items()
+            if name.startswith(incomplete)
+        ]
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The list of commands, from the table alone."""
@@ -98,51 +113,32 @@ def load_command(name: str) -> click.Command:
     return command
 
 
-def _use_threads(ctx: click.Context, param: click.Parameter, value: int | None) -> None:
-    if value is not None:
-        threads.use(value)
-
-
-def _with_threads(command: click.Command) -> click.Command:
-    """The command with `--threads`, where it has none that says what it measures with."""
-    if not any(param.name == "threads" for param in command.params):
-        command.params.append(
-            click.Option(
-                ["--threads"],
-                type=click.IntRange(min=1),
-                metavar="N",
-                expose_value=False,
-                callback=_use_threads,
-                help="Threads to compute with.  [all that this process may use]",
-            )
-        )
-    return command
-
-
 @click.group(
     cls=LazyGroup,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="Exit codes: 0 done; 1 with diff --exit-code, the policies differ; 2 a mistake that "
+    "one message explains; 130 stopped by Ctrl-C, 143 by SIGTERM.",
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80},
 )
-@click.option("-v", "--verbose", is_flag=True, help="Tell what is being done, on stderr.")
+@click.option("-q", "--quiet", is_flag=True, help="Say nothing on stderr but errors.")
+@click.option("-v", "--verbose", is_flag=True, help="Say on stderr what is being done.")
 @click.option("--limit", "limits", multiple=True, metavar="NAME=VALUE",
               help="Change a limit on what is read, as messages name it; repeatable.")  # fmt: skip
 @click.version_option(__version__, message="mpq %(version)s")
-def cli(verbose: bool, limits: tuple[str, ...]) -> None:
+def cli(quiet: bool, verbose: bool, limits: tuple[str, ...]) -> None:
     """Mixed-precision quantization of PyTorch vision models, down to one ONNX file.
 
     \b
     mpq demo                                 see the whole pipeline
     mpq analyze model.pth                    which layer gets how many bits
     mpq qat --policy p.yaml --teacher t.pth  retrain at those bits
-    mpq export --onnx                        the file, and the proof of it
+    mpq export                               the file, and the proof of it
     """
     for limit in limits:
         set_limit(limit)
-    level = logging.INFO if verbose else logging.WARNING
     handler = logging.StreamHandler()
     handler.setFormatter(_Printable("note: %(message)s"))
-    logging.basicConfig(level=level, handlers=[handler])
-    logging.getLogger("mpq").setLevel(level)
+    logging.basicConfig(handlers=[handler])
+    listen(quiet=quiet, verbose=verbose)
 
 
 class _Printable(logging.Formatter):

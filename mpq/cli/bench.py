@@ -32,7 +32,7 @@ from mpq.report.tables import bench_table
     show_default=True,
     help="Also onnxruntime's own static and dynamic int8 of the float model.",
 )
-@options.count("--limit", help="Test images at most.  [default: all]")
+@options.count("--num-test", help="Test images at most.  [default: all]")
 @options.seed
 @options.as_json
 @options.out("Run folder for bench.jsonl.  [default: the run of the first file]")
@@ -45,7 +45,7 @@ def bench(
     batch: int,
     runs: int,
     peers: bool,
-    limit: int | None,
+    num_test: int | None,
     seed: int,
     as_json: bool,
     out: Path | None,
@@ -72,7 +72,7 @@ def bench(
         normalize=normalize,
         timing=Timing(threads, batch, runs),
         peers=peers and (folder / "peers" if folder else True),
-        limit=limit,
+        limit=num_test,
         seed=seed,
     )
     with terminal.status() as tell:

@@ -28,7 +28,7 @@ from mpq.report.grid import counted
 @click.command()
 @click.argument("quantized", required=False, type=options.PATH)
 @click.option("--onnx", is_flag=True, expose_value=False, help="Write ONNX, the one format.")
-@options.count("--verify", "images", default=1000, least=0, help="Test images to verify on.")
+@options.count("--num-verify", default=1000, least=0, help="Test images to verify on.")
 @click.option("--allow-float-fallback", is_flag=True,
               help="Accept layers that run in float against the policy.")  # fmt: skip
 @options.choice("--int4-format", INT4_FORMATS,
@@ -52,7 +52,7 @@ from mpq.report.grid import counted
 @options.out("Run folder to write to.  [default: that of QUANTIZED]")
 def export(
     quantized: Path | None,
-    images: int,
+    num_verify: int,
     allow_float_fallback: bool,
     int4_format: Int4Format | None,
     min_runtime: str | None,
@@ -100,7 +100,7 @@ def export(
             found,
             folder,
             how,
-            images=images,
+            images=num_verify,
             seed=seed,
             reference=reference,
             force=force,

@@ -24,7 +24,7 @@ from mpq.report.tables import exact_table, verify_table
               help="Predict every integer tensor of the runtime, bit for bit.")  # fmt: skip
 @options.path("--quantized", metavar="PATH",
               help="What FILE was made from.  [default: quantized.pth beside FILE]")  # fmt: skip
-@options.count("--images", help="Test images.  [default: 1000, with --exact 4]")
+@options.count("--num-verify", help="Test images.  [default: 1000, with --exact 4]")
 @options.target("Where to judge it, without that CPU at hand.")
 @bundles.source
 @options.trust_pickle
@@ -34,7 +34,7 @@ def verify(
     file: Path | None,
     exact: bool,
     quantized: Path | None,
-    images: int | None,
+    num_verify: int | None,
     target: str | None,
     source: DataSource,
     trust_pickle: bool,
@@ -63,7 +63,7 @@ def verify(
     if exact:
         if quantized is not None:
             raise UsageError("--exact needs nothing but the file. Give it without --quantized.")
-        report = _exact(path, source, images or 4, seed, target)
+        report = _exact(path, source, num_verify or 4, seed, target)
         _tell(path, "exact.json", report.to_json(), as_json)
         _refuse_inexact(path, report)
     else:
@@ -72,7 +72,7 @@ def verify(
             tell("loading")
             found = load_quantized(network, source, trust_pickle=trust_pickle)
             tell("comparing")
-            checked = verify_run(found, path, images=images or 1000, seed=seed, target=target)
+            checked = verify_run(found, path, images=num_verify or 1000, seed=seed, target=target)
         _tell(path, "verify.json", checked.to_json(), as_json)
         if checked.failures():
             raise ExportError(

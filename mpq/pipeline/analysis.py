@@ -24,6 +24,10 @@ from mpq.staging import together
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+SCHEMA = ".policy.schema.json"
+FOR_EDITORS = f"# yaml-language-server: $schema={SCHEMA}"
+"""The first line of a policy file, by which editors complete and check it."""
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -164,8 +168,9 @@ def _write(found: Analysis, folder: Path) -> None:
             truth = found.validation.to_json()
             files.write_json(aside / "validation.json", truth)
             files.write_bytes(aside / "validation.png", png(validation_plot(truth)))
+        files.write_json(aside / SCHEMA, Policy.model_json_schema())
         for choice in found.choices:
-            files.write_text(aside / choice.file, choice.policy.to_yaml())
+            files.write_text(aside / choice.file, f"{FOR_EDITORS}\n{choice.policy.to_yaml()}")
         _note(aside, folder, found)
 
 
@@ -174,7 +179,8 @@ def _note(aside: Path, folder: Path, found: Analysis) -> None:
     model, scores = found.policy.model, "sensitivity.json"
     data = {origins.WEIGHTS: model.sha256 if model else "", "data": found.policy.data.name}
     made = {scores: origins.identity(aside / scores), **data}
-    noted = {path.name: data if path.name == scores else made for path in aside.iterdir()}
+    names = (path.name for path in aside.iterdir() if path.name != SCHEMA)
+    noted = {name: data if name == scores else made for name in names}
     origins.note(aside, folder, "analyze", noted)
 
 

@@ -57,7 +57,7 @@ def verify_run(
     _check_origin(found, path)
     sample = held_out(found.subject, images, seed)
     if sample is None:
-        raise DataError("verification needs at least one image. Got --images 0.")
+        raise DataError("verification needs at least one image. Got --num-verify 0.")
     return verify_file(found.graph, path, sample, target)
 
 

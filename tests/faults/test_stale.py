@@ -20,7 +20,7 @@ from mpq.userimport import trusting
 
 FAST = ["--num-calib", "16", "--effort", "fast", "--force"]
 PTQ = ["ptq", "--policy", "r", *FAST]
-EXPORT = ["export", "--onnx", "r", "--verify", "10", "--force"]
+EXPORT = ["export", "--onnx", "r", "--num-verify", "10", "--force"]
 USES = [
     "export --onnx r --force",
     "verify r",

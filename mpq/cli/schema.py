@@ -1,0 +1,23 @@
+"""`mpq schema`: the JSON schema of the policy file, for editors."""
+
+from __future__ import annotations
+
+import json
+
+import click
+
+from mpq.policy import Policy
+
+
+@click.command()
+def schema() -> None:
+    """Print the JSON schema of policy.yaml, by which editors complete and check it.
+
+    `mpq analyze` writes it beside the policy, whose first line names it. In a policy
+    of your own, name it so:
+
+    \b
+    mpq schema > policy.schema.json
+    # yaml-language-server: $schema=policy.schema.json
+    """
+    click.echo(json.dumps(Policy.model_json_schema(), indent=1))
