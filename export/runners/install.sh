@@ -43,9 +43,12 @@ CONF
   for package in "$apt"/cache/archives/*_arm64.deb; do dpkg-deb -x "$package" "$home/arm64/root"; done
   dpkg-deb -x "$apt"/cache/archives/qemu-user_*_amd64.deb "$home/arm64/qemu"
   ln -sfn usr/lib "$home/arm64/root/lib"
+  # The version at hand: the reference walks the graph that it makes.
+  local version
+  version=$("$python" -c 'import onnxruntime; print(onnxruntime.__version__)')
   "$python" -m pip download --quiet --dest "$home/arm64/wheels" --only-binary=:all: \
     --python-version 3.13 --platform manylinux_2_28_aarch64 --platform manylinux_2_27_aarch64 \
-    --platform manylinux2014_aarch64 onnxruntime numpy
+    --platform manylinux2014_aarch64 "onnxruntime==$version" numpy
   for wheel in "$home"/arm64/wheels/*.whl; do "$python" -m zipfile -e "$wheel" "$home/arm64/site"; done
 }
 
