@@ -21,6 +21,7 @@ from mpq import zoo
 from mpq.checkpoint import save_model
 from mpq.cli import COMMANDS, main
 from mpq.errors import DataError, PolicyError, UsageError
+from mpq.export import runtime
 from mpq.pipeline.given import Wanted, gather, given
 from mpq.policy import ModelInfo
 
@@ -171,7 +172,10 @@ def test_from_a_network_to_a_file_and_back(here: Path) -> None:
     assert result.certificate.integer_macs_fraction == 1
     with pytest.raises(UsageError, match=r"model\.onnx exists already"):
         mpq.export(quantized)
-    mpq.export(quantized, force=True, data=values()[0], num_verify=4, input="float")
+    data, named = values()[0], Path("named.onnx")
+    mpq.export(quantized, named, data=data, num_verify=4, output_names=["classes"])
+    assert runtime.session(named).get_outputs()[0].name == "classes"
+    named.unlink()
     checked = mpq.verify("model.onnx", quantized)
     assert checked == result.verification
     assert mpq.verify("model.onnx", exact=True).exact
@@ -278,7 +282,7 @@ def comparable(defaults: dict[str, Any]) -> dict[str, Any]:
     found = {}
     for name, value in defaults.items():
         if isinstance(value, tuple):
-            value = [int(part) for text in value for part in str(text).split(",")]
+            value = [int(part) for text in value for part in str(text).split(",")] or None
         known = isinstance(value, str | int | float | list)
         found[name] = (value or None) if known else None
     return {name: value for name, value in found.items() if name not in OF_VALUES}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ from mpq.export import ExportResult, to_onnx
 from mpq.export.bench import Timing
 from mpq.export.certify import Certificate
 from mpq.export.certify import certify as judge
+from mpq.export.ends import Asked
 from mpq.export.exact import ExactReport
 from mpq.export.form import Int4Format
 from mpq.export.verify import VerifyReport
@@ -38,6 +39,9 @@ def export(
     input: Literal["float", "uint8"] = "float",
     layout: PixelLayout = "nhwc",
     target: str | None = None,
+    input_names: Sequence[str] = (),
+    output_names: Sequence[str] = (),
+    dynamic: Sequence[str] = (),
     seed: int = 0,
     force: bool = False,
 ) -> ExportResult:
@@ -54,6 +58,10 @@ def export(
         input: what the file takes: `float` images, or `uint8` pixels.
         layout: of pixels.
         target: the kind of CPU to certify for; None: that of this computer.
+        input_names: of the file's inputs; empty: the network's own.
+        output_names: of the file's outputs; empty: the network's own.
+        dynamic: sizes left free, of `batch`, `length`, `depth`, `height` and `width`; empty: the
+            batch.
         seed: of the sample.
         force: replace a file that exists.
 
@@ -62,12 +70,18 @@ def export(
         UsageError: the file exists and `force` is off.
     """
     rundir.refuse_overwrite(Path(path), force)
+    ends = Asked(
+        input_names=tuple(input_names),
+        output_names=tuple(output_names),
+        dynamic=tuple(dynamic) or ("batch",),
+    )
     form = Exporting(
         int4_format=int4_format,
         min_runtime=min_runtime,
         pixels=layout if input == "uint8" else None,
         target=target,
         allow_float_fallback=allow_float_fallback,
+        ends=ends,
     )
     if isinstance(quantized, QuantGraph):
         if form.pixels is not None:
@@ -82,6 +96,7 @@ def export(
             int4_format=int4_format,
             min_runtime=min_runtime,
             target=target,
+            **ends,
         )
     named = data if isinstance(data, str | Path) else None
     found = _quantized(quantized, named)
