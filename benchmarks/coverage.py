@@ -138,7 +138,7 @@ def _export(graph: QuantGraph, path: Path, images: Inputs, row: Row) -> None:
 
 def _agreement(made: ExportResult) -> Any:
     report = made.verification
-    return None if report is None else report.top1_agreement
+    return None if report is None else report.agreement
 
 
 # -- running ---------------------------------------------------------------------------------------

@@ -21,12 +21,13 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from mpq.errors import ExportError
+from mpq.errors import DataError, ExportError
 from mpq.shown import Shown
 from mpq.targets import this_target
 
 from . import foreign, runtime
 from .arithmetic import kernels_of
+from .feeds import Feed, feeds, fixed_batch
 from .kernels import Kernel
 from .operators import MOVES
 
@@ -67,7 +68,8 @@ class ExactReport(Shown):
         runtime: version of onnxruntime.
         n: images.
         nodes: in the order of execution.
-        same_output: whether the examined graph gave, to the bit, what the file gives by default.
+        same_output: whether the examined graph gave, to the bit, what the file gives by default, in
+            every output.
     """
 
     TABLES = ("exact_table",)
@@ -96,13 +98,14 @@ class ExactReport(Shown):
 
 
 def verify_exact(
-    model: Path | bytes, images: Array, there: foreign.Foreign | None = None
+    model: Path | bytes, images: Feed, there: foreign.Foreign | None = None
 ) -> ExactReport:
     """Compare every node of a file, as the runtime executes it, with the integer reference.
 
     Args:
         model: an ONNX file or its bytes, whoever wrote it.
-        images: one batch, of the type and layout that the model takes.
+        images: one batch, of the type and layout that the model takes; of several inputs an array
+            each, by name or in their order. A model of a fixed batch takes that many.
         there: the runtime that executes it; None: the one at hand.
 
     Raises:
@@ -110,28 +113,31 @@ def verify_exact(
         ExportError: the runtime cannot load or run it.
         DataError: the images are not what it takes.
     """
-    loaded = runtime.session(model)
-    takes = runtime.model_input(loaded)
-    images = np.ascontiguousarray(runtime.arrange(images, takes))
+    loaded, name = runtime.session(model), model.name if isinstance(model, Path) else "the model"
+    given = {n: np.ascontiguousarray(x) for n, x in feeds(loaded, images).items()}
+    count, fixed = max((len(x) for x in given.values() if x.ndim), default=1), fixed_batch(loaded)
+    if fixed and count != fixed:
+        raise DataError(f"{name} runs {fixed} images at a time. Got {count}.")
     if there is None:
-        expected = runtime.run(loaded, images, batch=len(images))
+        expected = runtime.answers(loaded, given, batch=count)
         optimized, told = runtime.optimized_model(model), runtime.version()
-        values = _run_tapped(optimized, images)
+        values = _run_tapped(optimized, given)
     else:
-        expected, optimized, told = foreign.answer(there, model, takes.name, images)
-        values = foreign.values(there, _tapped(optimized)[0], {takes.name: images})
-    values[takes.name] = images
+        expected, optimized, told = foreign.answer(there, model, given)
+        values = foreign.values(there, _tapped(optimized)[0], given)
+    values |= given
     values |= {t.name: numpy_helper.to_array(t) for t in optimized.graph.initializer}
     opset = {o.domain: o.version for o in optimized.opset_import}.get("", 21)
     kernels = kernels_of(there.arithmetic if there else this_target().arithmetic)
     checks = [c for node in optimized.graph.node for c in _check(node, values, opset, kernels)]
-    last = values[optimized.graph.output[0].name].reshape(expected.shape)
-    name = model.name if isinstance(model, Path) else "the model"
-    same = bool(np.array_equal(last, expected))
-    return ExactReport(name, told, len(images), tuple(checks), same)
+    same = all(
+        x.size == values[n].size and np.array_equal(values[n].reshape(x.shape), x)
+        for n, x in expected.items()
+    )
+    return ExactReport(name, told, count, tuple(checks), same)
 
 
-def _run_tapped(optimized: onnx.ModelProto, images: Array) -> dict[str, Array]:
+def _run_tapped(optimized: onnx.ModelProto, images: Feed) -> dict[str, Array]:
     """Every tensor of the optimized graph, which runs as it stands."""
     tapped, names = _tapped(optimized)
     return runtime.values(tapped, images, names, optimize=False)

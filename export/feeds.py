@@ -52,6 +52,12 @@ class ModelInput:
         return (batch, h, w, c) if self.channels_last else (batch, c, h, w)
 
 
+def takes_images(loaded: Any) -> bool:
+    """Whether a session takes one batch of images and nothing else."""
+    inputs = loaded.get_inputs()
+    return len(inputs) == 1 and len(inputs[0].shape) == 4 and inputs[0].type in _IMAGES
+
+
 def model_input(loaded: Any) -> ModelInput:
     """What a session takes.
 
@@ -75,8 +81,7 @@ def feeds(loaded: Any, inputs: Feed) -> dict[str, Array]:
     """Arrays by name, checked against what the model takes."""
     takes = loaded.get_inputs()
     names = [str(t.name) for t in takes]
-    images = len(takes) == 1 and len(takes[0].shape) == 4 and takes[0].type in _IMAGES
-    if images and isinstance(inputs, np.ndarray):
+    if takes_images(loaded) and isinstance(inputs, np.ndarray):
         return {names[0]: arrange(inputs, model_input(loaded))}
     inputs = named(inputs, names)
     for one in takes:

@@ -230,9 +230,9 @@ def of_target(target: Target) -> Foreign:
 
 
 def answer(
-    there: Foreign, model: Path | bytes, name: str, images: Array
-) -> tuple[Array, onnx.ModelProto, str]:
-    """Logits of one batch, the graph that ran, and the runtime's version.
+    there: Foreign, model: Path | bytes, feeds: Mapping[str, Array]
+) -> tuple[dict[str, Array], onnx.ModelProto, str]:
+    """The outputs for one batch, the graph that ran, and the runtime's version.
 
     A runtime that does not tell its graph is taken to run the one that onnxruntime makes here.
 
@@ -240,12 +240,12 @@ def answer(
         ExportError: as `run`.
     """
     with _file(model) as path:
-        done = run(there, path, Job({name: images}))
+        done = run(there, path, Job(feeds))
     if done.optimized is None:
         graph = runtime.optimized_model(model)
     else:
         graph = onnx.load_from_string(done.optimized)
-    return next(iter(done.outputs.values())).reshape(len(images), -1), graph, done.version
+    return dict(done.outputs), graph, done.version
 
 
 def values(there: Foreign, model: bytes, feeds: Mapping[str, Array]) -> dict[str, Array]:

@@ -27,6 +27,7 @@ from .ends import Asked, Ends, ends_of
 from .form import Int4Format, form_of
 from .judges import judge
 from .lower import Lowered, form_for, lower
+from .outputs import file_names
 from .pixels import PixelInput
 from .verify import VerifyReport
 
@@ -170,6 +171,7 @@ def verify_file(
     data, own = path.read_bytes(), flat(frozen.module, frozen.example)
     pixels = _pixels_of(path) if own[0].is_floating_point() else None
     proto = onnx.load_from_string(data)
+    file_names(frozen, [str(o.name) for o in proto.graph.output])  # refuses what has others
     lowered = lower(frozen, form_of(proto), pixels, ends_of(proto))
     same = _operations(data) == _operations(serialize(lowered))
     if not same:

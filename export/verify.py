@@ -1,11 +1,11 @@
 """Three-way verification: the simulation, onnxruntime unoptimized, onnxruntime at its defaults.
 
-End to end on all given images (does the class agree?) and site by site on some of them (how many
-integers differ, and by how many steps?). A site that differs by one step passes that difference on,
-so the steps of deep sites are those of everything before them too: a deep network that amplifies
-noise can end far from where it began without any layer being wrong. So each site is also judged
-alone: the simulation is given the runtime's integers at all sites before it, and what then differs
-is the error of the operations between, at most one step where a value falls on a tie.
+End to end on all given images, each output by its kind (`outputs.py`), and site by site on some of
+them (how many integers differ, and by how many steps?). A site that differs by one step passes that
+difference on, so the steps of deep sites are those of everything before them too: a deep network
+that amplifies noise can end far from where it began without any layer being wrong. So each site is
+also judged alone: the simulation is given the runtime's integers at all sites before it, and what
+then differs is the error of the operations between, at most one step where a value falls on a tie.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from mpq.calls import Inputs, call, count, flat, leaves, split, take
 from mpq.errors import ExportError
 from mpq.graph.ir import QuantGraph
+from mpq.graph.outputs import classifier
 from mpq.hooks import hooked
 from mpq.numerics import sqnr_db
 from mpq.quant.fake_quant import FrozenQuant
@@ -31,17 +32,21 @@ from mpq.shown import Shown
 
 from . import runtime
 from .certify import saturating_here
+from .outputs import (
+    MAX_OWN_STEP,
+    MIN_AGREEMENT,
+    MIN_SQNR_DB,
+    OutputCheck,
+    batch_for,
+    by_name,
+    check_outputs,
+    in_steps,
+)
 from .pixels import PixelInput
 from .reference import Reference
 
 LAYER_IMAGES = 32
 """Images for the comparison site by site: integer tensors of all sites are held at once."""
-MIN_AGREEMENT = 0.99
-"""Least share of images on which class of simulation and of runtime must agree."""
-MIN_SQNR_DB = 15.0
-"""Least SQNR of the logits. A broken layer is near or below 0 dB."""
-MAX_OWN_STEP = 1
-"""Largest difference of a site that is given the runtime's own integers, in steps."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,11 +78,13 @@ class VerifyReport(Shown):
 
     Args:
         n: images.
-        top1_agreement: share of images with the same class, default options.
+        top1_agreement: of a classifier, share of images with the same class, default options; None
+            for a network that answers otherwise, whose figures `outputs` has.
         top1_agreement_unoptimized: the same with optimizations off.
-        logits_sqnr_db: of the logits, default options.
+        logits_sqnr_db: of the logits, default options; None as above.
         max_step: largest difference of any site, what it inherited included.
         layers: one row per site.
+        outputs: one row per output.
         notes: why this computer cannot run the file exactly, if it answers otherwise.
         target: where the file was judged.
         judged_by: `runtime` at hand, or `reference`: the integer kernels of a CPU that is not here.
@@ -86,11 +93,12 @@ class VerifyReport(Shown):
 
     TABLES = ("verify_table",)
     n: int
-    top1_agreement: float
-    top1_agreement_unoptimized: float
-    logits_sqnr_db: float
+    top1_agreement: float | None
+    top1_agreement_unoptimized: float | None
+    logits_sqnr_db: float | None
     max_step: int
     layers: tuple[SiteCheck, ...]
+    outputs: tuple[OutputCheck, ...] = ()
     notes: tuple[str, ...] = ()
     target: str = ""
     judged_by: str = "runtime"
@@ -98,17 +106,9 @@ class VerifyReport(Shown):
 
     def failures(self) -> list[str]:
         """Bounds that are not met, in words."""
-        found = []
-        # One image may always differ: with few images a single tie must not fail the file.
-        least = min(MIN_AGREEMENT, 1 - 1.5 / self.n)
-        for name in ("top1_agreement", "top1_agreement_unoptimized"):
-            value = getattr(self, name)
-            if not value >= least:
-                found.append(f"{name} is {value:.4f}, must be at least {least:.4f}")
-        if not self.logits_sqnr_db >= MIN_SQNR_DB:  # a NaN fails too
-            found.append(
-                f"logits: SQNR is {self.logits_sqnr_db:.1f} dB, must be at least {MIN_SQNR_DB}"
-            )
+        found = list(self._of_classes())
+        if self.logits_sqnr_db is None:
+            found = [text for check in self.outputs for text in check.failures()]
         own = [text for row in self.layers for text in _too_far(row)]
         if found and self.layers and not own:
             found.append(
@@ -117,6 +117,27 @@ class VerifyReport(Shown):
             )
         there = (f"{r.target}: {text}" for r in self.elsewhere for text in r.failures())
         return [*found, *own, *there, *self.notes]
+
+    def _of_classes(self) -> Iterator[str]:
+        # One image may always differ: with few images a single tie must not fail the file.
+        least = min(MIN_AGREEMENT, 1 - 1.5 / self.n)
+        for name in ("top1_agreement", "top1_agreement_unoptimized"):
+            value = getattr(self, name)
+            if value is not None and not value >= least:
+                yield f"{name} is {value:.4f}, must be at least {least:.4f}"
+        value = self.logits_sqnr_db
+        if value is not None and not value >= MIN_SQNR_DB:  # a NaN fails too
+            yield f"logits: SQNR is {value:.1f} dB, must be at least {MIN_SQNR_DB}"
+
+    @property
+    def agreement(self) -> float | None:
+        """The least agreement of an output; None where all are quantities."""
+        return min((o.agreement for o in self.outputs if o.agreement is not None), default=None)
+
+    @property
+    def sqnr_db(self) -> float | None:
+        """The least SQNR of an output in dB; None where all are exact."""
+        return min((o.sqnr_db for o in self.outputs if o.sqnr_db is not None), default=None)
 
     @property
     def max_own_step(self) -> int:
@@ -127,9 +148,10 @@ class VerifyReport(Shown):
         """The contents of `verify.json`."""
         data = asdict(self)
         for report in (data, *data["elsewhere"]):
-            for row in report["layers"]:
-                row["sqnr_db"] = min(row["sqnr_db"], 999.0)  # JSON has no infinity
-            report["logits_sqnr_db"] = min(report["logits_sqnr_db"], 999.0)
+            for row in (report, *report["layers"], *report["outputs"]):
+                for key in ("sqnr_db", "sqnr_db_unoptimized", "logits_sqnr_db"):
+                    if row.get(key) is not None:
+                        row[key] = min(row[key], 999.0)  # JSON has no infinity
         return json.dumps(data, indent=1)
 
 
@@ -161,50 +183,51 @@ def verify(
         model: bytes of the file.
         sites: site name -> name of the value that holds its integers.
         images: normalized `[N, C, H, W]`, or inputs (`mpq.calls`).
-        batch: images at a time.
+        batch: images at a time; fewer where outputs are large maps.
         pixels: the file takes raw images, of which `images` were made.
         reference: what answers in place of the runtime's default options.
 
     Raises:
-        ExportError: the runtime cannot load or run the file, or there are no images.
+        ExportError: the runtime cannot load or run the file, the file has other outputs, or there
+            are no images.
     """
-    if not count(images):
+    total, batch = count(images), batch_for(qg, batch)
+    if total == 0:
         raise ExportError("verification needs at least one image.")
     qg.module.eval()
-    feed = [t.numpy() for t in flat(qg.module, images)]
-    if pixels is not None:
-        raw = pixels.pixels(feed[0])
+    if pixels is None:
+        feed: list[NDArray[Any]] = [t.numpy() for t in flat(qg.module, images)]
+    else:
+        assert isinstance(images, Tensor)
+        raw = pixels.pixels(images.numpy())
         images = torch.from_numpy(pixels.normalize.apply(raw))
         feed = [raw if pixels.channels_last else raw.transpose(0, 3, 1, 2)]
-    simulated = torch.cat([_first(leaves(call(qg.module, part))) for part in split(images, batch)])
-    simulated = simulated.flatten(1)
-    answers = [
-        runtime.answers(runtime.session(model, optimize=on), feed, batch=batch)
-        if reference is None or not on
-        else reference.answers(model, feed)
-        for on in (True, False)
-    ]
-    default, plain = (torch.from_numpy(_first(a)).reshape(simulated.shape) for a in answers)
-    few = slice(0, LAYER_IMAGES)
-    feed = [np.ascontiguousarray(x[few]) if x.ndim else x for x in feed]
-    rows = _check_sites(qg, model, sites, take(images, few), feed, reference)
-    classes = simulated.argmax(1)
+    parts = [_rows(feed, slice(at, at + batch)) for at in range(0, total, batch)]
+    checks = check_outputs(qg, model, zip(split(images, batch), parts, strict=True), reference)
+    few = slice(0, min(LAYER_IMAGES, batch))
+    rows, pairs = _check_sites(qg, model, sites, take(images, few), _rows(feed, few), reference)
+    checks = in_steps(qg, checks, pairs)
+    logits = checks[0] if classifier(qg.outputs) else OutputCheck("", "ignored")
     report = VerifyReport(
-        n=count(images),
-        top1_agreement=float((default.argmax(1) == classes).double().mean()),
-        top1_agreement_unoptimized=float((plain.argmax(1) == classes).double().mean()),
-        logits_sqnr_db=sqnr_db(simulated, default),
+        n=total,
+        top1_agreement=logits.agreement,
+        top1_agreement_unoptimized=logits.agreement_unoptimized,
+        logits_sqnr_db=logits.sqnr_db,
         max_step=max((r.max_step for r in rows), default=0),
         layers=rows,
+        outputs=checks,
     )
     if reference is not None:
         return replace(report, judged_by="reference")
     return replace(report, notes=saturating_here(model)) if report.failures() else report
 
 
-def _first(answer: dict[str, Any]) -> Any:
-    """The output that is judged."""
-    return next(iter(answer.values()))
+def _rows(feed: list[NDArray[Any]], rows: slice) -> list[NDArray[Any]]:
+    return [np.ascontiguousarray(x[rows]) if x.ndim else x for x in feed]
+
+
+Pair = tuple[dict[str, Tensor], dict[str, Tensor]]
+"""What the simulation answers, given the runtime's integers, and what the runtime answers."""
 
 
 def _check_sites(
@@ -214,26 +237,29 @@ def _check_sites(
     images: Inputs,
     feed: list[NDArray[Any]],
     reference: Reference | None,
-) -> tuple[SiteCheck, ...]:
+) -> tuple[tuple[SiteCheck, ...], list[Pair]]:
     if not sites:
-        return ()
+        return (), []
     proto = onnx.load_from_string(model)
     blocked = _blocked(proto.graph)
+    ends = [str(o.name) for o in proto.graph.output]
     for name in sites.values():
-        proto.graph.output.append(onnx.ValueInfoProto(name=name))
-    tapped, runs = proto.SerializeToString(), []
+        if name not in ends:
+            proto.graph.output.append(onnx.ValueInfoProto(name=name))
+    tapped, runs, answers = proto.SerializeToString(), [], []
     for on in (True, False):
-        names = list(sites.values())
+        names = [*ends, *sites.values()]
         if on and reference is not None:
             values = reference.values(tapped, feed, names)
         else:
             values = runtime.values(tapped, feed, names, optimize=on)
         runs.append({site: _plain(values[v], v in blocked) for site, v in sites.items()})
-    default, plain = runs
+        answers.append(by_name(qg, values, ends))
+    default = runs[0]
     free: dict[str, Tensor] = {}
     _walk(qg, list(sites), images, lambda site, ints: free.setdefault(site, ints))
-    own, own_plain = _own(qg, default, images), _own(qg, plain, images)
-    return tuple(
+    (own, given), (own_plain, given_plain) = (_own(qg, run, images) for run in runs)
+    rows = tuple(
         SiteCheck(
             site.removeprefix("quantizers."),
             sqnr_db(free[site].float() - zero, default[site].reshape(free[site].shape) - zero),
@@ -245,18 +271,20 @@ def _check_sites(
         if site in free  # what runs only under a condition did not run
         for zero in [_zero_point(qg, site)]
     )
+    return rows, list(zip((given, given_plain), answers, strict=True))
 
 
-def _own(qg: QuantGraph, given: dict[str, Tensor], images: Inputs) -> dict[str, tuple[int, float]]:
-    """What each site does by itself: the simulation goes on with the runtime's integers."""
+def _own(
+    qg: QuantGraph, given: dict[str, Tensor], images: Inputs
+) -> tuple[dict[str, tuple[int, float]], dict[str, Tensor]]:
+    """What each site does, and the answer, if the simulation is given the runtime's integers."""
     found: dict[str, tuple[int, float]] = {}
 
     def compare(site: str, ints: Tensor) -> Tensor:
         found[site] = _differences(ints, given[site])
         return given[site].reshape(ints.shape)
 
-    _walk(qg, list(given), images, compare)
-    return found
+    return found, leaves(_walk(qg, list(given), images, compare))
 
 
 def _differences(want: Tensor, have: Tensor) -> tuple[int, float]:
@@ -267,7 +295,7 @@ def _differences(want: Tensor, have: Tensor) -> tuple[int, float]:
 
 def _walk(
     qg: QuantGraph, sites: list[str], images: Inputs, visit: Callable[[str, Tensor], Tensor]
-) -> None:
+) -> Any:
     """Run the simulation; each quantizer gives what `visit` makes of its site and integers."""
 
     def at(site: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
@@ -281,7 +309,7 @@ def _walk(
         return hook
 
     with hooked(qg.module.get_submodule(s).register_forward_hook(at(s)) for s in sites):
-        call(qg.module, images)
+        return call(qg.module, images)
 
 
 def _blocked(graph: onnx.GraphProto) -> set[str]:

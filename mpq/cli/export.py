@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import get_args
@@ -22,7 +23,7 @@ from mpq.pipeline.exporting import (
     refuse_export,
 )
 from mpq.pipeline.quantizing import load_quantized
-from mpq.report.grid import counted
+from mpq.report.grid import agreement_text, counted
 
 
 @click.command()
@@ -134,6 +135,9 @@ def _told(result: ExportResult) -> Iterator[str]:
         yield "not verified: there are no images to verify on"
         return
     images, steps = counted(checked.n, "image"), counted(checked.max_step, "step")
+    if checked.top1_agreement is None:
+        yield f"{agreement_text(json.loads(checked.to_json()))} on {images}, at most {steps} apart"
+        return
     yield (
         f"same class as the simulation on {checked.top1_agreement:.2%} of {images}, "
         f"at most {steps} apart"

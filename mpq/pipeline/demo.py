@@ -159,7 +159,7 @@ def _export(name: str, found: Quantized, folder: Path) -> _Made:
     return _Made(
         name,
         result.path,
-        None if checked is None else checked.top1_agreement,
+        None if checked is None else checked.agreement,
         result.certificate.integer_macs_fraction,
     )
 

@@ -18,6 +18,7 @@ from mpq.data import DataSource, Normalization, open_data, sample_indices
 from mpq.errors import DataError, UsageError
 from mpq.export import bench, foreign, runtime
 from mpq.export.exact import ExactReport, verify_exact
+from mpq.export.feeds import takes_images
 from mpq.export.meta import from_metadata
 from mpq.export.onnx_file import verify_file
 from mpq.export.portability import Portability, portability
@@ -100,7 +101,7 @@ def exact_run(
     """Hold every integer tensor of a file against the integer reference.
 
     Args:
-        path: any ONNX classifier.
+        path: any ONNX file.
         source: where test images come from; without data named here or in the file, noise.
         images: how many; a file that is fixed to a batch gets one batch.
         seed: of the sample, or of the noise.
@@ -115,6 +116,9 @@ def exact_run(
     if images < 1:
         raise UsageError(f"images must be at least 1. Got {images}.")
     there = None if target is None else foreign.of_target(get_target(target))
+    loaded = runtime.session(path)
+    if not takes_images(loaded):
+        return verify_exact(path, runtime.noise(loaded, images), there)
     return verify_exact(path, _batch(path, source, images, seed)[0], there)
 
 

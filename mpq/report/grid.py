@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from io import StringIO
+from typing import Any
 
 from rich import box
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -167,3 +168,19 @@ def tiny(value: float | None) -> str:
 def fixed(value: float | None, digits: int) -> str:
     """A number with so many decimals, `-` for None."""
     return "-" if value is None else f"{value:.{digits}f}"
+
+
+TOP1 = "top-1 agreement "
+
+
+def agreement_text(verify: Mapping[str, Any]) -> str:
+    """How near the file's answers are to the simulation's: top-1, or each output by its kind."""
+    if verify["top1_agreement"] is not None:
+        return f"{TOP1}{verify['top1_agreement']:.2%}"
+    told = []
+    for one in verify["outputs"]:
+        if one["agreement"] is not None:
+            told.append(f"{one['name']} ({one['kind']}) agreement {one['agreement']:.2%}")
+        elif one["sqnr_db"] is not None:
+            told.append(f"{one['name']} ({one['kind']}) {one['sqnr_db']:.1f} dB")
+    return ", ".join(told) or "no output is judged"

@@ -20,7 +20,7 @@ from mpq import files, limits, origins, rundir
 from mpq.errors import UsageError
 from mpq.policy import Policy
 from mpq.report import plots, tables
-from mpq.report.grid import Grid, fixed
+from mpq.report.grid import Grid, agreement_text, fixed
 
 Json = Mapping[str, Any]
 
@@ -75,7 +75,9 @@ def facts(folder: Path) -> list[tuple[str, str]]:
     if certificate := _content(folder, "certificate.json"):
         found.append(("MACs that run as integers", f"{certificate['integer_macs_fraction']:.1%}"))
     if verify := _content(folder, "verify.json"):
-        found.append(("agreement with the simulation", f"{verify['top1_agreement']:.2%}"))
+        alike = verify["top1_agreement"]
+        text = agreement_text(verify) if alike is None else f"{alike:.2%}"
+        found.append(("agreement with the simulation", text))
     return found
 
 

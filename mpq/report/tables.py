@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from mpq.report.grid import Grid, columns, counted, fixed, short, tiny
+from mpq.report.grid import TOP1, Grid, agreement_text, columns, counted, fixed, short, tiny
 
 Json = Mapping[str, Any]
 PARTS = {"weight": "W", "activation": "A"}
@@ -265,15 +265,13 @@ def verify_table(verify: Json) -> Grid:
         for layer in verify["layers"]
     ]
     note = (
-        f"top-1 agreement {verify['top1_agreement']:.2%} on {verify['n']} images, "
+        f"{agreement_text(verify)} on {verify['n']} images, "
         f"largest difference {short(verify['max_step'])} steps"
     )
     for one in (verify, *verify.get("elsewhere", ())):
         if one.get("judged_by") == "reference":
-            note += (
-                f"; {one['target']} by its integer reference: {one['top1_agreement']:.2%} "
-                f"on {one['n']} images"
-            )
+            alike = agreement_text(one).removeprefix(TOP1)
+            note += f"; {one['target']} by its integer reference: {alike} on {one['n']} images"
     return Grid("Runtime against simulation", heads, tuple(body), note)
 
 

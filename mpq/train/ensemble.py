@@ -20,7 +20,14 @@ from mpq.data import Normalization
 from mpq.errors import CheckpointError, MpqError
 from mpq.policy import ModelInfo
 from mpq.saved import Kind
-from mpq.train.evaluate import Images, Labels, normalize_unit, predict_units, top1
+from mpq.train.evaluate import (
+    Images,
+    Labels,
+    class_logits,
+    normalize_unit,
+    predict_units,
+    top1,
+)
 from mpq.zoo import build
 
 KIND = Kind("mpq/ensemble", 1, "be an ensemble that mpq wrote.")
@@ -96,8 +103,7 @@ class Ensemble(nn.Module):
         if member.input and images.shape[2:] != member.input[1:]:
             size = list(member.input[1:])
             images = F.interpolate(images, size, mode="bilinear", antialias=True)
-        logits: Tensor = member.module(normalize_unit(images, member.normalize))
-        return logits
+        return class_logits(member.module(normalize_unit(images, member.normalize)))
 
 
 def measure(ensemble: Ensemble, images: Images, labels: Labels, *, batch: int = 250) -> Ensemble:

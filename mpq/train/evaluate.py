@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -12,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from mpq.calls import leaves
 from mpq.data import Normalization
 from mpq.data.normalize import NAMED
 from mpq.errors import DataError
@@ -76,9 +78,32 @@ def predict(
     """Logits `[n, C]`, float32 on the CPU, of images `[n, H, W, 3]`, on the model's device.
 
     Raises:
-        DataError: images of another shape or type.
+        DataError: images of another shape or type, or a network that is no classifier.
     """
-    return predict_units(model, lambda x: model(normalize_unit(x, normalize)), images, batch)
+
+    def forward(units: Tensor) -> Tensor:
+        return class_logits(model(normalize_unit(units, normalize)))
+
+    return predict_units(model, forward, images, batch)
+
+
+def class_logits(answer: Any) -> Tensor:
+    """The logits `[B, C]` of a classifier that answers with them, or with `[B, C, 1, 1]`.
+
+    Raises:
+        DataError: it answers with something else, of which there is no top-1.
+    """
+    found = leaves(answer)
+    shapes = {name: list(t.shape) for name, t in found.items()}
+    logits = next(iter(found.values())) if len(found) == 1 else None
+    if logits is None or logits.ndim < 2 or math.prod(logits.shape[2:]) != 1:
+        raise DataError(
+            "top-1 needs a network that answers each image with one class: logits [N, classes] or "
+            f"[N, classes, 1, 1], and nothing else. Got {shapes}. Agreement and decibels judge "
+            "other answers: mpq verify has them."
+        )
+    flat: Tensor = logits.flatten(1)
+    return flat
 
 
 def predict_units(
@@ -107,7 +132,8 @@ def accuracy(
     """Top-1 accuracy in percent.
 
     Raises:
-        DataError: images of another shape or type, or not one label for each.
+        DataError: images of another shape or type, or not one label for each; a network that is no
+            classifier.
     """
     check_images(images, labels)
     return top1(predict(model, images, normalize, batch=batch), labels)
