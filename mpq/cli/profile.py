@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -13,7 +15,7 @@ from mpq.checkpoint import Reading, open_model
 from mpq.cli import options, terminal
 from mpq.pipeline.profiling import check as hold
 from mpq.pipeline.profiling import profile_module
-from mpq.report.tables import profile_table
+from mpq.report.grid import Grid, columns
 
 
 @click.command()
@@ -75,7 +77,35 @@ def profile(
             f"{checked.file}: predicted {checked.predicted_ms:.3f} ms, measured "
             f"{checked.measured_ms:.3f} ms, {checked.error:+.1f} %"
         )
-    terminal.result(as_json, content, profile_table(content), *notes)
+    terminal.result(as_json, content, _table(content), *notes)
     rundir.touch_run(folder)
     found.save(kept)
     terminal.say(f"wrote {kept}; next: mpq analyze --max-latency-ms")
+
+
+def _table(profile: Mapping[str, Any]) -> Grid:
+    """What each layer costs as integers and in float: `profile` is `profile.json`."""
+    heads = columns("layer", "#integer ms", "#float ms", "#speed", "#conversion ms")
+    before: dict[str, float] = {}
+    for _, layer, ms in profile["boundary_ms"]:
+        before[layer] = before.get(layer, 0.0) + ms
+    body = [
+        (
+            name,
+            f"{cost['integer_ms']:.4f}",
+            f"{cost['float_ms']:.4f}",
+            f"{cost['float_ms'] / cost['integer_ms']:.2f}x" if cost["integer_ms"] else "-",
+            f"{before[name]:.4f}" if name in before else "-",
+        )
+        for name, cost in profile["layers"].items()
+    ]
+    integer, plain = (
+        profile["base_ms"] + sum(cost[key] for cost in profile["layers"].values())
+        for key in ("integer_ms", "float_ms")
+    )
+    note = (
+        f"all integer {integer:.3f} ms, all float {plain:.3f} ms; conversion: paid where the layer "
+        f"and the one before it are not both integer or both float; {profile['cpu']}, "
+        f"{profile['runtime']}, threads: {profile['threads']}, batch: {profile['batch']}"
+    )
+    return Grid("What each layer costs", heads, tuple(body), note)

@@ -329,31 +329,3 @@ def exact_table(exact: Json) -> Grid:
         f"{exact['runtime']}'s in every bit, on {exact['n']} images"
     )
     return Grid("Integer reference", heads, tuple(body), note)
-
-
-def profile_table(profile: Json) -> Grid:
-    """What each layer costs as integers and in float: `profile` is `profile.json`."""
-    heads = columns("layer", "#integer ms", "#float ms", "#speed", "#conversion ms")
-    before: dict[str, float] = {}
-    for _, layer, ms in profile["boundary_ms"]:
-        before[layer] = before.get(layer, 0.0) + ms
-    body = [
-        (
-            name,
-            f"{cost['integer_ms']:.4f}",
-            f"{cost['float_ms']:.4f}",
-            f"{cost['float_ms'] / cost['integer_ms']:.2f}x" if cost["integer_ms"] else "-",
-            f"{before[name]:.4f}" if name in before else "-",
-        )
-        for name, cost in profile["layers"].items()
-    ]
-    integer, plain = (
-        profile["base_ms"] + sum(cost[key] for cost in profile["layers"].values())
-        for key in ("integer_ms", "float_ms")
-    )
-    note = (
-        f"all integer {integer:.3f} ms, all float {plain:.3f} ms; conversion: paid where the layer "
-        f"and the one before it are not both integer or both float; {profile['cpu']}, "
-        f"{profile['runtime']}, threads: {profile['threads']}, batch: {profile['batch']}"
-    )
-    return Grid("What each layer costs", heads, tuple(body), note)
