@@ -256,6 +256,7 @@ def mine(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     Path("mine.py").write_text(MINE)
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "mine", raising=False)  # of tests/faults; put back afterwards
     yield importlib.import_module("mine")
     sys.modules.pop("mine", None)
 
