@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,8 +14,14 @@ from mpq import Policy, prepare
 from mpq.analyze import Scoring, score_layers
 from mpq.analyze.perturb import perturb
 from mpq.analyze.validate import Simulator
+from mpq.data import Normalization
+from mpq.data.dataset import ArraySplit, DataSet
 from mpq.errors import GraphError, PolicyError, UsageError
 from mpq.graph.passes import to_float
+from mpq.pipeline.analyzing import Analyzing, find_policy
+from mpq.pipeline.quantizing import run_ptq
+from mpq.pipeline.subject import Subject
+from mpq.policy import Constraints, ModelInfo
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
@@ -227,3 +234,20 @@ def test_a_policy_with_an_unknown_kind_is_refused() -> None:
     text = "version: 1\noutputs: {boxes: regresion}\n"
     with pytest.raises(PolicyError, match=r"outputs\.boxes.* must be one of .*did you mean regr"):
         Policy.from_yaml(text)
+
+
+def test_a_segmenter_is_analyzed_and_quantized_from_pictures_without_labels() -> None:
+    pictures = np.random.default_rng(0).integers(0, 255, (48, 8, 8, 3), np.uint8)
+    split = ArraySplit(pictures, np.zeros(48, np.int64), (8, 8))
+    data = DataSet("pictures", (), split, split, split, (8, 8))
+    info, how = ModelInfo(arch="seg", classes=4, input=(3, 8, 8)), Normalization.parse("none")
+    subject = Subject(Segmenter().eval(), info, data, "pictures", how)
+    analyzing = Analyzing(samples=32, validate=3, rescore=True)
+    found = find_policy(subject, Constraints(effective_bits=6.0), analyzing)
+    assert found.validation is not None
+    assert all(t.kl > 0 and t.top1 is None for t in found.validation.truths)
+    policy = found.choices[0].policy
+    assert policy.outputs == {"output": "places"}
+    made = run_ptq(policy, subject)
+    assert made.policy.outputs == policy.outputs
+    assert made.metrics["validation_top1"] is None

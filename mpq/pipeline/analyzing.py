@@ -17,8 +17,10 @@ from mpq.analyze.score import LABELLED, Scoring
 from mpq.analyze.search import Search, candidates
 from mpq.analyze.validate import Simulator, Validation
 from mpq.analyze.validate import validate as measure_scores
+from mpq.data import sample_indices
 from mpq.errors import PolicyError, UsageError
 from mpq.graph.ir import QuantGraph
+from mpq.graph.outputs import classifier, stated
 from mpq.latency import LatencyProfile
 from mpq.layers import LayerChoice, Widths
 from mpq.pipeline.analysis import Analysis, Choice
@@ -112,10 +114,14 @@ class _Work:
         search = Search(scores, target, widths, locked, how.profile)
         measured: list[Measured] = []
         found = [self._solve(search, budget, graph, measured) for budget in budgets]
-        drops = {id(m.allocation): m.drop for m in measured}
+        drops, kinds = {id(m.allocation): m.drop for m in measured}, stated(graph.outputs)
+        policies = [
+            self._policy(search, budget, one, drops.get(id(one)))
+            for budget, one in zip(budgets, found, strict=True)
+        ]
         choices = [
-            Choice(name, self._policy(search, budget, one, drops.get(id(one))), one)
-            for name, budget, one in zip(names, budgets, found, strict=True)
+            Choice(name, policy.replace(outputs=kinds) if kinds else policy, one)
+            for name, policy, one in zip(names, policies, found, strict=True)
         ]
         return Analysis(
             choices=tuple(choices),
@@ -172,7 +178,12 @@ class _Work:
         data, how, run = self.subject.require_data("--validate"), self.how.scoring, self.run
         assert search.widths is not None
         split = data.validation if len(data.validation) else data.compared
-        images, labels = self.subject.labelled(split, VALIDATION_IMAGES, run.seed)
+        if classifier(graph.outputs):
+            images, truth = self.subject.labelled(split, VALIDATION_IMAGES, run.seed)
+            labels: Tensor | None = truth.to(run.device)
+        else:
+            picked = sample_indices(split, VALIDATION_IMAGES, run.seed)
+            images, labels = self.subject.tensor(split.read(picked)), None
         noise = perturb(
             graph,
             scored,
@@ -181,7 +192,7 @@ class _Work:
             rounding=how.rounding,
         )
         return measure_scores(
-            Simulator(noise, images.to(run.device), labels.to(run.device)),
+            Simulator(noise, images.to(run.device), labels),
             search.scores,
             search.widths,
             count=self.how.validate,

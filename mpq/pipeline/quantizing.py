@@ -17,6 +17,7 @@ from mpq.errors import CheckpointError, UsageError
 from mpq.graph.annotate import make_dynamic
 from mpq.graph.ir import QuantGraph
 from mpq.graph.norms import absorb_norms, attach_norms
+from mpq.graph.outputs import classifier
 from mpq.graph.passes import prepare
 from mpq.pipeline.guard import check_teacher
 from mpq.pipeline.subject import Subject, policy_subject, settle
@@ -203,9 +204,9 @@ def run_qat(
 
 
 def validate(graph: QuantGraph, subject: Subject) -> dict[str, float | None]:
-    """Top-1 in percent of the simulation on validation images; None where there are none."""
+    """Top-1 in percent of the simulation on validation images; None where there is none."""
     validation = subject.require_data("validation").validation
-    if not len(validation):
+    if not len(validation) or not classifier(graph.outputs):
         return {"validation_top1": None}
     picked = sample_indices(validation, VALIDATION_IMAGES, 0)
     images, labels = subject.read(validation, picked)
