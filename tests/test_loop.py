@@ -472,6 +472,19 @@ def test_ema_averages_weights_and_statistics_and_copies_the_rest():
     assert slow.module[1].num_batches_tracked == 3
 
 
+def test_large_images_are_predicted_in_batches_that_fit_the_cache():
+    sizes = []
+
+    class Counting(nn.Module):
+        def forward(self, x):
+            sizes.append(len(x))
+            return x.mean((2, 3))
+
+    for side in (32, 256, 1024):
+        predict(Counting(), np.zeros((9, side, side, 3), np.uint8), NORMALIZE)
+    assert sizes == [9, 4, 4, 1, *[1] * 9]
+
+
 def test_predict_restores_modes_and_does_not_depend_on_the_batch():
     model = network().train()
     model[1].eval()

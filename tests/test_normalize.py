@@ -73,8 +73,13 @@ def test_apply_to_nothing():
 
 
 @pytest.mark.parametrize(
-    ("shape", "dtype"), [((2, 3, 4, 4), "uint8"), ((4, 4, 3), "uint8"), ((1, 4, 4, 3), "float32")]
+    ("shape", "dtype"), [((2, 3, 4, 4), "uint8"), ((4, 4, 3), "uint8"), ((1, 4, 4, 3), "float64")]
 )
 def test_apply_refuses_other_arrays(shape, dtype):
     with pytest.raises(DataError, match=rf"must be uint8 \[n, H, W, 3\]. Got {dtype}"):
         NAMED["none"].apply(np.zeros(shape, dtype))
+
+
+def test_floats_are_what_the_network_takes_and_only_turned():
+    images = np.random.default_rng(0).normal(size=(2, 4, 5, 1)).astype(np.float32)
+    assert np.array_equal(NAMED["imagenet"].apply(images), images.transpose(0, 3, 1, 2))

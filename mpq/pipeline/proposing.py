@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,8 @@ from mpq.policy import ModelInfo
 from mpq.train.evaluate import predict, top1
 
 logger = logging.getLogger(__name__)
-PROPOSAL_IMAGES = 256
+PROPOSAL_IMAGES, PROPOSAL_PIXELS = 256, 2**22
+"""Images that each normalization is tried on, and their pixels, at most."""
 MIN_PROPOSAL = 2.0
 """A proposed normalization must classify at least this many times better than chance."""
 
@@ -32,7 +34,8 @@ def propose_normalization(module: nn.Module, info: ModelInfo, data: DataSet) -> 
             f"can be proposed. Give --normalize {', '.join(NAMED)} or m,m,m/s,s,s."
         )
     train = data.train
-    picked = sample_indices(train, PROPOSAL_IMAGES, 0)
+    size = math.prod(data.size)
+    picked = sample_indices(train, max(1, min(PROPOSAL_IMAGES, PROPOSAL_PIXELS // size)), 0)
     images, labels = train.read(picked), train.labels[picked]
     logits = {name: predict(module, images, how) for name, how in NAMED.items()}
     found = {name: top1(z, labels) for name, z in logits.items()}
