@@ -464,7 +464,6 @@ def test_budgets_out_of_reach_are_answered_with_the_range(fails):
         ("ptq --calibration entropy", ["--calibration", "percentile"]),
         ("ptq --num-calib 0", ["--num-calib"]),
         ("qat --device tpu", ["--device", "cpu"]),
-        ("export", ["--onnx"]),
         ("ptq --epochs 3", ["--epochs"]),
         ("quantize model.pth", ["no command 'quantize'"]),
     ],

@@ -14,7 +14,7 @@ import onnx
 import pytest
 import torch
 
-from mpq.errors import ExportError, UsageError
+from mpq.errors import UsageError
 from mpq.export import runtime, to_onnx
 from mpq.export.certify import certify
 from mpq.export.form import INT2_CAST, NEEDS, OLDEST, Form, choose_form
@@ -144,17 +144,3 @@ def test_the_form_dq_is_certified_for_what_it_is(tmp_path: Path):
     assert {row.stored for row in rows} == {"INT4"}
     assert not any(row.integer or row.broken for row in rows)
     assert all("for other runtimes, as --int4-format dq asks" in row.reason for row in rows)
-
-
-def test_an_operator_that_an_old_opset_lacks_is_refused(tmp_path: Path):
-    class Tanh(torch.nn.Module):
-        def forward(self, x):
-            return torch.nn.functional.gelu(x, approximate="tanh")
-
-    net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), Tanh(), torch.nn.Conv2d(4, 5, 3)).eval()
-    policy = Policy.uniform(8, 8)
-    prepared = prepare(net, policy, nets.images())
-    calibrate(prepared, nets.images(), method="minmax")
-    with pytest.raises(ExportError, match="opset 18 has no Gelu with approximate=tanh"):
-        to_onnx(prepared, tmp_path / "m.onnx", min_runtime="1.18")
-    assert not list(tmp_path.iterdir())

@@ -51,11 +51,15 @@ def shown(capsys: pytest.CaptureFixture[str]) -> str:
     return Path("r/report.html").read_text()
 
 
+NOT_MADE = {"validation.json", "metrics.jsonl", "exact.json", "portability.json"}
+"""Files that the commands of the run here do not write."""
+
+
 @pytest.mark.usefixtures("here")
 def test_every_file_says_what_it_was_made_from() -> None:
     known, model = origins.origins(Path("r")), Policy.load("r/policy.yaml").model
     assert model is not None
-    for name in origins.AGAIN.keys() - {"validation.json", "metrics.jsonl", "exact.json"}:
+    for name in origins.AGAIN.keys() - NOT_MADE:
         assert known[name].sha256 == origins.identity(Path("r", name))
         assert known[name].made_from["weights"] == model.sha256
         assert origins.doubt(Path("r", name)) is None
