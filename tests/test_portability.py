@@ -24,6 +24,7 @@ from mpq.export.foreign import Foreign, Job
 from mpq.export.portability import portability
 from mpq.policy import LayerPolicy, Policy
 from mpq.ptq import calibrate
+from mpq.report.tables import portability_table
 from mpq.spec import weight_spec
 from mpq.targets import get_target
 
@@ -78,7 +79,10 @@ def test_what_is_missing_crashes_or_refuses_is_named_and_the_others_run(file: Pa
     crash = program(tmp_path / "a", "import os; os.abort()")
     refusal = program(tmp_path / "b", "import sys; sys.exit('no such operator\\nINT2 is unknown')")
     there = [missing, crash, refusal, HERE]
-    rows = portability(file, nets.images(4).numpy(), runtimes=there, runs=0).rows
+    report = portability(file, nets.images(4).numpy(), runtimes=there, runs=0)
+    rows, table = report.rows, portability_table(json.loads(report.to_json()))
+    assert [row[-1] for row in table.rows][::3] == ["not installed", ""]
+    assert table.note.endswith("; to install: mpq portability --install web")
     assert rows[0].problem == "not installed: mpq portability --install web"
     assert "odd crashed" in rows[1].problem
     assert "odd refuses it: INT2 is unknown" in rows[2].problem
