@@ -39,6 +39,7 @@ class Row:
         runtime: name.
         version: of it; empty where it is not installed or did not answer.
         problem: why there is no answer: not installed (and how to), refused, crashed.
+        install: the command that installs it, where it is missing.
         integer: layers that run as integers; None where the runtime does not tell.
         layers: of all.
         n: images.
@@ -52,6 +53,7 @@ class Row:
     runtime: str
     version: str = ""
     problem: str = ""
+    install: str = ""
     integer: int | None = None
     layers: int | None = None
     n: int = 0
@@ -116,7 +118,7 @@ def portability(
     for there in foreign.runtimes() if runtimes is None else runtimes:
         if not there.there:
             command = f"mpq portability --install {there.install}"
-            rows.append(Row(there.name, problem=f"not installed: {command}"))
+            rows.append(Row(there.name, problem=f"not installed: {command}", install=command))
             continue
         progress(there.name)
         try:

@@ -275,9 +275,6 @@ def verify_table(verify: Json) -> Grid:
     return Grid("Runtime against simulation", heads, tuple(body), note)
 
 
-ABSENT = "not installed"
-
-
 def portability_table(found: Json) -> Grid:
     """A file in every runtime: `found` is `portability.json`."""
     heads = columns(
@@ -297,12 +294,11 @@ def portability_table(found: Json) -> Grid:
             fixed(row["ms"], 3),
             "-" if row["ratio"] is None else f"{row['ratio']:.2f}x",
             # The command that installs it is long and stands below.
-            ABSENT if row["problem"].startswith(ABSENT) else row["problem"],
+            "not installed" if row["install"] else row["problem"],
         )
         for row in found["rows"]
     ]
-    problems = (row["problem"].partition(f"{ABSENT}: ") for row in found["rows"])
-    installs = dict.fromkeys(command for _, absent, command in problems if absent)
+    installs = dict.fromkeys(row["install"] for row in found["rows"] if row["install"])
     note = (
         "predicted: images whose logits equal the integer reference of that CPU in every bit; same "
         "class: as the reference of x86; speed: float/this in the same runtime, of one image on "
