@@ -108,15 +108,19 @@ class FileInfo:
     data: str | None = None
 
 
-def file_info(path: Path) -> FileInfo:
+def file_info(path: Path, loaded: runtime.Session | None = None) -> FileInfo:
     """Read the policy that travels in a model file; a foreign file only tells its input size.
+
+    Args:
+        path: the file.
+        loaded: its session, where there is one already.
 
     Raises:
         UsageError: there is no such file.
         ExportError: the runtime cannot load it.
         DataError: it does not take images.
     """
-    loaded = runtime.session(path)
+    loaded = loaded or runtime.session(path)
     takes = runtime.model_input(loaded)
     size = (takes.channels, takes.height, takes.width) if takes.height and takes.width else None
     try:

@@ -87,9 +87,9 @@ class Ends:
         *,
         input_names: Sequence[str] = (),
         output_names: Sequence[str] = (),
-        dynamic: Sequence[str] = ("batch",),
+        dynamic: Sequence[str] = (),
     ) -> Ends:
-        """Ends as they are asked for."""
+        """Ends as they are asked for; the batch is free without being asked."""
         return cls(
             tuple(input_names), tuple(output_names), tuple(dict.fromkeys(("batch", *dynamic)))
         )

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import onnxruntime as ort
@@ -38,6 +38,7 @@ from mpq.files import scratch
 
 __all__ = [
     "ModelInput",
+    "Session",
     "answers",
     "arrange",
     "fixed_batch",
@@ -54,6 +55,7 @@ __all__ = [
     "values",
     "version",
 ]
+Session: TypeAlias = ort.InferenceSession
 _QUIET = 3  # errors only: the runtime warns about every hardware specific optimization
 
 
@@ -69,7 +71,7 @@ def session(
     optimize: bool = True,
     dump_to: Path | None = None,
     profile_to: Path | None = None,
-) -> ort.InferenceSession:
+) -> Session:
     """Load a model on the CPU.
 
     Args:
@@ -108,12 +110,12 @@ def session(
         ) from None
 
 
-def metadata(loaded: ort.InferenceSession) -> dict[str, str]:
+def metadata(loaded: Session) -> dict[str, str]:
     """The `metadata_props` of the model file."""
     return dict(loaded.get_modelmeta().custom_metadata_map)
 
 
-def run(loaded: ort.InferenceSession, images: Array, *, batch: int = 250) -> NDArray[np.float32]:
+def run(loaded: Session, images: Array, *, batch: int = 250) -> NDArray[np.float32]:
     """Logits of many images, `[n, classes]`: the first output of `answers`, flat.
 
     Raises:
@@ -123,7 +125,7 @@ def run(loaded: ort.InferenceSession, images: Array, *, batch: int = 250) -> NDA
     return first.reshape(len(images), -1)
 
 
-def answers(loaded: ort.InferenceSession, inputs: Feed, *, batch: int = 250) -> dict[str, Array]:
+def answers(loaded: Session, inputs: Feed, *, batch: int = 250) -> dict[str, Array]:
     """Every output by name for many samples, its batches joined along the first dimension.
 
     Args:

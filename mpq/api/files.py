@@ -73,7 +73,7 @@ def export(
     ends = Asked(
         input_names=tuple(input_names),
         output_names=tuple(output_names),
-        dynamic=tuple(dynamic) or ("batch",),
+        dynamic=tuple(dynamic),
     )
     form = Exporting(
         int4_format=int4_format,

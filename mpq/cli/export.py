@@ -88,9 +88,7 @@ def export(
         pixels=layout if kind == "uint8" else None,
         target=target,
         allow_float_fallback=allow_float_fallback,
-        ends=Asked(
-            input_names=input_names, output_names=output_names, dynamic=dynamic or ("batch",)
-        ),
+        ends=Asked(input_names=input_names, output_names=output_names, dynamic=dynamic),
     )
     with terminal.status() as tell:
         tell("loading")

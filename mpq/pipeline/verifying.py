@@ -119,7 +119,7 @@ def exact_run(
     loaded = runtime.session(path)
     if not takes_images(loaded):
         return verify_exact(path, runtime.noise(loaded, images), there)
-    return verify_exact(path, _batch(path, source, images, seed)[0], there)
+    return verify_exact(path, _batch(path, loaded, source, images, seed)[0], there)
 
 
 def portability_run(
@@ -148,7 +148,7 @@ def portability_run(
         DataError: data that are named here cannot be read, or do not fit the file.
         ExportError: the runtime of this Python cannot load the file.
     """
-    batch, labels = _batch(path, source, images, seed)
+    batch, labels = _batch(path, runtime.session(path), source, images, seed)
     return portability(
         path,
         batch,
@@ -160,10 +160,10 @@ def portability_run(
 
 
 def _batch(
-    path: Path, source: DataSource, count: int, seed: int
+    path: Path, loaded: runtime.Session, source: DataSource, count: int, seed: int
 ) -> tuple[NDArray[Any], NDArray[Any] | None]:
     """Test images as the file takes them, and labels; noise and none where nothing is known."""
-    info, takes = bench.file_info(path), runtime.model_input(runtime.session(path))
+    info, takes = bench.file_info(path, loaded), runtime.model_input(loaded)
     count = takes.batch or count
     name = source.data or info.data or "none"
     if name != "none":
