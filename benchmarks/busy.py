@@ -69,7 +69,7 @@ def main() -> None:
         "busy, spinning": {"busy": True, "cpus": None, "env": SPINNING},
     }
     for name in options.only:
-        command = [str(_found(data, w)) if w.endswith(".pth") else w for w in COMMANDS[name]]
+        command = [str(next(data.rglob(w))) if w.endswith(".pth") else w for w in COMMANDS[name]]
         found: dict[str, list[float]] = {way: [] for way in ways}
         for _ in range(options.rounds):
             for way, how in ways.items():
@@ -79,10 +79,6 @@ def main() -> None:
             middle = statistics.median(values)
             told = f"{middle:6.1f} s ({min(values):.1f} to {max(values):.1f})"
             print(f"{name:8} {way:15} {told}  {middle / idle:.2f} of idle", flush=True)
-
-
-def _found(data: Path, name: str) -> Path:
-    return next(iter(sorted(data.rglob(name))))
 
 
 if __name__ == "__main__":

@@ -34,8 +34,9 @@ def settle() -> None:
     process wants it. What the user has set in the environment stays.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    if allowed() < (os.cpu_count() or 1):
-        os.environ.setdefault("OMP_NUM_THREADS", str(allowed()))
+    threads = allowed()
+    if threads < (os.cpu_count() or 1):
+        os.environ.setdefault("OMP_NUM_THREADS", str(threads))
 
 
 def use(threads: int) -> None:
