@@ -1,6 +1,6 @@
 """The ResNet-20 table: CIFAR-10 checkpoint in, measured mixed-precision file out.
 
-Runs the command line as a user would (`analyze`, `ptq`, `export --onnx`, `bench --peers`), with the
+Runs the command line as a user would (`analyze`, `ptq`, `export`, `bench --peers`), with the
 CPU time of each command; then compares simulation and runtime on all 10,000 test images and repeats
 the quantization with other calibration seeds.
 
@@ -89,7 +89,7 @@ def main() -> None:
         folder = out if seed == 0 else out / f"seed-{seed}"
         told = ("--seed", str(seed), "--force", "-o", str(folder))
         ptq = run("ptq", "--policy", policy, "--effort", options.effort, *told)
-        export = run("export", "--onnx", str(folder / "quantized.pth"), "--force")
+        export = run("export", str(folder / "quantized.pth"), "--force")
         if seed == 0:
             costs |= {"ptq": ptq, "export": export}
         results.append({"seed": seed, **compare(folder)})
@@ -99,7 +99,7 @@ def main() -> None:
         folder = out / name
         uniform(out / "policy.yaml", name, folder)
         run("ptq", "--policy", str(folder / "policy.yaml"), "--force")
-        run("export", "--onnx", str(folder / "quantized.pth"), "--force")
+        run("export", str(folder / "quantized.pth"), "--force")
         results.append({"policy": name, **compare(folder)})
         found.append(str(folder / "model.onnx"))
     told = ("--float", str(out / "float.onnx"), "--peers", "-o", str(out))

@@ -1,6 +1,6 @@
 """Classify raw images with an exported file: numpy and onnxruntime, nothing of mpq.
 
-    mpq export --onnx --input uint8          writes runs/NAME/model.onnx
+    mpq export --input uint8                 writes runs/NAME/model.onnx
     python docs/deploy.py model.onnx images.npy [--threads 2]
 
 `images.npy` holds uint8 RGB images `[n, H, W, 3]` of the size that the model was made for.

@@ -88,7 +88,7 @@ def session(
     name = "the model" if isinstance(model, bytes) else str(model)
     if not isinstance(model, bytes):
         if not Path(model).exists() or Path(model).is_dir():
-            raise UsageError(f"model file {name} does not exist; `mpq export --onnx` writes one.")
+            raise UsageError(f"model file {name} does not exist; `mpq export` writes one.")
         trial.hold(Path(model))
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads

@@ -255,7 +255,7 @@ def test_the_command_and_the_function_give_the_same(here: Path) -> None:
     state = quantized.module.state_dict()
     assert all(torch.equal(value, state[key]) for key, value in kept["state"].items())
     assert kept["metrics"] == quantized.metrics
-    assert main(["export", "--onnx", "r/quantized.pth"]) == 0
+    assert main(["export", "--onnx", "r/quantized.pth"]) == 0  # `--onnx` says nothing, and is taken
     mpq.export("r/quantized.pth", "same.onnx")
     assert Path("same.onnx").read_bytes() == Path("r/model.onnx").read_bytes()
     assert mpq.report("r").name == "report.html"

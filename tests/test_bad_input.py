@@ -121,7 +121,7 @@ def spoil(path: Path, how: str) -> None:
 
 COMMANDS = {
     "model.pth": "analyze model.pth -o a",
-    "runs/model/quantized.pth": "export --onnx runs/model/quantized.pth",
+    "runs/model/quantized.pth": "export runs/model/quantized.pth",
     "ens-model.pth": "qat --teacher ens-model.pth -o a",
     "m.onnx": "bench m.onnx --data none",
     "runs/model/policy.yaml": "ptq --policy runs/model/policy.yaml -o a",
@@ -146,12 +146,12 @@ def test_spoiled_files(here, fails, file, how):
     [
         ("analyze ens-model.pth", "mpq/ensemble"),
         ("analyze runs/model/quantized.pth", "mpq/quantized"),
-        ("export --onnx model.pth", "model.pth must be a quantized network"),
+        ("export model.pth", "model.pth must be a quantized network"),
         ("qat --teacher runs/model/quantized.pth -o a", "runs/model/quantized.pth"),
         ("ensemble runs/model/quantized.pth -o e.pth", "mpq/quantized"),
         ("ptq --policy model.pth -o a", "model.pth"),
         ("analyze runs", "must hold config.json"),
-        ("export --onnx runs", "runs/quantized.pth"),
+        ("export runs", "runs/quantized.pth"),
     ],
 )
 def test_files_of_another_kind(fails, command, told):
@@ -171,7 +171,7 @@ def test_files_of_another_kind(fails, command, told):
 def test_quantized_files_with_wrong_content(here, fails, change, told):
     path = Path("runs/model/quantized.pth")
     torch.save({**torch.load(path), **change}, path)
-    fails("export --onnx", "runs/model/quantized.pth", told)
+    fails("export", "runs/model/quantized.pth", told)
 
 
 # -- policies --------------------------------------------------------------------------------------
@@ -393,7 +393,7 @@ def test_outputs_that_exist(fails):
         "analyze model.pth -o {}",
         "ptq -o {}",
         "qat -o {}",
-        "export --onnx -o {}",
+        "export -o {}",
         "train resnet8 --data digits -o {}/m.pth",
         "ensemble model.pth -o {}/e.pth",
     ],
@@ -402,7 +402,7 @@ def test_places_that_cannot_be_written(fails, command, place):
     fails(command.format(place), place, "cannot be written", "-o")
 
 
-@pytest.mark.parametrize("command", ["analyze model.pth", "ptq", "qat", "export --onnx", "bench"])
+@pytest.mark.parametrize("command", ["analyze model.pth", "ptq", "qat", "export", "bench"])
 def test_out_is_a_run_and_not_a_file(fails, command):
     fails(f"{command} -o model.pth", "-o must name a run folder", "model.pth is a file")
     fails(f"{command} -o m.onnx", "-o must name a run folder", "Try -o m.")
@@ -415,7 +415,7 @@ def test_out_is_a_run_and_not_a_file(fails, command):
         "ptq --effort fast --num-calib 16 -o a",
         "qat --epochs 1 -o a",
         "ensemble model.pth -o e.pth",
-        "export --onnx --verify 0",
+        "export --verify 0",
     ],
 )
 def test_a_full_disk(here, capsys, monkeypatch, command):

@@ -93,7 +93,7 @@ def test_version(capsys):
         (["bench", "--batch", "0"], "--batch"),
         (["bench", "--normalize", "imagnet", "x.onnx"], "did you mean imagenet"),
         (["bench", "absent.onnx"], "error: model file absent.onnx does not exist"),
-        (["bench"], "no run under runs/ holds a model.onnx. Run `mpq export --onnx` first"),
+        (["bench"], "no run under runs/ holds a model.onnx. Run `mpq export` first"),
         (["report"], "Run `mpq analyze MODEL.pth` first"),
         (["report", "absent"], "error: run folder absent does not exist"),
     ],

@@ -150,7 +150,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tell = ["--model", "tiny_digits:tiny", "--data", "digits", "--normalize", "none"]
         assert main(["analyze", "tiny.pth", *tell, "--num-score", "32"]) == 0
         assert main(["ptq", "--num-calib", "32", "--effort", "fast"]) == 0
-        assert main(["export", "--onnx", "--num-verify", "20"]) == 0
+        assert main(["export", "--num-verify", "20"]) == 0
     finally:
         os.chdir(before)
     return folder

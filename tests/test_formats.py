@@ -281,7 +281,7 @@ def quantized(argv: str, capsys: pytest.CaptureFixture[str], *more: str) -> Poli
 
 def exported(*more: str) -> int:
     """The exit code of an export that verifies its file."""
-    return main(["export", "--onnx", "r", "--num-verify", "8", *more])
+    return main(["export", "r", "--num-verify", "8", *more])
 
 
 DATA = "--data digits --normalize none"

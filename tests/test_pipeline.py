@@ -153,7 +153,7 @@ def test_so_few_images_that_splits_are_empty_will_do(here, capsys, caplog, count
         Image.fromarray(image).save(f"few/{number}.png")
     assert main(["analyze", "model.pth", "-o", "u", "--data", "few", "--effective-bits", "6"]) == 0
     assert "no images were held out" in say(capsys, "ptq", "--policy", "u")[0]
-    assert "of 1 image, at most" in say(capsys, "export", "--onnx", "u/quantized.pth")[0]
+    assert "of 1 image, at most" in say(capsys, "export", "u/quantized.pth")[0]
     assert "on 1 images" in say(capsys, "verify", "u/model.onnx", "--exact")[0]
     assert "accuracy is not measured" in say(capsys, "bench", "u/model.onnx", "--runs", "2")[1]
 
@@ -169,7 +169,7 @@ def test_images_without_labels_will_do(here, capsys, caplog):
     assert as_json(capsys, "ptq", "--policy", "u/policy.yaml")["validation_top1"] > 80
     found = as_json(capsys, "qat", "--policy", "u/policy.yaml", "-o", "v", *FAST)
     assert found["validation_top1"] > 80  # agreement with the network as it was
-    told = as_json(capsys, "export", "--onnx", "v/quantized.pth")
+    told = as_json(capsys, "export", "v/quantized.pth")
     assert told["top1_agreement"] > 0.9
     assert "accuracy is not measured" in say(capsys, "bench", "v/model.onnx", "--runs", "2")[1]
     for command in (["train", "resnet8", "-o", "f.pth"], ["ensemble", "model.pth", "-o", "e.pth"]):
@@ -260,7 +260,7 @@ def test_the_whole_way_in_the_exact_forms(here, capsys, monkeypatch):
     assert names == {"policy.yaml", "quantized.pth", "metrics.jsonl", "origins.json"}
     assert load_safe(Path("runs/p/quantized.pth"))["metrics"]["teachers"] == ["model", "small"]
 
-    out, err = say(capsys, "export", "--onnx")
+    out, err = say(capsys, "export")
     assert "no file named: using runs/p/quantized.pth" in err
     assert "100.0% of the MACs run as integers" in out
     certificate = json.loads(Path("runs/p/certificate.json").read_text())
@@ -283,7 +283,7 @@ def test_json_output_is_json_and_nothing_else(here, capsys):
         "a/policy.yaml"
     )
     assert as_json(capsys, "ptq", "--effort", "fast")["stage"] == "ptq"
-    assert as_json(capsys, "export", "--onnx", "--num-verify", "50")["integer_macs_fraction"] == 1.0
+    assert as_json(capsys, "export", "--num-verify", "50")["integer_macs_fraction"] == 1.0
     told = as_json(capsys, "ensemble", "model.pth", "model.pth", "-o", "e.pth")
     assert [m["arch"] for m in told["members"]] == ["resnet8", "resnet8"]
     told = as_json(capsys, "train", "resnet8_conv", "--data", "digits", *FAST, "-o", "s.pth")
@@ -367,14 +367,14 @@ def test_without_data_the_weights_alone_are_scored_and_data_may_come_later(here,
     assert policy.data.samples == 0
     say(capsys, "ptq", "--data", "digits", "--effort", "fast")
     assert "taking normalization none, under which 256 training images" in caplog.text
-    told = as_json(capsys, "export", "--onnx", "--num-verify", "50")
+    told = as_json(capsys, "export", "--num-verify", "50")
     assert told["top1_agreement"] is not None  # the data went into quantized.pth
 
 
 def test_export_needs_the_checkpoint_for_the_comparison_only(here, capsys, caplog):
     say(capsys, "ptq", "--effort", "fast")
     Path("model.pth").unlink()
-    out, _ = say(capsys, "export", "--onnx", "--data", "none")
+    out, _ = say(capsys, "export", "--data", "none")
     assert "no float.onnx to compare with: the checkpoint model.pth" in caplog.text
     assert "not verified: there are no images" in out
     assert not Path("runs/model/verify.json").exists()
@@ -456,7 +456,7 @@ def test_real_network(mpq_data, tmp_path, monkeypatch, capsys):
     argv = ["--data", "cifar10", "--data-root", str(mpq_data)]
     say(capsys, "analyze", str(checkpoint), *argv, "--num-score", "64", "-o", "r")
     say(capsys, "ptq", "--num-calib", "256", *argv[2:])
-    say(capsys, "export", "--onnx", "--num-verify", "200", *argv[2:])
+    say(capsys, "export", "--num-verify", "200", *argv[2:])
     certificate = json.loads(Path("r/certificate.json").read_text())
     assert {row["executed"] for row in certificate["layers"]} == {"QLinearConv", "QGemm"}
     assert certificate["integer_macs_fraction"] == 1.0

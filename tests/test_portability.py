@@ -147,7 +147,7 @@ def test_the_command(
     capsys: pytest.CaptureFixture[str],
 ):
     monkeypatch.setenv("MPQ_RUNTIMES", str(tmp_path))
-    argv = ["portability", str(file), "--images", "4", "--data", "none"]
+    argv = ["portability", str(file), "--num-test", "4", "--data", "none"]
     assert main([*argv, "--json"]) == 0
     rows = {row["runtime"]: row for row in json.loads(capsys.readouterr().out)["rows"]}
     assert rows["onnxruntime"]["predicted"] == 4

@@ -126,7 +126,7 @@ def test_dynamic_reaches_the_policy_the_file_and_its_certificate(here, capsys):
     assert json.loads(capsys.readouterr().out)["dynamic"] == 5
     policy = Policy.from_yaml(load_safe(Path("vit/quantized.pth"))["policy"])
     assert sum(str(e.activation) == "uint8/dynamic" for e in policy.layers) == 5
-    assert main(["export", "--onnx", "vit/quantized.pth", "--num-verify", "20"]) == 0
+    assert main(["export", "vit/quantized.pth", "--num-verify", "20"]) == 0
     rows = json.loads(Path("vit/certificate.json").read_text())["layers"]
     executed = {r["name"]: r["executed"] for r in rows if r["asked"] == "W8A8 dynamic"}
     assert len(executed) == 5
@@ -150,5 +150,5 @@ def test_the_form_of_16_bit_layers_goes_into_the_result(here, capsys):
         n for n in state("exact") if n.startswith("quantizers.")
     }
     capsys.readouterr()
-    assert main(["export", "exact/quantized.pth", "--onnx", "-o", "exact"]) == 0
+    assert main(["export", "exact/quantized.pth", "-o", "exact"]) == 0
     assert "W16A16 exact" in Path("exact/certificate.json").read_text()

@@ -314,7 +314,7 @@ def test_page_embeds_pictures_that_have_no_numbers(run):
 
 def test_page_names_the_file_that_is_wrong(run):
     (run / "verify.json").write_text('{"layers": []}')
-    with pytest.raises(UsageError, match=r"verify\.json must be as `mpq export --onnx` writes it"):
+    with pytest.raises(UsageError, match=r"verify\.json must be as `mpq export` writes it"):
         write_page(run)
     (run / "verify.json").write_text("{")
     with pytest.raises(UsageError, match=r"verify\.json .* It is not JSON"):

@@ -12,6 +12,7 @@ RENAMED = {
     "export": {"--verify": "--num-verify"},
     "verify": {"--images": "--num-verify"},
     "bench": {"--limit": "--num-test"},
+    "portability": {"--images": "--num-test"},
 }
 """Options that were called otherwise in 0.1; they go in 0.3."""
 

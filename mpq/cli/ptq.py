@@ -109,4 +109,4 @@ def ptq(
         found.metrics["validation_top1"], "a sample of the validation split, simulated"
     )
     terminal.result(as_json, {"file": str(written), **found.metrics}, outcome)
-    terminal.say(f"wrote {written}; next: mpq export --onnx")
+    terminal.say(f"wrote {written}; next: mpq export")

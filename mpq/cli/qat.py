@@ -92,4 +92,4 @@ def qat(
     terminal.result(as_json, {"file": str(written), **found.metrics}, outcome)
     if not as_json:
         training.gain(before, top1, chosen, start="what mpq ptq gives")
-    terminal.say(f"wrote {written}; next: mpq export --onnx")
+    terminal.say(f"wrote {written}; next: mpq export")

@@ -53,7 +53,7 @@ def verify_run(
         ExportError: the runtime cannot load or run the file.
     """
     if not path.is_file():
-        raise UsageError(f"{path} does not exist; `mpq export --onnx` writes model.onnx.")
+        raise UsageError(f"{path} does not exist; `mpq export` writes model.onnx.")
     found.subject.require_data("verification")
     _check_origin(found, path)
     sample = held_out(found.subject, images, seed)

@@ -76,7 +76,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         assert main(train) == 0
         assert main(["analyze", "model.pth", *named, "--num-score", "16", "-o", "r"]) == 0
         assert main(["ptq", "--policy", "r", "--num-calib", "16", "--effort", "fast"]) == 0
-        assert main(["export", "--onnx", "r", "--num-verify", "10"]) == 0
+        assert main(["export", "r", "--num-verify", "10"]) == 0
         assert main(["verify", "r", "--num-verify", "10"]) == 0
         assert main(["bench", "r", "--runs", "2"]) == 0
         tell = ["ensemble", "model.pth", "-o", "ens.pth", "--trust-code", "mine:tiny"]

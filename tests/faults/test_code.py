@@ -85,8 +85,8 @@ ATTACKS: list[tuple[Callable[[str, str], None], str, str, bool]] = [
     (policy, "arch", "qat --policy r --epochs 1 --force", False),
     (policy, "data", "qat --policy r --epochs 1 --force", False),
     (policy, "arch", "diff r r", True),
-    (quantized, "arch", "export --onnx r --force", False),
-    (quantized, "data", "export --onnx r --force", False),
+    (quantized, "arch", "export r --force", False),
+    (quantized, "data", "export r --force", False),
     (quantized, "arch", "verify r", False),
     (quantized, "data", "verify r", False),
     (onnx_file, "data", "bench r/model.onnx --runs 2", False),
@@ -148,7 +148,7 @@ def test_what_is_trusted_once_is_remembered_in_the_run(
     assert main([*ptq, "--trust-code", "evil:images"]) == 0
     del sys.modules["evil"]
     assert main(ptq) == 0  # not asked again
-    assert main(["export", "--onnx", "r", "--force", "--num-verify", "0"]) == 0
+    assert main(["export", "r", "--force", "--num-verify", "0"]) == 0
     Path("evil.py").write_text(Path("evil.py").read_text() + "# another\n")
     capsys.readouterr()
     assert main(ptq) == 2

@@ -68,10 +68,10 @@ STAGES = {
         "qat --policy p.yaml -o r --epochs 2 --set batch=32 --force", "quantized.pth policy.yaml"
     ),
     "export": Stage(
-        "export --onnx r --verify 5 --input uint8 --force",
+        "export r --num-verify 5 --input uint8 --force",
         "model.onnx float.onnx certificate.json verify.json bench.jsonl",
     ),
-    "verify": Stage("verify r --images 5", "verify.json"),
+    "verify": Stage("verify r --num-verify 5", "verify.json"),
     "verify exact": Stage("verify r --exact", "exact.json"),
     "bench": Stage("bench r --runs 1", "bench.jsonl"),
     "report": Stage("report r", "report.html"),

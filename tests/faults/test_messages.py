@@ -101,7 +101,7 @@ def read_only(here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
         "analyze model.pth --model mine:tiny -o r --force",
         "ptq --policy r --force",
         "qat --policy r --force",
-        "export --onnx r --force",
+        "export r --force",
         "verify r",
         "verify r --exact",
         "bench r",

@@ -20,9 +20,9 @@ from mpq.userimport import trusting
 
 FAST = ["--num-calib", "16", "--effort", "fast", "--force"]
 PTQ = ["ptq", "--policy", "r", *FAST]
-EXPORT = ["export", "--onnx", "r", "--num-verify", "10", "--force"]
+EXPORT = ["export", "r", "--num-verify", "10", "--force"]
 USES = [
-    "export --onnx r --force",
+    "export r --force",
     "verify r",
     "verify r --exact",
     "certify r",
@@ -84,13 +84,13 @@ def test_the_commands_that_a_refusal_names_mend_it(capsys: pytest.CaptureFixture
     assert main(PTQ) == 0
     told = refused(capsys, "verify r")
     assert "r/model.onnx is stale: mpq export made it when r/quantized.pth had the hash" in told
-    assert "mpq export --onnx r --force" in told
+    assert "mpq export r --force" in told
     page = shown(capsys)
     assert page.count(" is stale") == 3  # certificate, verification and bench
     assert "MACs that run as integers" not in page
     assert main(EXPORT) == 0
     assert not Path("r/bench.jsonl").exists()
-    for command in ("verify r --images 5", "bench r --runs 2"):
+    for command in ("verify r --num-verify 5", "bench r --runs 2"):
         assert main(command.split()) == 0
     for name in ("certificate.json", "verify.json", "bench.jsonl"):
         assert origins.doubt(Path("r", name)) is None
@@ -218,7 +218,7 @@ def test_a_training_that_fails_leaves_the_run_as_it_was(
     assert main([*qat, "--resume"]) == 0
     assert Path("r/policy.yaml").read_bytes() == Path("p.yaml").read_bytes()
     assert origins.origins(Path("r"))["quantized.pth"].by == "qat"
-    assert "mpq export --onnx r --force" in refused(capsys, "verify r")
+    assert "mpq export r --force" in refused(capsys, "verify r")
 
 
 @pytest.mark.usefixtures("here")
@@ -234,4 +234,4 @@ def test_a_policy_edited_while_it_is_worked_on_is_seen(
     monkeypatch.setattr("mpq.cli.ptq.run_ptq", slow)
     assert main(PTQ) == 0
     assert "int6/channel" in Path("r/policy.yaml").read_text()
-    assert "mpq ptq --policy r --force" in refused(capsys, "export --onnx r --force")
+    assert "mpq ptq --policy r --force" in refused(capsys, "export r --force")

@@ -56,7 +56,7 @@ def holder(folder: Path) -> Iterator[subprocess.Popen[str]]:
         "analyze model.pth -o r",
         "ptq --policy p.yaml -o r",
         "qat --policy p.yaml -o r",
-        "export --onnx q.pth -o r",
+        "export q.pth -o r",
         "rank resnet20 -o r",
         "profile model.pth -o r",
         "bench model.onnx -o r",
