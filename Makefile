@@ -3,8 +3,10 @@ PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DOCS_VENV := build/docs-venv
+DOCS_STAMP := $(DOCS_VENV)/.installed
 
-.PHONY: demo test test-faults test-portable test-install test-docs lint clean
+.PHONY: demo test test-faults test-portable test-install test-docs docs lint clean
 demo: $(STAMP)
 	$(BIN)/mpq demo --force
 
@@ -15,9 +17,16 @@ test: $(STAMP)
 test-faults: $(STAMP)
 	MPQ_FAULTS=1 OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest tests/faults
 
-# Every block of README and docs/tour.md, word for word, in empty folders.
+# Every block of README, docs/tour.md and docs/yours.md, word for word, in empty folders.
 test-docs: $(STAMP)
 	MPQ_DOCS=1 $(BIN)/python -m pytest tests/test_readme.py
+
+# The site, in build/site/html: pages are made with mpq, the site in an environment of its own, which
+# has what the extra `docs` names and nothing else. Warnings are errors.
+docs: $(STAMP) $(DOCS_STAMP)
+	$(BIN)/python docs/stage.py build/site
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --quiet --config-file build/site/mkdocs.yml
+	@echo "open build/site/html/index.html"
 
 # The wheel as a newcomer has it: a fresh environment, no checkout, `mpq demo` in an empty folder.
 test-install: $(STAMP)
@@ -45,6 +54,12 @@ $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+$(DOCS_STAMP): pyproject.toml constraints.txt
+	test -x $(DOCS_VENV)/bin/python || $(PYTHON) -m venv $(DOCS_VENV)
+	$(PYTHON) -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['docs'], sep='\n')" > $(DOCS_VENV)/requirements.txt
+	$(DOCS_VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -r $(DOCS_VENV)/requirements.txt
 	touch $@
 
 clean:
