@@ -68,23 +68,32 @@ def stage(out: Path) -> None:
         pages,
         ignore=shutil.ignore_patterns("stage.py", "mkdocs.yml", "pictures.py", "__pycache__"),
     )
-    for path in [*DOCS.glob("*.md"), *(ROOT / name for name in RENAMED)]:
-        name = RENAMED.get(path.name, path.name) if path.parent == ROOT else path.name
-        (pages / name).write_text(_on_site(path), encoding="utf-8")
+    for path in DOCS.rglob("*.md"):
+        (pages / path.relative_to(DOCS)).write_text(_on_site(path), encoding="utf-8")
+    for name, page in RENAMED.items():
+        (pages / page).write_text(_on_site(ROOT / name), encoding="utf-8")
     written = {**_commands(), **_api(), "reference/policy.md": _policy_page()}
     for name, text in written.items():
         (pages / name).parent.mkdir(exist_ok=True)
         (pages / name).write_text(text, encoding="utf-8")
-    nav = "".join(f"\n      - {name}: commands/{name}.md" for name in COMMANDS)
-    config = (DOCS / "mkdocs.yml").read_text(encoding="utf-8")
-    (out / "mkdocs.yml").write_text(config.replace("\n      - COMMANDS", nav), encoding="utf-8")
+    (out / "mkdocs.yml").write_text(_configuration(), encoding="utf-8")
     package = out / "package" / "mpq"
     for source, place in (("mpq", package), ("export", package / "export")):
         shutil.copytree(ROOT / source, place, ignore=shutil.ignore_patterns("__pycache__"))
 
 
+def _configuration() -> str:
+    """The site's, with the pages of commands, and those that nobody has placed at its end."""
+    config = (DOCS / "mkdocs.yml").read_text(encoding="utf-8")
+    commands = "".join(f"\n      - {name}: commands/{name}.md" for name in COMMANDS)
+    named = (path.relative_to(DOCS).as_posix() for path in sorted(DOCS.rglob("*.md")))
+    others = "".join(f"\n      - {name}" for name in named if not re.search(rf"\b{name}\b", config))
+    return config.replace("\n      - COMMANDS", commands).replace("\n      - OTHERS", others)
+
+
 def _on_site(path: Path) -> str:
     """A page with links as the site has them, and its pictures inside, where CSS reaches them."""
+    base = DOCS if path.parent == ROOT else path.parent
 
     def link(found: re.Match[str]) -> str:
         target, anchor = found[1], found[2] or ""
@@ -92,9 +101,9 @@ def _on_site(path: Path) -> str:
             return found[0]
         file = Path(os.path.normpath(path.parent / target))
         if file.parent == ROOT and file.name in RENAMED:
-            return f"]({RENAMED[file.name]}{anchor})"
+            file = DOCS / RENAMED[file.name]
         if file.is_relative_to(DOCS):
-            return f"]({file.relative_to(DOCS).as_posix()}{anchor})"
+            return f"]({os.path.relpath(file, base)}{anchor})"
         kind = "tree" if file.is_dir() else "blob"
         return f"]({REPOSITORY}/{kind}/main/{file.relative_to(ROOT).as_posix()})"
 
@@ -110,7 +119,8 @@ def _on_site(path: Path) -> str:
 
 def _titled(found: re.Match[str]) -> str:
     """A link whose text is the path of a page gets the page's title."""
-    page = (DOCS / Path(found[1]).name).read_text(encoding="utf-8")
+    name = Path(found[1]).name
+    page = ((ROOT if name in RENAMED else DOCS) / name).read_text(encoding="utf-8")
     return f"[{page.partition(chr(10))[0].removeprefix('# ')}]("
 
 
