@@ -48,7 +48,7 @@ def run(*command: str) -> dict[str, float]:
 
 def compare(folder: Path) -> dict[str, Any]:
     """Top-1 of the file and its agreement with the simulation, on every test image."""
-    found = load_quantized(folder / "quantized.pth", DataSource())
+    found = load_quantized(folder / "ptq.pth", DataSource())
     images, labels = load_arrays(open_data("cifar10").test)
     simulated = (
         predict(freeze(found.graph).module, images, found.subject.normalize).argmax(1).numpy()
@@ -89,7 +89,7 @@ def main() -> None:
         folder = out if seed == 0 else out / f"seed-{seed}"
         told = ("--seed", str(seed), "--force", "-o", str(folder))
         ptq = run("ptq", "--policy", policy, "--effort", options.effort, *told)
-        export = run("export", str(folder / "quantized.pth"), "--force")
+        export = run("export", str(folder / "ptq.pth"), "--force")
         if seed == 0:
             costs |= {"ptq": ptq, "export": export}
         results.append({"seed": seed, **compare(folder)})
@@ -99,7 +99,7 @@ def main() -> None:
         folder = out / name
         uniform(out / "policy.yaml", name, folder)
         run("ptq", "--policy", str(folder / "policy.yaml"), "--force")
-        run("export", str(folder / "quantized.pth"), "--force")
+        run("export", str(folder / "ptq.pth"), "--force")
         results.append({"policy": name, **compare(folder)})
         found.append(str(folder / "model.onnx"))
     told = ("--float", str(out / "float.onnx"), "--peers", "-o", str(out))

@@ -3,7 +3,8 @@
 Every stage notes, in the step that puts its files in place, the hash of each and of what it was
 made from: other files of the run, and the weights that its policy names. Whoever uses a file asks
 first (`require`), whoever shows a proof asks more strictly (`doubt`). As with `dvc.lock`, contents
-count, not dates: a run can be copied, and a file that is made again as it was stays good.
+count, not dates: a run can be copied, and a file that is made again as it was stays good. What was
+made last stands last, which says the newest of several without a date either.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from mpq import rundir
 from mpq.errors import UsageError
 from mpq.files import write_json, write_text
 from mpq.limits import read_text
@@ -30,8 +32,10 @@ AGAIN = {
     "policy.yaml": "mpq analyze MODEL -o {run} --force",
     "sensitivity.json": "mpq analyze MODEL -o {run} --force",
     "validation.json": "mpq analyze MODEL -o {run} --force --validate 50",
-    "quantized.pth": "mpq {by} --policy {run} --force",
-    "metrics.jsonl": "mpq qat --policy {run} --force",
+    "ptq.pth": "mpq ptq {run} --force",
+    "qat.pth": "mpq qat {run} --force",
+    "quantized.pth": "mpq {by} {run} --force",
+    "metrics.jsonl": "mpq qat {run} --force",
     "model.onnx": "mpq export {run} --force",
     "float.onnx": "mpq export {run} --force",
     "certificate.json": "mpq export {run} --force",
@@ -68,11 +72,12 @@ def note(aside: Path, run: Path, by: str, files: Mapping[str, Mapping[str, str]]
         by: the command.
         files: by name, as `Origin.made_from`; those that are not in `aside` are in `run` already.
     """
-    kept = {name: one for name, one in origins(run).items() if (run / name).exists()}
+    known = origins(run).items()
+    kept = {name: one for name, one in known if name not in files and (run / name).exists()}
     for name, made_from in files.items():
         place = aside if (aside / name).exists() else run
         kept[name] = Origin(by, identity(place / name), {k: v for k, v in made_from.items() if v})
-    write_json(aside / FILE, {name: asdict(one) for name, one in sorted(kept.items())})
+    write_json(aside / FILE, {name: asdict(one) for name, one in kept.items()})
 
 
 def chain(path: Path) -> dict[str, str]:
@@ -143,7 +148,18 @@ def require(path: Path) -> None:
     """
     reason = _stale(path.parent, path.name, origins(path.parent))
     if reason is not None:
-        raise UsageError(reason)
+        raise UsageError(reason + _instead(path))
+
+
+def _instead(path: Path) -> str:
+    """The quantized network that is not stale, where the one that a file was made from is."""
+    run = path.parent
+    found = newest(run, [name for name in rundir.QUANTIZED if name != path.name])
+    if path.name in rundir.QUANTIZED or found is None or _stale(run, found.name, origins(run)):
+        return ""
+    if found.name == made_of(path, rundir.QUANTIZED):
+        return ""
+    return f". Or take {found}, which is not stale: mpq export {run} --force"
 
 
 def doubt(path: Path) -> str | None:
@@ -152,6 +168,62 @@ def doubt(path: Path) -> str | None:
     if known and (name not in known or known[name].sha256 != identity(path)):
         return f"{path} is not what mpq wrote there. Make it anew: {_again(run, name, known)}"
     return _stale(run, name, known)
+
+
+def newest(run: Path, names: Sequence[str]) -> Path | None:
+    """Of several files of a run the one made last that is not stale; if all are, the last of them.
+
+    Returns:
+        None if there is none of them.
+    """
+    known = origins(run)
+    order = {name: place for place, name in enumerate(known)}
+    there = [name for name in names if (run / name).is_file()]
+    there.sort(key=lambda name: (order.get(name, -1), (run / name).stat().st_mtime_ns))
+    fresh = [name for name in there if _stale(run, name, known) is None]
+    return run / (fresh or there)[-1] if there else None
+
+
+def made_of(path: Path, names: Sequence[str]) -> str | None:
+    """Which of several files of its run a file was made from; None if that is not known."""
+    found = origins(path.parent).get(path.name)
+    return next((name for name in names if found and name in found.made_from), None)
+
+
+def find_quantized(path: Path, stage: str | None = None) -> Path:
+    """The quantized network that a path means: the file itself, or that of a run.
+
+    Args:
+        path: a file, a run, or another file of a run.
+        stage: `ptq` or `qat`; None: the newest that is not stale.
+
+    Raises:
+        UsageError: the run holds none, or none of that stage.
+    """
+    folder = rundir.run_folder(path)
+    if not folder.is_dir() or (path.name in rundir.QUANTIZED and stage is None):
+        return path
+    names = rundir.QUANTIZED if stage is None else (rundir.STAGES[stage],)
+    found = newest(folder, names)
+    if found is None:
+        what, commands = " nor ".join(names[-2:]), " or ".join(f"`mpq {n[:3]}`" for n in names[-2:])
+        raise UsageError(
+            f"{folder} must hold a quantized network, but has no {what}. Run {commands} there "
+            "first, or name the file."
+        )
+    return found
+
+
+def network_of(path: Path) -> Path:
+    """The quantized network that an ONNX file beside it was made from, as far as is known.
+
+    Raises:
+        UsageError: there is none beside it.
+    """
+    name = made_of(path, rundir.QUANTIZED)
+    if name is not None and (path.parent / name).is_file():
+        return path.parent / name
+    return find_quantized(path.parent)
 
 
 def is_of(path: Path, name: str) -> bool:

@@ -38,8 +38,10 @@ FILES = {
     "validation.png": "mpq analyze MODEL.pth --validate 50",
     "rank.json": "mpq rank ARCH",
     "rank.png": "mpq rank ARCH",
-    "quantized.pth": "mpq qat --policy policy.yaml",
-    "metrics.jsonl": "mpq qat --policy policy.yaml",
+    "ptq.pth": "mpq ptq",
+    "qat.pth": "mpq qat",
+    "quantized.pth": "mpq ptq",
+    "metrics.jsonl": "mpq qat",
     "model.onnx": "mpq export",
     "float.onnx": "mpq export",
     "certificate.json": "mpq export",
@@ -50,6 +52,11 @@ FILES = {
     "report.html": "mpq report",
 }
 """The files of a run, each with the command that writes it."""
+STAGES = {"ptq": "ptq.pth", "qat": "qat.pth"}
+"""The quantized network that each stage writes."""
+FORMER = "quantized.pth"
+"""What both stages wrote in 0.1; it is read until 0.3."""
+QUANTIZED = (FORMER, *STAGES.values())
 _SUFFIXES = {Path(name).suffix for name in FILES}
 
 Progress = Callable[[str, int, int], None]
@@ -161,24 +168,40 @@ def tidy(folder: Path) -> None:
             pass
 
 
-def newest_run(needs: str) -> Path:
-    """The newest run that holds the file `needs`: the one used last, else the newest under `runs/`.
+def newest_run(*needs: str) -> Path:
+    """The newest run that holds one of these files: the one used last, else the newest by date.
 
     Raises:
-        UsageError: no run holds that file; the message names the command that writes it.
+        UsageError: no run holds one; the message names the command that writes the last of them.
     """
     for run in _recent():
-        if (run / needs).is_file():
+        if any((run / name).is_file() for name in needs):
             return run
-    found = [p for p in RUNS.glob(f"*/{needs}") if p.is_file()]
+    found = [p for name in needs for p in RUNS.glob(f"*/{name}") if p.is_file()]
     if not found:
-        writer = FILES.get(needs)
         raise UsageError(
-            f"no run under {RUNS}/ holds a {needs}. "
-            + (f"Run `{writer}` first, or name" if writer else "Name")
-            + " the file or its run."
+            f"no run under {RUNS}/ holds a {needs[-1]}. Run `{FILES[needs[-1]]}` first, or name "
+            "the file or its run."
         )
     return max(found, key=lambda p: p.stat().st_mtime_ns).parent
+
+
+def last_run() -> Path | None:
+    """The run used last, whatever it holds."""
+    return next((run for run in _recent() if run.is_dir()), None)
+
+
+def run_folder(path: Path) -> Path:
+    """The run that a path is, or is a file of; else the path itself."""
+    inside = path.name in FILES and path.is_file() and is_run(path.parent)
+    return path.parent if inside else path
+
+
+def run_file(path: Path, name: str) -> Path:
+    """A file of that kind: `path`, or the one of that name in the run that it is or is of."""
+    folder = run_folder(path)
+    other = folder != path and path.suffix != Path(name).suffix
+    return folder / name if other or path.is_dir() else path
 
 
 def is_run(folder: Path) -> bool:

@@ -251,12 +251,12 @@ def test_the_command_and_the_function_give_the_same(here: Path) -> None:
     assert found.policy == mpq.Policy.load("r/policy.yaml")
     assert main(["ptq", "--policy", "r/policy.yaml", "--num-calib", "32"]) == 0
     quantized = mpq.ptq(model, "digits", found, num_calib=32, normalize="none")
-    kept = torch.load("r/quantized.pth", weights_only=True)
+    kept = torch.load("r/ptq.pth", weights_only=True)
     state = quantized.module.state_dict()
     assert all(torch.equal(value, state[key]) for key, value in kept["state"].items())
     assert kept["metrics"] == quantized.metrics
-    assert main(["export", "--onnx", "r/quantized.pth"]) == 0  # `--onnx` says nothing, and is taken
-    mpq.export("r/quantized.pth", "same.onnx")
+    assert main(["export", "--onnx", "r/ptq.pth"]) == 0  # `--onnx` says nothing, and is taken
+    mpq.export("r/ptq.pth", "same.onnx")
     assert Path("same.onnx").read_bytes() == Path("r/model.onnx").read_bytes()
     assert mpq.report("r").name == "report.html"
 

@@ -121,7 +121,7 @@ def spoil(path: Path, how: str) -> None:
 
 COMMANDS = {
     "model.pth": "analyze model.pth -o a",
-    "runs/model/quantized.pth": "export runs/model/quantized.pth",
+    "runs/model/ptq.pth": "export runs/model/ptq.pth",
     "ens-model.pth": "qat --teacher ens-model.pth -o a",
     "m.onnx": "bench m.onnx --data none",
     "runs/model/policy.yaml": "ptq --policy runs/model/policy.yaml -o a",
@@ -145,13 +145,13 @@ def test_spoiled_files(here, fails, file, how):
     ("command", "told"),
     [
         ("analyze ens-model.pth", "mpq/ensemble"),
-        ("analyze runs/model/quantized.pth", "mpq/quantized"),
+        ("analyze runs/model/ptq.pth", "mpq/quantized"),
         ("export model.pth", "model.pth must be a quantized network"),
-        ("qat --teacher runs/model/quantized.pth -o a", "runs/model/quantized.pth"),
-        ("ensemble runs/model/quantized.pth -o e.pth", "mpq/quantized"),
+        ("qat --teacher runs/model/ptq.pth -o a", "runs/model/ptq.pth"),
+        ("ensemble runs/model/ptq.pth -o e.pth", "mpq/quantized"),
         ("ptq --policy model.pth -o a", "model.pth"),
         ("analyze runs", "must hold config.json"),
-        ("export runs", "runs/quantized.pth"),
+        ("export runs", "runs must hold a quantized network, but has no ptq.pth nor qat.pth"),
     ],
 )
 def test_files_of_another_kind(fails, command, told):
@@ -169,9 +169,9 @@ def test_files_of_another_kind(fails, command, told):
     ],
 )
 def test_quantized_files_with_wrong_content(here, fails, change, told):
-    path = Path("runs/model/quantized.pth")
+    path = Path("runs/model/ptq.pth")
     torch.save({**torch.load(path), **change}, path)
-    fails("export", "runs/model/quantized.pth", told)
+    fails("export", "runs/model/ptq.pth", told)
 
 
 # -- policies --------------------------------------------------------------------------------------
@@ -228,7 +228,7 @@ def test_the_model_of_a_policy(here, fails, change, told):
 def test_a_run_holds_one_policy(here, fails):
     edit(layers=[])
     fails("ptq --policy p.yaml -o runs/model --force --data none")  # force replaces, data fails
-    Path("runs/model/quantized.pth").unlink()
+    Path("runs/model/ptq.pth").unlink()
     fails(
         "ptq --policy p.yaml -o runs/model", "runs/model/policy.yaml is another policy", "--force"
     )
@@ -346,7 +346,7 @@ def test_a_loss_that_is_not_finite(here, capsys):
     assert "error: the loss became non-finite in epoch 0, step" in err
     assert "Try a lower lr (now 1e+30)" in err
     new = listing(here).keys() - before.keys()
-    assert "runs/nan/quantized.pth" not in new
+    assert "runs/nan/qat.pth" not in new
     assert not [name for name in new if "tmp" in name]
     assert {k: v for k, v in listing(here).items() if k in before and k != "runs/.newest"} == {
         k: v for k, v in before.items() if k != "runs/.newest"
@@ -354,6 +354,7 @@ def test_a_loss_that_is_not_finite(here, capsys):
 
 
 def test_nothing_to_resume(here, fails):
+    shutil.copy("runs/model/ptq.pth", "runs/model/qat.pth")
     fails("qat --resume", "runs/model/checkpoint.pth", "is finished", "without --resume")
     fails("train resnet8 --data digits --resume", "model.train/checkpoint.pth")
 
@@ -362,7 +363,7 @@ def test_a_resume_with_nothing_begun_starts(here, capsys):
     ptq = ["ptq", "--effort", "best", "--iterations", "2", "--num-calib", "8"]
     assert main([*ptq, "-o", "a", "--resume"]) == 0
     assert main([*ptq, "-o", "b"]) == 0
-    a, b = (load_safe(Path(run) / "quantized.pth")["state"] for run in "ab")
+    a, b = (load_safe(Path(run) / "ptq.pth")["state"] for run in "ab")
     assert all(torch.equal(a[name], b[name]) for name in b)
     assert main(["qat", "--resume", "-o", "c", *FAST]) == 0
 
@@ -378,10 +379,11 @@ def test_recipes(fails):
 # -- places ----------------------------------------------------------------------------------------
 
 
-def test_outputs_that_exist(fails):
+def test_outputs_that_exist(here, fails):
     fails("analyze model.pth", "runs/model/policy.yaml exists already", "--force", "-o")
-    fails("ptq", "runs/model/quantized.pth exists already")
-    fails("qat", "runs/model/quantized.pth exists already")
+    fails("ptq", "runs/model/ptq.pth exists already")
+    shutil.copy("runs/model/ptq.pth", "runs/model/qat.pth")
+    fails("qat", "runs/model/qat.pth exists already")
     fails("train resnet8 --data digits", "model.pth exists already")
     fails("ensemble model.pth -o model.pth", "model.pth exists already")
 

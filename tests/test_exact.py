@@ -195,16 +195,16 @@ def test_a_run_is_verified_again(here: Path, capsys: Capture) -> None:
 
 
 def test_a_file_of_another_network_is_refused(here: Path, capsys: Capture) -> None:
-    path = here / "runs" / "tiny" / "quantized.pth"
+    path = here / "runs" / "tiny" / "ptq.pth"
     content = load_safe(path)
     policy = Policy.from_yaml(content["policy"])
     assert policy.model is not None
     other = policy.replace(model=policy.model.replace(sha256="0" * 64))
     torch.save({**content, "policy": other.to_yaml()}, here / "other.pth")
-    assert main(["verify", "runs/tiny", "--quantized", "other.pth"]) == 2
+    assert main(["verify", "runs/tiny", "--from", "other.pth"]) == 2
     told = capsys.readouterr().err
     assert "model.onnx was made from another network than the one it is compared with" in told
-    assert "--quantized" in told
+    assert "--from" in told
 
 
 def test_a_changed_file_is_found_out(here: Path, capsys: Capture) -> None:
@@ -258,8 +258,8 @@ def test_exact_fails_where_a_kernel_differs(
     ("argv", "message"),
     [
         (["nowhere.onnx"], "nowhere.onnx does not exist"),
-        (["alone.onnx"], "quantized.pth does not exist. Name it with --quantized"),
-        (["--exact", "--quantized", "x.pth"], "--exact needs nothing but the file"),
+        (["alone.onnx"], "has no ptq.pth nor qat.pth. Run `mpq ptq` or `mpq qat` there first"),
+        (["--exact", "--from", "x.pth"], "--exact needs nothing but the file"),
         (["--num-verify", "0"], "0 is not in the range x>=1"),
         (["--exact", "--data", "nothing"], "nothing"),
         (["tiny.pth", "--exact"], "must be an ONNX model"),

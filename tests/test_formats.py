@@ -270,7 +270,7 @@ def quantized(argv: str, capsys: pytest.CaptureFixture[str], *more: str) -> Poli
     analyze = ["analyze", *argv.split(), "--num-score", "16", "-o", "r"]
     assert main(analyze) == 0, capsys.readouterr().err
     assert fast("ptq", "--policy", "r", *more) == 0, capsys.readouterr().err
-    path, source, trust = Path("r/quantized.pth"), DataSource(), "--trust-pickle" in more
+    path, source, trust = Path("r/ptq.pth"), DataSource(), "--trust-pickle" in more
     with trusting("mine:net"):
         found = load_quantized(path, source, trust_pickle=trust)
         reference = float_reference(found, path, source, trust_pickle=trust)

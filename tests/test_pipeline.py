@@ -153,7 +153,7 @@ def test_so_few_images_that_splits_are_empty_will_do(here, capsys, caplog, count
         Image.fromarray(image).save(f"few/{number}.png")
     assert main(["analyze", "model.pth", "-o", "u", "--data", "few", "--effective-bits", "6"]) == 0
     assert "no images were held out" in say(capsys, "ptq", "--policy", "u")[0]
-    assert "of 1 image, at most" in say(capsys, "export", "u/quantized.pth")[0]
+    assert "of 1 image, at most" in say(capsys, "export", "u/ptq.pth")[0]
     assert "on 1 images" in say(capsys, "verify", "u/model.onnx", "--exact")[0]
     assert "accuracy is not measured" in say(capsys, "bench", "u/model.onnx", "--runs", "2")[1]
 
@@ -169,7 +169,7 @@ def test_images_without_labels_will_do(here, capsys, caplog):
     assert as_json(capsys, "ptq", "--policy", "u/policy.yaml")["validation_top1"] > 80
     found = as_json(capsys, "qat", "--policy", "u/policy.yaml", "-o", "v", *FAST)
     assert found["validation_top1"] > 80  # agreement with the network as it was
-    told = as_json(capsys, "export", "v/quantized.pth")
+    told = as_json(capsys, "export", "v/qat.pth")
     assert told["top1_agreement"] > 0.9
     assert "accuracy is not measured" in say(capsys, "bench", "v/model.onnx", "--runs", "2")[1]
     for command in (["train", "resnet8", "-o", "f.pth"], ["ensemble", "model.pth", "-o", "e.pth"]):
@@ -194,7 +194,7 @@ def test_more_images_without_labels_are_learned_from_a_teacher(here, capsys):
     assert told["top1"] > 60
     argv = ["qat", "--policy", "runs/model", *more, *plan, "--data", "few", "-o", "q"]
     say(capsys, *argv)  # its own validation images are a dozen
-    found = load_quantized(Path("q/quantized.pth"), DataSource("digits"))
+    found = load_quantized(Path("q/qat.pth"), DataSource("digits"))
     top1 = validate(found.graph, found.subject)["validation_top1"]
     assert top1 is not None
     assert top1 > 80
@@ -257,11 +257,11 @@ def test_the_whole_way_in_the_exact_forms(here, capsys, monkeypatch):
     assert "teacher ens.pth: model, small" in err
     assert re.search(r"^top-1 \d+\.\d\d % on the validation split, simulated$", out, re.M)
     names = {p.name for p in Path("runs/p").iterdir()}
-    assert names == {"policy.yaml", "quantized.pth", "metrics.jsonl", "origins.json"}
-    assert load_safe(Path("runs/p/quantized.pth"))["metrics"]["teachers"] == ["model", "small"]
+    assert names == {"policy.yaml", "qat.pth", "metrics.jsonl", "origins.json"}
+    assert load_safe(Path("runs/p/qat.pth"))["metrics"]["teachers"] == ["model", "small"]
 
-    out, err = say(capsys, "export")
-    assert "no file named: using runs/p/quantized.pth" in err
+    out, err = say(capsys, "export", "--onnx")
+    assert "no file named: using runs/p/qat.pth" in err
     assert "100.0% of the MACs run as integers" in out
     certificate = json.loads(Path("runs/p/certificate.json").read_text())
     assert {row["executed"] for row in certificate["layers"]} == {"QLinearConv", "QGemm"}
@@ -305,9 +305,9 @@ def test_a_command_without_input_takes_the_newest_run(here, capsys):
     say(capsys, "analyze", "model.pth", "--num-score", "32", "-o", "elsewhere/b")
     _, err = say(capsys, "ptq", "--effort", "fast")
     assert "no file named: using elsewhere/b/policy.yaml" in err
-    assert Path("elsewhere/b/quantized.pth").is_file()
+    assert Path("elsewhere/b/ptq.pth").is_file()
     _, err = say(capsys, "ptq", "--effort", "fast", "--policy", "runs/model")
-    assert "wrote runs/model/quantized.pth" in err
+    assert "wrote runs/model/ptq.pth" in err
     _, err = say(capsys, "report")
     assert "no run named: using runs/model" in err
 
@@ -321,7 +321,7 @@ def test_a_policy_edited_by_hand_is_obeyed(here, capsys):
     Path("p.yaml").write_text("# mine\n" + yaml.safe_dump(policy))
     say(capsys, "ptq", "--policy", "p.yaml", "--effort", "fast")
     assert Path("runs/p/policy.yaml").read_text().startswith("# mine\n")
-    plans = load_quantized(Path("runs/p/quantized.pth"), DataSource()).graph.plans
+    plans = load_quantized(Path("runs/p/ptq.pth"), DataSource()).graph.plans
     assert plans["conv1"].choice.weight is None
     assert str(plans["layer3.0.conv1"].choice.weight) == "int4/channel"
     assert str(plans["layer2.0.conv1"].choice.weight) == "int8/channel"
@@ -336,7 +336,7 @@ def test_the_checkpoint_is_found_from_anywhere(here, capsys, monkeypatch, tmp_pa
     monkeypatch.chdir(tmp_path / "away")
     argv = ["ptq", "--policy", "../p/runs/model/policy.yaml", "--effort", "fast", "-o", "r"]
     _, err = say(capsys, *argv)
-    assert "wrote r/quantized.pth" in err
+    assert "wrote r/ptq.pth" in err
 
 
 @pytest.mark.parametrize(
@@ -368,7 +368,7 @@ def test_without_data_the_weights_alone_are_scored_and_data_may_come_later(here,
     say(capsys, "ptq", "--data", "digits", "--effort", "fast")
     assert "taking normalization none, under which 256 training images" in caplog.text
     told = as_json(capsys, "export", "--num-verify", "50")
-    assert told["top1_agreement"] is not None  # the data went into quantized.pth
+    assert told["top1_agreement"] is not None  # the data went into ptq.pth
 
 
 def test_export_needs_the_checkpoint_for_the_comparison_only(here, capsys, caplog):
@@ -405,7 +405,7 @@ def test_a_killed_qat_is_resumed_bit_for_bit(here, capsys):
         "interrupted; no file is half-written. mpq qat ... --resume goes on from what was saved, "
         "or starts if nothing was"
     )
-    assert not Path("parts/quantized.pth").exists()
+    assert not Path("parts/qat.pth").exists()
 
     files = sorted(p.name for p in Path("parts").iterdir())
     assert main(argv) == 2
@@ -419,7 +419,7 @@ def test_a_killed_qat_is_resumed_bit_for_bit(here, capsys):
     _, err = say(capsys, *argv, "--resume")
     assert "epoch 1/3" not in err
     assert "epoch 3/3" in err
-    whole, parts = (load_safe(Path(f, "quantized.pth")) for f in ("whole", "parts"))
+    whole, parts = (load_safe(Path(f, "qat.pth")) for f in ("whole", "parts"))
     assert whole["state"].keys() == parts["state"].keys()
     for name, tensor in whole["state"].items():
         assert torch.equal(tensor, parts["state"][name]), name

@@ -37,7 +37,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def state(run: str) -> dict[str, torch.Tensor]:
-    found: dict[str, torch.Tensor] = load_safe(Path(run) / "quantized.pth")["state"]
+    found: dict[str, torch.Tensor] = load_safe(Path(run) / "ptq.pth")["state"]
     return found
 
 
@@ -60,7 +60,7 @@ def test_best_is_resumed_bit_for_bit(here, monkeypatch, capsys):
     assert main(argv) == 130
     assert "mpq ptq ... --resume goes on from what was saved" in capsys.readouterr().err
     assert Path("cut/rounding.pth").exists()
-    assert not Path("cut/quantized.pth").exists()
+    assert not Path("cut/ptq.pth").exists()
     monkeypatch.setattr(blockwise, "learn_block", real)
     assert main(argv) == 2
     assert "holds an unfinished run (rounding.pth). Go on with --resume" in capsys.readouterr().err
@@ -114,7 +114,7 @@ class Ten(nets.Attention):
 
 
 def test_dynamic_reaches_the_policy_the_file_and_its_certificate(here, capsys):
-    """A transformer from a factory: what --dynamic chose is in quantized.pth and in model.onnx."""
+    """A transformer from a factory: what --dynamic chose is in ptq.pth and in model.onnx."""
     info = ModelInfo(arch="test_ptq_command:Ten", classes=10, input=(3, 12, 12), normalize="none")
     torch.manual_seed(0)
     save_model(Path("vit.pth"), Ten(), info=info, data="digits")
@@ -124,9 +124,9 @@ def test_dynamic_reaches_the_policy_the_file_and_its_certificate(here, capsys):
     argv = ["ptq", "--policy", "v.yaml", "--dynamic", "--num-calib", "16", "-o", "vit", "--json"]
     assert main([*argv, "--trust-code", info.arch]) == 0
     assert json.loads(capsys.readouterr().out)["dynamic"] == 5
-    policy = Policy.from_yaml(load_safe(Path("vit/quantized.pth"))["policy"])
+    policy = Policy.from_yaml(load_safe(Path("vit/ptq.pth"))["policy"])
     assert sum(str(e.activation) == "uint8/dynamic" for e in policy.layers) == 5
-    assert main(["export", "vit/quantized.pth", "--num-verify", "20"]) == 0
+    assert main(["export", "vit/ptq.pth", "--num-verify", "20"]) == 0
     rows = json.loads(Path("vit/certificate.json").read_text())["layers"]
     executed = {r["name"]: r["executed"] for r in rows if r["asked"] == "W8A8 dynamic"}
     assert len(executed) == 5
@@ -139,7 +139,7 @@ def test_the_form_of_16_bit_layers_goes_into_the_result(here, capsys):
     Path("w.yaml").write_text(wide.to_yaml())
     argv = ["ptq", "--policy", "w.yaml", "--effort", "fast", "--num-calib", "24"]
     assert main([*argv, "-o", "exact", "--int16-form", "exact"]) == 0
-    told = load_safe(Path("exact/quantized.pth"))["policy"]
+    told = load_safe(Path("exact/ptq.pth"))["policy"]
     assert Policy.from_yaml(told).default.activation == ROUNDED_16
     assert any(name.startswith("quantizers.") for name in state("exact"))
     assert main([*argv, "-o", "fast"]) == 0
@@ -150,5 +150,5 @@ def test_the_form_of_16_bit_layers_goes_into_the_result(here, capsys):
         n for n in state("exact") if n.startswith("quantizers.")
     }
     capsys.readouterr()
-    assert main(["export", "exact/quantized.pth", "-o", "exact"]) == 0
+    assert main(["export", "exact/ptq.pth", "--onnx", "-o", "exact"]) == 0
     assert "W16A16 exact" in Path("exact/certificate.json").read_text()

@@ -48,7 +48,7 @@ def export(
     """Write one ONNX file, verified and certified, as `mpq export` does.
 
     Args:
-        quantized: what `ptq` or `qat` gave, or its file.
+        quantized: what `ptq` or `qat` gave, or its file, or a run: the newest that is not stale.
         path: the file to write.
         data: images to verify on. None: those that `quantized` was measured on.
         num_verify: how many of them.
@@ -177,7 +177,7 @@ def verify(
 
     Args:
         file: an ONNX file.
-        quantized: what it was made from. None: `quantized.pth` beside the file.
+        quantized: what it was made from. None: the one beside the file.
         exact: predict every integer tensor of the runtime; needs nothing but the file.
         data: images by name. None: those that the file or `quantized` name.
         num_verify: how many images. None: 1000, with `exact` 4.
@@ -190,7 +190,7 @@ def verify(
     if exact:
         source = DataSource(None if data is None else str(data))
         return exact_run(_fresh(file), source, images=num_verify or 4, seed=seed, target=target)
-    found = _quantized(quantized or Path(file).parent / "quantized.pth", data)
+    found = _quantized(quantized or origins.network_of(Path(file)), data)
     return verify_run(found, _fresh(file), images=num_verify or 1000, seed=seed, target=target)
 
 
@@ -212,7 +212,8 @@ def report(run: str | Path) -> Path:
 def _quantized(found: Quantized | str | Path, data: str | Path | None) -> Quantized:
     if isinstance(found, Quantized):
         return found
-    return load_quantized(_fresh(found), DataSource(None if data is None else str(data)))
+    path = origins.find_quantized(Path(found))
+    return load_quantized(_fresh(path), DataSource(None if data is None else str(data)))
 
 
 def _fresh(file: str | Path) -> Path:

@@ -10,7 +10,7 @@ import click
 from mpq import rundir
 from mpq.analyze.perturb import Rounding
 from mpq.analyze.score import METRICS, Metric, Scoring
-from mpq.cli import bundles, options, terminal, training
+from mpq.cli import bundles, options, places, terminal, training
 from mpq.data import DataSource, Normalization
 from mpq.latency import LatencyProfile
 from mpq.pipeline.analysis import Analysis, write_analysis
@@ -86,7 +86,7 @@ def analyze(
     mpq analyze model.pth --max-drop 0.3         fewest bits for 0.3 points
     mpq analyze model.pth --data none            weights only, no images
     """
-    folder = options.hold(rundir.resolve_out(out, checkpoint.stem))
+    folder = places.hold(rundir.resolve_out(out, checkpoint.stem))
     rundir.refuse_overwrite(folder / "policy.yaml", force)
     timed = minimize == "latency" or budgets[0].max_latency_ms is not None or profile_path
     profile = _profile(profile_path, folder) if timed else None
@@ -125,7 +125,7 @@ def _profile(path: Path | None, folder: Path) -> LatencyProfile:
     own = folder / "profile.json"
     if path is None and own.is_file():
         path = own
-    return LatencyProfile.load(options.in_run(path, "profile.json"))
+    return LatencyProfile.load(places.in_run(path, "profile.json"))
 
 
 def _show(found: Analysis, folder: Path, as_json: bool) -> None:

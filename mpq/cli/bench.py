@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from mpq import origins, rundir
-from mpq.cli import bundles, options, terminal
+from mpq.cli import bundles, options, places, terminal
 from mpq.data import DataSource, Normalization
 from mpq.export.bench import BenchRow, Timing
 from mpq.pipeline.benching import Benching, float_beside, run_bench
@@ -60,13 +60,13 @@ def bench(
     """
     if out is not None:
         out = rundir.resolve_out(out, "")
-    paths = [options.in_run(path, "model.onnx") for path in files or [out]]
+    paths = [places.in_run(path, "model.onnx") for path in files or [out]]
     reference = float_file or float_beside(paths[0])
     for path in [*paths, *([reference] if reference else [])]:
         origins.require(path)
     folder = out or _run_of(paths[0])
     if folder is not None:
-        options.hold(folder)
+        places.hold(folder)
     how = Benching(
         float_file=reference,
         normalize=normalize,

@@ -9,8 +9,9 @@ from typing import Any, get_args
 
 import click
 
-from mpq.cli import options
+from mpq.cli import options, places
 from mpq.data import DataSource
+from mpq.errors import UsageError
 from mpq.policy import Constraints, DropType
 
 _BUDGETS = (
@@ -49,6 +50,19 @@ def source_with(*more: options.Decorator[Any]) -> options.Decorator[Any]:
 
 
 source = source_with()
+
+
+def policy(command: Callable[..., None]) -> Callable[..., None]:
+    """`[POLICY]`, or `--policy` as before: argument `policy_path`, the file that is worked by."""
+
+    @wraps(command)
+    def folded(*, policy: Path | None, named: Path | None, **others: Any) -> None:
+        if policy and named:
+            raise UsageError(f"{policy} and --policy {named} name two policies. Give one of them.")
+        command(policy_path=places.in_run(policy or named, "policy.yaml"), **others)
+
+    argument = click.argument("policy", required=False, type=options.PATH)
+    return _given(folded, argument, options.policy)
 
 
 def _given(command: Callable[..., Any], *wanted: options.Decorator[Any]) -> Callable[..., Any]:

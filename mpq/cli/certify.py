@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from mpq import origins
-from mpq.cli import options, terminal
+from mpq.cli import options, places, terminal
 from mpq.errors import ExportError, UsageError
 from mpq.export.certify import certify as judge
 from mpq.report.tables import certificate_table
@@ -27,7 +27,7 @@ def certify(file: Path | None, target: str | None, as_json: bool) -> None:
     \b
     mpq certify model.onnx
     """
-    path = options.in_run(file, "model.onnx")
+    path = places.in_run(file, "model.onnx")
     if not path.is_file():
         raise UsageError(f"{path} does not exist. Name an ONNX file, or a run that holds one.")
     origins.require(path)

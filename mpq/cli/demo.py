@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from mpq import rundir
-from mpq.cli import options, terminal
+from mpq.cli import options, places, terminal
 from mpq.pipeline.demo import run_demo
 from mpq.report.tables import demo_table
 
@@ -23,7 +23,7 @@ def demo(seed: int, as_json: bool, force: bool, out: Path | None) -> None:
 
     Takes two to three minutes on two cores and needs no data and no network.
     """
-    folder = options.hold(rundir.resolve_out(out, "demo"))
+    folder = places.hold(rundir.resolve_out(out, "demo"))
     rundir.refuse_overwrite(folder / "demo.json", force)
     rundir.touch_run(folder)
     with terminal.status() as tell:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from mpq.cli import options, terminal
+from mpq.cli import options, places, terminal
 from mpq.compare import compare
 from mpq.policy import Policy
 from mpq.report.grid import Grid
@@ -28,7 +28,7 @@ def diff(a: Path, b: Path, exit_code: bool, as_json: bool) -> int:
     mpq diff runs/a/policy.yaml runs/a/policy-6.yaml
     mpq diff runs/a runs/b --json
     """
-    paths = [options.in_run(path, "policy.yaml") for path in (a, b)]
+    paths = [places.in_run(path, "policy.yaml") for path in (a, b)]
     found = compare(Policy.load(paths[0]), Policy.load(paths[1]))
     content, names = found.to_json(), (str(paths[0]), str(paths[1]))
     shown: Grid | str = f"{names[0]} and {names[1]} give every layer the same widths"

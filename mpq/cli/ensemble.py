@@ -8,7 +8,7 @@ import click
 
 from mpq import rundir
 from mpq.checkpoint import Reading
-from mpq.cli import bundles, options, terminal
+from mpq.cli import bundles, options, places, terminal
 from mpq.data import DataSource, Normalization
 from mpq.pipeline.training import build_ensemble, write_ensemble
 from mpq.report.grid import counted
@@ -45,7 +45,7 @@ def ensemble(
     mpq ensemble a.pth b.pth c.pth -o ens.pth
     mpq ensemble d.pth --normalize cifar10 ens.pth -o all.pth
     """
-    rundir.refuse_overwrite(options.hold_file(out), force)
+    rundir.refuse_overwrite(places.hold_file(out), force)
     how = Reading(model, weights=weights, trust_pickle=trust_pickle)
     with terminal.status() as tell:
         tell("measuring the teachers")

@@ -10,7 +10,7 @@ from mpq import threads
 
 RENAMED = {
     "export": {"--verify": "--num-verify"},
-    "verify": {"--images": "--num-verify"},
+    "verify": {"--images": "--num-verify", "--quantized": "--from"},
     "bench": {"--limit": "--num-test"},
     "portability": {"--images": "--num-test"},
 }

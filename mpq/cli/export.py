@@ -10,7 +10,7 @@ from typing import get_args
 import click
 
 from mpq import origins, rundir
-from mpq.cli import bundles, options, terminal
+from mpq.cli import bundles, options, places, terminal
 from mpq.data import DataSource
 from mpq.export import ExportResult
 from mpq.export.ends import Asked
@@ -27,7 +27,8 @@ from mpq.report.grid import agreement_text, counted
 
 
 @click.command()
-@click.argument("quantized", required=False, type=options.PATH)
+@click.argument("run", required=False, type=options.PATH)
+@options.origin
 @click.option("--onnx", is_flag=True, expose_value=False, help="Write ONNX, the one format.")
 @options.count("--num-verify", default=1000, least=0, help="Test images to verify on.")
 @click.option("--allow-float-fallback", is_flag=True,
@@ -50,9 +51,10 @@ from mpq.report.grid import agreement_text, counted
 @options.seed
 @options.as_json
 @options.force
-@options.out("Run folder to write to.  [default: that of QUANTIZED]")
+@options.out("Run folder to write to.  [default: RUN]")
 def export(
-    quantized: Path | None,
+    run: Path | None,
+    origin: str | None,
     num_verify: int,
     allow_float_fallback: bool,
     int4_format: Int4Format | None,
@@ -70,16 +72,17 @@ def export(
     force: bool,
     out: Path | None,
 ) -> None:
-    """Write model.onnx from QUANTIZED, prove what it does, and write float.onnx beside it.
+    """Write model.onnx of a quantized network, prove what it does, write float.onnx beside it.
 
-    QUANTIZED is a quantized.pth or its run; without it, the newest run's is taken.
+    RUN is a run, or a file in it, such as its ptq.pth or qat.pth; without it, the newest.
 
     \b
     mpq export
-    mpq export runs/r20/quantized.pth -o runs/r20-file
+    mpq export runs/r20 --from ptq
+    mpq export runs/r20/qat.pth -o runs/r20-file
     """
-    path = options.in_run(quantized, "quantized.pth")
-    folder = options.hold(path.parent if out is None else rundir.resolve_out(out, ""))
+    path = places.quantized(run, origin)
+    folder = places.hold(_folder(run, path) if out is None else rundir.resolve_out(out, ""))
     origins.require(path)
     refuse_export(folder, force)
     how = Exporting(
@@ -104,15 +107,22 @@ def export(
             reference=reference,
             force=force,
         )
-    terminal.result(as_json, _summary(result), *_told(result))
+    terminal.result(as_json, _summary(result, path), *_told(result))
     more = ", float.onnx" if reference is not None else ""
-    terminal.say(f"wrote {result.path}, certificate.json{more}; next: mpq bench")
+    terminal.say(f"wrote {result.path} from {path}, certificate.json{more}; next: mpq bench")
 
 
-def _summary(result: ExportResult) -> dict[str, object]:
+def _folder(run: Path | None, path: Path) -> Path:
+    """Where the file goes: into the run that is named, else to the network that it is made of."""
+    named = None if run is None else rundir.run_folder(run)
+    return named if named is not None and named.is_dir() else path.parent
+
+
+def _summary(result: ExportResult, path: Path) -> dict[str, object]:
     checked = result.verification
     return {
         "file": str(result.path),
+        "from": str(path),
         "bytes": result.bytes,
         "integer_macs_fraction": result.certificate.integer_macs_fraction,
         "boundaries": result.certificate.boundaries,

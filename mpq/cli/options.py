@@ -12,13 +12,11 @@ from typing import Any, TypeVar
 
 import click
 
-from mpq import rundir
-from mpq.cli import terminal
 from mpq.data import Normalization
 from mpq.spec import WIDTHS
 from mpq.targets import get_target
 from mpq.trusted import is_name
-from mpq.userimport import trust, trust_run
+from mpq.userimport import trust
 from mpq.wide import INT16_FORMS
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -178,64 +176,14 @@ def target(help: str) -> Decorator[Any]:
                         help=f"{help} See mpq targets.  [default: this computer]")  # fmt: skip
 
 
-def hold(folder: Path) -> Path:
-    """Be the only command that writes into a run, from here to the end of the command.
-
-    Raises:
-        UsageError: another one does.
-    """
-    click.get_current_context().with_resource(rundir.held(folder))
-    return folder
-
-
-def hold_file(path: Path) -> Path:
-    """`hold` for a file that is no run's."""
-    click.get_current_context().with_resource(rundir.held_file(path))
-    return path
-
-
-def in_run(path: Path | None, file: str) -> Path:
-    """The file that a command works on: `path`, or that file of the run `path`, or the newest.
-
-    Raises:
-        UsageError: no run has one.
-    """
-    found = newest(file) if path is None else path / file if path.is_dir() else path
-    trust_run(found.parent)
-    rundir.tidy(found.parent)
-    return found
-
-
-def newest(file: str) -> Path:
-    """The newest run's file of that name, said aloud.
-
-    Raises:
-        UsageError: no run has one.
-    """
-    path = rundir.newest_run(file) / file
-    terminal.say(f"no file named: using {path}")
-    return path
-
-
-def run_of(policy: Path, out: Path | None) -> Path:
-    """The run that a policy belongs to: `out`, its folder if that is a run, else `runs/STEM`.
-
-    `policy-6.yaml` beside the `policy.yaml` of RUN belongs to a run of its own, `RUN-6`.
-    """
-    if out is None and rundir.is_run(policy.parent):
-        if policy.name == "policy.yaml":
-            return policy.parent
-        if policy.name.startswith("policy-"):
-            name = policy.parent.resolve().name + policy.stem.removeprefix("policy")
-            return policy.parent.parent / name
-    return rundir.resolve_out(out, policy.stem)
-
-
-# policy_path: Path | None
-policy = path(
-    "--policy",
-    "policy_path",
-    help="Policy file, or a run that has one.  [default: the newest run's]",
+# named: Path | None
+policy = path("--policy", "named", help="POLICY, said as an option.")
+# origin: str | None
+origin = click.option(
+    "--from",
+    "origin",
+    metavar="ptq|qat|FILE",
+    help="The quantized network to take.  [default: the newest that is not stale]",
 )
 # seed: int
 seed = count("--seed", metavar="N", default=0, least=0, help="Of all randomness.")

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from mpq import origins, rundir
-from mpq.cli import bundles, options, terminal
+from mpq.cli import bundles, options, places, terminal
 from mpq.data import DataSource
 from mpq.errors import UsageError
 from mpq.export import foreign
@@ -53,7 +53,7 @@ def portability(
         foreign.install(name, terminal.say)
     if installed and file is None:
         return
-    path = options.in_run(file, "model.onnx")
+    path = places.in_run(file, "model.onnx")
     if not path.is_file():
         raise UsageError(f"{path} does not exist. Name an ONNX file, or a run that holds one.")
     beside = path.parent / "float.onnx"
@@ -66,6 +66,6 @@ def portability(
     text = report.to_json()
     terminal.result(as_json, text, portability_table(json.loads(text)))
     if path.name == "model.onnx" and rundir.is_run(path.parent):
-        options.hold(path.parent)
+        places.hold(path.parent)
         origins.keep(path.parent, "portability.json", text + "\n", "portability", [path])
         terminal.say(f"wrote {path.parent / 'portability.json'}")

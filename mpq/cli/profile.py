@@ -12,7 +12,7 @@ import click
 
 from mpq import rundir
 from mpq.checkpoint import Reading, open_model
-from mpq.cli import options, terminal
+from mpq.cli import options, places, terminal
 from mpq.pipeline.profiling import check as hold
 from mpq.pipeline.profiling import profile_module
 from mpq.report.grid import Grid, columns
@@ -54,7 +54,7 @@ def profile(
     mpq profile model.pth
     mpq profile model.pth --check runs/model/model.onnx
     """
-    folder = options.hold(rundir.resolve_out(out, checkpoint.stem))
+    folder = places.hold(rundir.resolve_out(out, checkpoint.stem))
     loaded = open_model(checkpoint, Reading(model, None, weights, input_shape, trust_pickle))
     kept = folder / "profile.json"
     with terminal.status() as tell:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import click
 
-from mpq.cli import bundles, options, terminal
+from mpq import rundir
+from mpq.cli import bundles, options, places, terminal
 from mpq.data import DataSource
 from mpq.pipeline.guard import check_start
 from mpq.pipeline.quantizing import begin_policy, check_policy_file, run_ptq, save_quantized
@@ -29,7 +30,7 @@ from mpq.wide import Int16Form
 
 
 @click.command()
-@options.policy
+@bundles.policy
 @bundles.source
 @options.choice("--calibration", METHODS, default="mse", help="How activation ranges are chosen.")
 @options.choice("--effort", EFFORTS, default="good",
@@ -54,7 +55,7 @@ from mpq.wide import Int16Form
 @options.resume
 @options.out("Run folder to write to.  [default: the policy's]")
 def ptq(
-    policy_path: Path | None,
+    policy_path: Path,
     source: DataSource,
     calibration: Method,
     effort: Effort,
@@ -71,19 +72,19 @@ def ptq(
     resume: bool,
     out: Path | None,
 ) -> None:
-    """Quantize the model of a policy without training; write quantized.pth.
+    """Quantize the network of a policy without training; write ptq.pth.
 
     An interrupted --effort best goes on with --resume and ends as if it had not been interrupted.
 
     \b
     mpq ptq
-    mpq ptq --policy p.yaml --effort best
-    mpq ptq --policy vit.yaml --dynamic
+    mpq ptq p.yaml --effort best
+    mpq ptq runs/vit --dynamic
     """
-    path = options.in_run(policy_path, "policy.yaml")
+    path = policy_path
     policy = asked = Policy.load(path)
-    folder = options.hold(options.run_of(path, out))
-    written = folder / "quantized.pth"
+    folder = places.hold(places.run_of(path, out))
+    written = folder / rundir.STAGES["ptq"]
     resume = check_start(folder, written, resume=resume, force=force, state=PROGRESS)
     check_policy_file(path, folder, force=force or resume)
     if num_calib:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import click
 
-from mpq.cli import options, terminal, training
+from mpq import rundir
+from mpq.cli import bundles, options, places, terminal, training
 from mpq.data import DataSource
 from mpq.pipeline.guard import check_start
 from mpq.pipeline.quantizing import begin_policy, check_policy_file, run_qat, save_quantized
@@ -20,7 +21,7 @@ from mpq.wide import Int16Form, take_form
 
 
 @click.command()
-@options.policy
+@bundles.policy
 @training.teacher
 @training.teacher_normalize
 @training.teacher_model
@@ -39,7 +40,7 @@ from mpq.wide import Int16Form, take_form
 @options.resume
 @options.out("Run folder to write to.  [default: the policy's]")
 def qat(
-    policy_path: Path | None,
+    policy_path: Path,
     teacher: Path | None,
     teacher_normalize: str,
     teacher_model: str | None,
@@ -58,18 +59,18 @@ def qat(
     resume: bool,
     out: Path | None,
 ) -> None:
-    """Quantize the model of a policy with training; write quantized.pth and metrics.jsonl.
+    """Quantize the network of a policy with training; write qat.pth and metrics.jsonl.
 
     An interrupted run goes on with --resume and ends as if it had not been interrupted.
 
     \b
-    mpq qat --policy p.yaml --teacher ens.pth
-    mpq qat --policy runs/r20/policy.yaml --epochs 10 --set lr=0.005
+    mpq qat p.yaml --teacher ens.pth
+    mpq qat runs/r20 --epochs 10 --set lr=0.005
     """
-    path = options.in_run(policy_path, "policy.yaml")
+    path = policy_path
     policy = asked = Policy.load(path)
-    folder = options.hold(options.run_of(path, out))
-    written = folder / "quantized.pth"
+    folder = places.hold(places.run_of(path, out))
+    written = folder / rundir.STAGES["qat"]
     resume = check_start(folder, written, resume=resume, force=force)
     check_policy_file(path, folder, force=force or resume)
     chosen = training.recipe_from(recipe, epochs, settings, compiling=compiling)

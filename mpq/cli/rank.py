@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from mpq import rundir
-from mpq.cli import bundles, options, terminal, training
+from mpq.cli import bundles, options, places, terminal, training
 from mpq.data import DataSource, Normalization
 from mpq.pipeline.ranking import FILE, PICTURE, Hooks, Ranking, rank
 from mpq.ptq import EFFORTS, Effort
@@ -61,7 +61,7 @@ def command(
     mpq rank resnet20 mobilenet_v2_cifar --data cifar10 --epochs 20
     mpq rank a.pth b.pth --data cifar10 --effective-bits 4.5
     """
-    folder = options.hold(rundir.resolve_out(out, "rank"))
+    folder = places.hold(rundir.resolve_out(out, "rank"))
     if not resume:
         rundir.refuse_overwrite(folder / FILE, force)
     how = Ranking(

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from mpq import rundir
-from mpq.cli import options, terminal
+from mpq.cli import options, places, terminal
 
 
 @click.command()
@@ -16,15 +16,14 @@ from mpq.cli import options, terminal
 def report(run: Path | None, as_json: bool) -> None:
     """Write RUN/report.html: one self-contained page of all that the run holds.
 
-    Without RUN, the newest run. The page is made from the files of the run, and made anew each
-    time.
+    RUN is a run or a file in it; without it, the newest. The page is made from the files of the
+    run, and made anew each time.
     """
     # matplotlib takes a second to import, which `--help` need not wait for.
     from mpq.report.page import write_page
 
-    folder = run
-    if folder is None:
-        folder = rundir.newest_run("policy.yaml")
+    folder = places.newest("policy.yaml") if run is None else rundir.run_folder(run)
+    if run is None:
         terminal.say(f"no run named: using {folder}")
     rundir.tidy(folder)
     if folder.is_dir():

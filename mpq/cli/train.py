@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from mpq.cli import options, terminal, training
+from mpq.cli import options, places, terminal, training
 from mpq.data import DataSource, Normalization
 from mpq.pipeline.guard import check_start
 from mpq.pipeline.training import initial_weights, new_subject, run_train, working_folder
@@ -72,8 +72,8 @@ def train(
         click.echo(chosen.to_yaml(), nl=False)
         return
     training.check_plan(chosen, device=device, teacher=teacher, unlabelled=source.unlabelled)
-    options.hold_file(out)
-    options.hold(working_folder(out))
+    places.hold_file(out)
+    places.hold(working_folder(out))
     resume = check_start(working_folder(out), out, resume=resume, force=force)
     subject = new_subject(arch, source, normalize=normalize, seed=seed)
     terminal.say(

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from mpq import origins, rundir
-from mpq.cli import bundles, options, terminal
+from mpq.cli import bundles, options, places, terminal
 from mpq.data import DataSource
 from mpq.errors import ExportError, UsageError
 from mpq.export.certify import saturating_here
@@ -22,8 +22,7 @@ from mpq.report.tables import exact_table, verify_table
 @click.argument("file", required=False, type=options.PATH)
 @click.option("--exact", is_flag=True,
               help="Predict every integer tensor of the runtime, bit for bit.")  # fmt: skip
-@options.path("--quantized", metavar="PATH",
-              help="What FILE was made from.  [default: quantized.pth beside FILE]")  # fmt: skip
+@options.origin
 @options.count("--num-verify", help="Test images.  [default: 1000, with --exact 4]")
 @options.target("Where to judge it, without that CPU at hand.")
 @bundles.source
@@ -33,7 +32,7 @@ from mpq.report.tables import exact_table, verify_table
 def verify(
     file: Path | None,
     exact: bool,
-    quantized: Path | None,
+    origin: str | None,
     num_verify: int | None,
     target: str | None,
     source: DataSource,
@@ -54,20 +53,20 @@ def verify(
     mpq verify
     mpq verify model.onnx --exact
     """
-    path = options.in_run(file, "model.onnx")
+    path = places.in_run(file, "model.onnx")
     if not path.is_file():
         raise UsageError(f"{path} does not exist. Name an ONNX file, or a run that holds one.")
     origins.require(path)
     if _keeps(path):
-        options.hold(path.parent)
+        places.hold(path.parent)
     if exact:
-        if quantized is not None:
-            raise UsageError("--exact needs nothing but the file. Give it without --quantized.")
+        if origin is not None:
+            raise UsageError("--exact needs nothing but the file. Give it without --from.")
         report = _exact(path, source, num_verify or 4, seed, target)
         _tell(path, "exact.json", report.to_json(), as_json)
         _refuse_inexact(path, report)
     else:
-        network = _origin(path, quantized)
+        network = _origin(path, origin)
         with terminal.status() as tell:
             tell("loading")
             found = load_quantized(network, source, trust_pickle=trust_pickle)
@@ -100,15 +99,17 @@ def _refuse_inexact(path: Path, report: ExactReport) -> None:
         raise ExportError(f"{path}: the runtime's optimized graph answers differently when dumped.")
 
 
-def _origin(path: Path, quantized: Path | None) -> Path:
+def _origin(path: Path, origin: str | None) -> Path:
     """The quantized network that a file was made from."""
-    network = quantized or path.parent / "quantized.pth"
-    if not network.is_file():
+    if origin is not None:
+        return places.quantized(path.parent if origin in rundir.STAGES else None, origin)
+    try:
+        return origins.network_of(path)
+    except UsageError as error:
         raise UsageError(
-            f"{path} must be verified against the network it was made from, but {network} does "
-            "not exist. Name it with --quantized, or use --exact, which needs none."
-        )
-    return network
+            f"{path} must be verified against the network it was made from: {error} With --from, "
+            "or use --exact, which needs none."
+        ) from None
 
 
 def _keeps(path: Path) -> bool:

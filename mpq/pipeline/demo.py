@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from mpq import files
+from mpq import files, rundir
 from mpq.analyze.score import Scoring
 from mpq.data import DataSource, load_arrays
 from mpq.export.bench import BenchRow, bench
@@ -153,7 +153,7 @@ def _float(name: str, subject: Subject, folder: Path) -> _Made:
 
 def _export(name: str, found: Quantized, folder: Path) -> _Made:
     run = folder / _slug(name)
-    found = save_quantized(found, run / "quantized.pth")
+    found = save_quantized(found, run / rundir.STAGES[found.metrics["stage"]])
     result = export_run(found, run, force=True)
     checked = result.verification
     return _Made(

@@ -1,4 +1,4 @@
-"""`export`: from `quantized.pth` to `model.onnx` with its proofs, and the float reference."""
+"""`export`: from a quantized network to `model.onnx` with its proofs, and the float reference."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def _refuse_mixing(found: Quantized, folder: Path) -> None:
     Raises:
         UsageError: the run's policy or quantized network is not what `found` was made from.
     """
-    for name in ("quantized.pth", "policy.yaml"):
+    for name in (*rundir.QUANTIZED, "policy.yaml"):
         there, then = folder / name, found.made_from.get(name)
         now = origins.identity(there) if there.is_file() else None
         if now is not None and then is not None and now != then:
@@ -188,7 +188,7 @@ def float_reference(
 ) -> Subject | None:
     """The float network that `path` was made from; None, said aloud, where it is gone or changed.
 
-    `quantized.pth` holds all that its own export needs, so this is no reason to fail.
+    A quantized network holds all that its own export needs, so this is no reason to fail.
     """
     try:
         return policy_subject(found.policy, path, source, weights=True, trust_pickle=trust_pickle)

@@ -1,4 +1,4 @@
-"""`ptq` and `qat`: from a policy to `quantized.pth`, and back from that file to a graph."""
+"""`ptq` and `qat`: from a policy to `ptq.pth` or `qat.pth`, and back from that file to a graph."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class Quantized(Shown):
         return [f"{self.subject.info.arch}: {layers}", f"{self.metrics['stage']}, top-1 {held}"]
 
     def save(self, path: str | Path) -> Path:
-        """Write policy, state and metrics, as `quantized.pth` of a run has them.
+        """Write policy, state and metrics, as `ptq.pth` of a run has them.
 
         Raises:
             CheckpointError: the path cannot be written.
@@ -239,7 +239,7 @@ def begin_policy(policy_path: Path, folder: Path) -> None:
 def save_quantized(
     found: Quantized, path: Path, policy_path: Path | None = None, asked: Policy | None = None
 ) -> Quantized:
-    """Write `quantized.pth`: policy, prepared state and metrics, readable with `weights_only`.
+    """Write `ptq.pth` or `qat.pth`: policy, state and metrics, readable with `weights_only`.
 
     With it, as one step, `policy.yaml` as the user wrote it, where one is given.
 
@@ -270,7 +270,7 @@ def save_quantized(
 
 
 def _content(found: Quantized) -> dict[str, Any]:
-    """What `quantized.pth` holds."""
+    """What its file holds."""
     return {
         "policy": found.policy.to_yaml(),
         "state": found.graph.module.state_dict(),
@@ -298,7 +298,7 @@ def load_quantized(
     *,
     trust_pickle: bool = False,
 ) -> Quantized:
-    """Read `quantized.pth` back into a prepared graph; of `model`, where the policy names none.
+    """Read a quantized network back into a prepared graph; of `model`, where no policy names one.
 
     Of a network that is no name's, the checkpoint is read again, with `trust_pickle` a pickle too.
 
@@ -306,6 +306,8 @@ def load_quantized(
         CheckpointError: the file is missing, damaged, or of another kind.
     """
     made_from = origins.chain(path) if path.is_file() else {}
+    if path.name == rundir.FORMER and rundir.is_run(path.parent):
+        logger.warning("%s is as mpq 0.1 named what ptq and qat wrote; it is read until 0.3", path)
     content = KIND.read(path)
     _check_content(content, path)
     policy = Policy.from_yaml(content["policy"], f"the policy in {path}")

@@ -74,7 +74,7 @@ def _check_origin(found: Quantized, path: Path) -> None:
             raise UsageError(
                 f"{path} was made from another network than the one it is compared with: its "
                 f"{name} had the hash {known[name][:8]}..., not {found.made_from[name][:8]}.... "
-                "Name the quantized.pth that it was made from with --quantized."
+                "Name the one that it was made from with --from."
             )
     policy = from_metadata(runtime.metadata(runtime.session(path)), str(path))
     of_file, of_network = policy and policy.model, found.policy.model
@@ -86,7 +86,7 @@ def _check_origin(found: Quantized, path: Path) -> None:
         listed = (f"{k} {getattr(of_file, k)}, not {getattr(of_network, k)}" for k in differ)
         raise UsageError(
             f"{path} was made from another network than the one it is compared with: "
-            f"{', '.join(listed)}. Name the quantized.pth that it was made from with --quantized."
+            f"{', '.join(listed)}. Name the one that it was made from with --from."
         )
 
 

@@ -74,6 +74,8 @@ def facts(folder: Path) -> list[tuple[str, str]]:
         found += _read(folder, "bench.jsonl", lambda: _bench_facts(rows))
     if certificate := _content(folder, "certificate.json"):
         found.append(("MACs that run as integers", f"{certificate['integer_macs_fraction']:.1%}"))
+    if made_of := origins.made_of(folder / "model.onnx", rundir.QUANTIZED):
+        found.append(("made of", made_of))
     if verify := _content(folder, "verify.json"):
         alike = verify["top1_agreement"]
         text = agreement_text(verify) if alike is None else f"{alike:.2%}"
@@ -151,6 +153,15 @@ def _left_out(folder: Path) -> Section | None:
     return Section("Left out", text=text) if text else None
 
 
+_curves = _shown("Training", "metrics.jsonl", plots.curves_plot)
+
+
+def _training(folder: Path) -> Section | None:
+    """The curves of `qat.pth`, where the model is not of another stage."""
+    made_of = origins.made_of(folder / "model.onnx", rundir.QUANTIZED)
+    return None if made_of == rundir.STAGES["ptq"] else _curves(folder)
+
+
 def _policy(folder: Path) -> Section | None:
     path = folder / "policy.yaml"
     return Section("Policy", text=path.read_text(encoding="utf-8")) if path.is_file() else None
@@ -166,7 +177,7 @@ SECTIONS: tuple[Callable[[Path], Section | None], ...] = (
         plots.validation_plot,
         tables.validation_table,
     ),
-    _shown("Training", "metrics.jsonl", plots.curves_plot),
+    _training,
     _shown("Certificate", "certificate.json", tables.certificate_table),
     _shown("Verification", "verify.json", tables.verify_table),
     _shown("Other runtimes", "portability.json", tables.portability_table),

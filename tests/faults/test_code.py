@@ -31,9 +31,9 @@ def policy(key: str, value: str) -> None:
 
 
 def quantized(key: str, value: str) -> None:
-    content = load_safe("r/quantized.pth")
+    content = load_safe("r/ptq.pth")
     changed = _changed(Policy.from_yaml(content["policy"]), key, value)
-    torch.save({**content, "policy": changed.to_yaml()}, "r/quantized.pth")
+    torch.save({**content, "policy": changed.to_yaml()}, "r/ptq.pth")
     Path("r/origins.json").unlink()  # whoever makes a run can make it say anything
 
 

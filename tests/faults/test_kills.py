@@ -59,13 +59,13 @@ STAGES = {
         f"analyze model.pth {MINE} --num-score 24 --validate 2 -o r --force",
         "policy.yaml sensitivity.json sensitivity.png pareto.png validation.json validation.png",
     ),
-    "ptq": Stage(f"ptq --policy p.yaml -o r --effort fast {FAST}", "quantized.pth policy.yaml"),
+    "ptq": Stage(f"ptq --policy p.yaml -o r --effort fast {FAST}", "ptq.pth policy.yaml"),
     "ptq best": Stage(
         f"ptq --policy p.yaml -o r --effort best --iterations 10 {FAST}",
-        "quantized.pth policy.yaml",
+        "ptq.pth policy.yaml",
     ),
     "qat": Stage(
-        "qat --policy p.yaml -o r --epochs 2 --set batch=32 --force", "quantized.pth policy.yaml"
+        "qat --policy p.yaml -o r --epochs 2 --set batch=32 --force", "qat.pth policy.yaml"
     ),
     "export": Stage(
         "export r --num-verify 5 --input uint8 --force",

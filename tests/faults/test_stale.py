@@ -51,7 +51,14 @@ def shown(capsys: pytest.CaptureFixture[str]) -> str:
     return Path("r/report.html").read_text()
 
 
-NOT_MADE = {"validation.json", "metrics.jsonl", "exact.json", "portability.json"}
+NOT_MADE = {
+    "qat.pth",
+    "quantized.pth",
+    "validation.json",
+    "metrics.jsonl",
+    "exact.json",
+    "portability.json",
+}
 """Files that the commands of the run here do not write."""
 
 
@@ -63,8 +70,8 @@ def test_every_file_says_what_it_was_made_from() -> None:
         assert known[name].sha256 == origins.identity(Path("r", name))
         assert known[name].made_from["weights"] == model.sha256
         assert origins.doubt(Path("r", name)) is None
-    assert known["verify.json"].made_from["quantized.pth"] == known["quantized.pth"].sha256
-    assert known["quantized.pth"].made_from["data"] == "mine:images, 16 images, seed 0"
+    assert known["verify.json"].made_from["ptq.pth"] == known["ptq.pth"].sha256
+    assert known["ptq.pth"].made_from["data"] == "mine:images, 16 images, seed 0"
 
 
 @pytest.mark.usefixtures("here")
@@ -74,8 +81,8 @@ def test_an_edited_policy_makes_stale_what_was_made_from_it(
 ) -> None:
     edit()
     told = refused(capsys, command)
-    assert "r/quantized.pth is stale: mpq ptq made it when r/policy.yaml had the hash " in told
-    assert "mpq ptq --policy r --force" in told
+    assert "r/ptq.pth is stale: mpq ptq made it when r/policy.yaml had the hash " in told
+    assert "mpq ptq r --force" in told
 
 
 @pytest.mark.usefixtures("here")
@@ -83,7 +90,7 @@ def test_the_commands_that_a_refusal_names_mend_it(capsys: pytest.CaptureFixture
     edit()
     assert main(PTQ) == 0
     told = refused(capsys, "verify r")
-    assert "r/model.onnx is stale: mpq export made it when r/quantized.pth had the hash" in told
+    assert "r/model.onnx is stale: mpq export made it when r/ptq.pth had the hash" in told
     assert "mpq export r --force" in told
     page = shown(capsys)
     assert page.count(" is stale") == 3  # certificate, verification and bench
@@ -104,7 +111,7 @@ def test_words_in_a_policy_make_nothing_stale() -> None:
     path.write_text("# a comment\n" + found.replace(layers=layers, evidence={}).to_yaml())
     origins.require(Path("r/model.onnx"))
     edit()
-    with pytest.raises(UsageError, match=r"r/quantized\.pth is stale"):
+    with pytest.raises(UsageError, match=r"r/ptq\.pth is stale"):
         origins.require(Path("r/model.onnx"))
 
 
@@ -122,7 +129,7 @@ def test_another_network_makes_all_of_a_run_stale(capsys: pytest.CaptureFixture[
     named = ["--model", "mine:tiny", "--num-score", "16", "-o", "r", "--force"]
     assert main(["analyze", "other.pth", *named]) == 0
     for command in USES:
-        assert "mpq ptq --policy r --force" in refused(capsys, command)
+        assert "mpq ptq r --force" in refused(capsys, command)
     page = shown(capsys)
     assert "Sensitivity" in page
     assert page.count(" is stale") == 3
@@ -140,7 +147,7 @@ def test_a_run_takes_no_file_of_another_network(capsys: pytest.CaptureFixture[st
     assert not Path("s/model.onnx").exists()
     assert main(["ptq", "--policy", "s", *FAST]) == 0
     capsys.readouterr()
-    assert main(["verify", "r", "--quantized", "s/quantized.pth"]) == 2
+    assert main(["verify", "r", "--from", "s/ptq.pth"]) == 2
     told = capsys.readouterr().err
     assert "r/model.onnx was made from another network than the one it is compared with" in told
     shutil.copy("s/policy.yaml", "r/policy.yaml")  # of the other network, its scores left behind
@@ -217,7 +224,7 @@ def test_a_training_that_fails_leaves_the_run_as_it_was(
     assert main(["verify", "r"]) == 0
     assert main([*qat, "--resume"]) == 0
     assert Path("r/policy.yaml").read_bytes() == Path("p.yaml").read_bytes()
-    assert origins.origins(Path("r"))["quantized.pth"].by == "qat"
+    assert origins.origins(Path("r"))["qat.pth"].by == "qat"
     assert "mpq export r --force" in refused(capsys, "verify r")
 
 
@@ -234,4 +241,4 @@ def test_a_policy_edited_while_it_is_worked_on_is_seen(
     monkeypatch.setattr("mpq.cli.ptq.run_ptq", slow)
     assert main(PTQ) == 0
     assert "int6/channel" in Path("r/policy.yaml").read_text()
-    assert "mpq ptq --policy r --force" in refused(capsys, "export r --force")
+    assert "mpq ptq r --force" in refused(capsys, "export r --force")

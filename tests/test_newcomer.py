@@ -1,0 +1,194 @@
+"""What a newcomer trips over: each step that once failed, or misled, is a test."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mpq import origins, rundir
+from mpq.cli import main, places
+from mpq.data import DataSource
+from mpq.pipeline.quantizing import load_quantized
+from mpq.userimport import trusting
+
+MINE = """
+import numpy as np
+import torch
+from torch import nn
+
+def tiny(classes=10):
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, 2, 1), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, classes),
+    )
+
+tiny.input_size = (3, 8, 8)
+
+def images():
+    labels = np.arange(120) % 10
+    return np.random.default_rng(0).integers(0, 256, (120, 8, 8, 3), np.uint8), labels
+"""
+NAMED = ["--model", "newcomers:tiny", "--data", "newcomers:images"]
+QAT = ["--epochs", "1", "--set", "batch=32"]
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """`runs/a` with all stages, exported from `qat.pth`; `runs/b`, used later, with a policy."""
+    folder, before = tmp_path_factory.mktemp("project"), Path.cwd()
+    (folder / "newcomers.py").write_text(MINE)
+    state = os.environ.get("XDG_STATE_HOME")
+    os.environ["XDG_STATE_HOME"] = str(folder / "state")
+    os.chdir(folder)
+    try:
+        train = ["train", "newcomers:tiny", "--data", "newcomers:images", "--epochs", "1"]
+        assert main([*train, "-o", "model.pth"]) == 0
+        assert main(["analyze", "model.pth", *NAMED, "--num-score", "16", "-o", "runs/a"]) == 0
+        assert main(["ptq", "--num-calib", "16", "--effort", "fast"]) == 0
+        assert main(["qat", "runs/a", *QAT]) == 0
+        assert main(["export", "--num-verify", "10"]) == 0
+        assert main(["analyze", "model.pth", *NAMED, "--num-score", "16", "-o", "runs/b"]) == 0
+    finally:
+        os.chdir(before)
+        os.environ.pop("XDG_STATE_HOME")
+        if state is not None:
+            os.environ["XDG_STATE_HOME"] = state
+    yield folder
+    sys.modules.pop("newcomers", None)
+
+
+@pytest.fixture
+def here(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the project, as working directory."""
+    shutil.copytree(project, tmp_path / "p")
+    monkeypatch.chdir(tmp_path / "p")
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "p" / "state"))
+    return tmp_path / "p"
+
+
+def say(capsys: Capture, command: str) -> tuple[str, str]:
+    """Run a command that must succeed; what it wrote to stdout and stderr."""
+    code = main(command.split())
+    out, err = capsys.readouterr()
+    assert code == 0, err
+    return out, err
+
+
+def fails(capsys: Capture, command: str) -> str:
+    """Run a command that must fail with one message."""
+    code = main(command.split())
+    out, err = capsys.readouterr()
+    assert (code, out) == (2, ""), err
+    return err
+
+
+# -- one truth per run -----------------------------------------------------------------------------
+
+
+def test_each_stage_has_a_file_of_its_own_and_export_says_which_it_took(
+    here: Path, capsys: Capture
+) -> None:
+    model = Path("runs/a/model.onnx")
+    assert origins.made_of(model, rundir.QUANTIZED) == "qat.pth"  # it was made last
+    for stage, trained in (("qat", True), ("ptq", False)):
+        say(capsys, "report runs/a")
+        page = Path("runs/a/report.html").read_text()
+        assert ("<h2>Training</h2>" in page) == trained
+        assert f"{stage}.pth" in page
+        if trained:
+            out, err = say(capsys, "export runs/a --from ptq --num-verify 5 --force --json")
+            assert json.loads(out)["from"] == "runs/a/ptq.pth"
+            assert "wrote runs/a/model.onnx from runs/a/ptq.pth" in err
+    assert origins.made_of(model, rundir.QUANTIZED) == "ptq.pth"
+    assert "name two networks" in fails(capsys, "export runs/a/ptq.pth --from qat")
+    assert "runs/b must hold a quantized network" in fails(capsys, "export runs/b")
+    assert "but has no qat.pth. Run `mpq qat`" in fails(capsys, "export runs/b --from qat")
+    err = fails(capsys, "bench runs/a/qat.pth --data none")
+    assert "runs/a/model.onnx was not made from runs/a/qat.pth" in err
+
+
+def test_the_newest_stage_is_the_last_made_wherever_the_run_is_copied(
+    here: Path, capsys: Capture
+) -> None:
+    say(capsys, "ptq runs/a --num-calib 16 --effort fast --force")
+    for name in ("qat.pth", "ptq.pth"):  # as a copy may leave them
+        os.utime(Path("runs/a", name))
+    os.utime("runs/a/qat.pth", (2e9, 2e9))
+    assert origins.newest(Path("runs/a"), rundir.QUANTIZED) == Path("runs/a/ptq.pth")
+
+
+def test_a_stage_that_is_stale_is_not_taken(here: Path, capsys: Capture) -> None:
+    kept = Path("runs/a/policy.yaml").read_text()
+    Path("runs/a/policy.yaml").write_text(kept.replace("int8/channel", "int6/channel", 1))
+    say(capsys, "ptq runs/a --num-calib 16 --effort fast --force")
+    err = fails(capsys, "verify runs/a")
+    assert "runs/a/qat.pth is stale" in err
+    assert "Or take runs/a/ptq.pth, which is not stale: mpq export runs/a --force" in err
+    Path("runs/a/policy.yaml").write_text(kept)
+    assert origins.newest(Path("runs/a"), rundir.QUANTIZED) == Path("runs/a/qat.pth")
+    assert "runs/a/ptq.pth is stale" in fails(capsys, "export runs/a --from ptq --force")
+
+
+def test_a_run_of_the_version_before_is_read_with_a_warning(
+    here: Path, capsys: Capture, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("ptq.pth", "qat.pth", "model.onnx", "certificate.json", "origins.json"):
+        path = Path("runs/a", name)
+        path.rename("runs/a/quantized.pth") if name == "ptq.pth" else path.unlink()
+    path = places.quantized(None, None)
+    assert "no file named: using runs/a/quantized.pth" in capsys.readouterr().err
+    with trusting("newcomers:tiny"):
+        assert load_quantized(path, DataSource("none")).metrics["stage"] == "ptq"
+    assert "runs/a/quantized.pth is as mpq 0.1 named what ptq and qat wrote" in caplog.text
+
+
+COMMANDS = {
+    "ptq runs/a --effort fast --num-calib 16 --force": "ptq.pth",
+    "qat runs/a/sensitivity.json --epochs 1 --set batch=32 --force": "qat.pth",
+    "export runs/a/policy.yaml --num-verify 5 --force": "model.onnx",
+    "verify runs/a/qat.pth --num-verify 5": "verify.json",
+    "verify runs/a/certificate.json --exact": "exact.json",
+    "certify runs/a/sensitivity.png": "",
+    "bench runs/a/metrics.jsonl --runs 1 --data none": "bench.jsonl",
+    "report runs/a/model.onnx": "report.html",
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_takes_a_run_or_a_file_in_it(
+    here: Path, capsys: Capture, command: str
+) -> None:
+    name = COMMANDS[command]
+    (here / "runs" / "a" / name).unlink() if name in ("verify.json", "model.onnx") else None
+    _, err = say(capsys, command)
+    assert "no file named" not in err
+    assert not name or Path("runs/a", name).is_file()
+
+
+@pytest.mark.parametrize("form", ["runs/a", "runs/a/certificate.json", "runs/a/qat.pth", ""])
+def test_a_run_is_found_alike_in_every_form(here: Path, form: str) -> None:
+    shutil.rmtree("runs/b")
+    path = Path(form) if form else None
+    for name in ("policy.yaml", "model.onnx"):
+        assert places.in_run(path, name) == Path("runs/a", name)
+    assert places.quantized(path, None) == Path("runs/a/qat.pth")
+    assert places.quantized(None, "ptq") == Path("runs/a/ptq.pth")
+
+
+def test_the_newest_run_is_named_and_does_not_move_when_an_old_one_is_looked_at(
+    here: Path, capsys: Capture
+) -> None:
+    for command in ("certify runs/a", "report runs/a", "diff runs/a runs/b"):  # fmt: skip
+        say(capsys, command)
+    assert rundir.last_run() == Path("runs/b")
+    _, err = say(capsys, "certify")
+    assert "runs/b, the run used last, has no model.onnx" in err
+    assert "no file named: using runs/a/model.onnx" in err
