@@ -38,6 +38,19 @@ def histogram(x: torch.Tensor) -> Histogram:
     return seen
 
 
+def test_of_a_large_tensor_every_nth_value_is_counted_and_the_extremes_are_exact(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("mpq.ptq.observe.MAX_VALUES", 1000)
+    x = torch.randn(4, 8, 16, 16, generator=torch.Generator().manual_seed(0))
+    x[3, 7, 15, 14] = 9.0  # not among the counted
+    seen = histogram(x)
+    assert seen.high == 9.0
+    assert seen.counts.sum() == len(range(0, x.numel(), 9))
+    spread = (seen.counts * seen.centers.square()).sum() / seen.counts.sum()
+    assert float(spread) == pytest.approx(1.0, rel=0.15)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_range_includes_zero_and_stays_within_the_extremes(method: str) -> None:
     x = torch.randn(20_000, generator=torch.Generator().manual_seed(0)) + 0.5

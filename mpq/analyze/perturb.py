@@ -252,7 +252,8 @@ def _observe(
         low, high = torch.aminmax(x)
         step = max(x.numel() // quota, 1)
         # An odd step walks through all channels and positions of a tensor of even sizes.
-        found[name] += [x.flatten()[:: step | 1].float(), torch.stack((low, high)).float()]
+        sampled = x.flatten()[:: step | 1].float().clone()  # a view would keep the whole tensor
+        found[name] += [sampled, torch.stack((low, high)).float()]
         return x
 
     watch = Watch(graph, list(readers), see)

@@ -37,7 +37,7 @@ Metric = Literal["fisher", "gradient", "kl", "loss", "fit", "hawq", "sqnr"]
 METRICS: tuple[Metric, ...] = get_args(Metric)
 LABELLED = ("loss", "fit", "hawq")
 """Metrics that look at the true labels."""
-MAX_BATCH, PASS_BYTES, BYTES_PER_ELEMENT = 64, 1_500_000_000, 12
+MAX_BATCH, PASS_BYTES, BYTES_PER_ELEMENT = 64, 400_000_000, 12
 """Images per pass; memory of a pass; what one output of a layer costs with what follows it."""
 VERSION = 4
 """Part of the key: raise it when scoring or the file changes."""
@@ -52,7 +52,7 @@ class Scoring:
         act_bits: activation widths besides.
         metric: what is measured.
         seed: of the random draws.
-        batch: images per pass; None: as many as fit into about 1.5 GB, 64 at most.
+        batch: images per pass; None: as many as fit into about 400 MB, 64 at most.
         rounding: how weights are rounded: `feedback` as `mpq ptq` does, or to the `nearest`.
 
     Raises:

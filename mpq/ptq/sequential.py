@@ -42,8 +42,9 @@ MEMORY_MB = 1024
 """Activations of all calibration images that are held in memory; the rest lies on disk."""
 REFINED = 6
 """Widest weights, in bits, for which coordinate descent is worth its time."""
-BATCH_BYTES = 64 * 2**20
-"""A batch is as large as lets its largest activation fit in this."""
+BATCH_BYTES = 8 * 2**20
+"""A batch is as large as lets its largest activation fit in this: larger ones leave the cache, and
+one that an allocator takes from the system and gives back costs a page fault every 4 KB."""
 
 
 def batch_size(qg: QuantGraph) -> int:
