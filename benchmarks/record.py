@@ -38,10 +38,10 @@ MORE = """\
 mpq train resnet8 --data digits --epochs 3 --set batch=16 --set flip=false -o model.pth
 mpq analyze model.pth
 mpq ptq
-mpq export --target arm64
+mpq export
 mpq portability
 mpq targets
-mpq schema | head -n 20
+mpq schema | head -n 24
 mpq completion bash | head -n 4
 mpq cache
 """

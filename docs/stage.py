@@ -27,7 +27,7 @@ import mpq
 import mpq.api
 from mpq.cli import COMMANDS, load_command
 from mpq.cli.everywhere import with_common
-from mpq.policy import Policy
+from mpq.keys import schema as policy_schema
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -164,7 +164,7 @@ def _figure(name: str, told: str) -> str:
 def recorded() -> dict[str, tuple[str, str]]:
     """For each command, the first line that ran it and what was printed, of all recordings."""
     found: dict[str, tuple[str, str]] = {}
-    for name in ("demo", "tour", "more"):
+    for name in ("more", "demo", "tour"):
         text = (DOCS / "recorded" / f"{name}.txt").read_text(encoding="utf-8")
         for line, said in _parts(text):
             words = line.split()
@@ -251,23 +251,20 @@ def home(name: str) -> str:
 
 
 def _policy_page() -> str:
-    schema = Policy.model_json_schema()
-    shown = [("The file", schema), *schema["$defs"].items()]
+    schema = policy_schema()
     lines = ["# Policy", "", POLICY_INTRODUCTION, ""]
-    for title, model in shown:
-        prose, told = _docstring(model["description"])
-        section = SECTIONS.get(title, title)
-        lines += [f"## {section}", "", prose, ""]
+    models = sorted(schema["$defs"].items(), key=lambda pair: [*SECTIONS].index(pair[0]))
+    for title, model in (("Policy", schema), *models):
+        lines += [f"## {SECTIONS[title]}", ""]
         for key, value in model["properties"].items():
             kind = f"{_type(value)}{_default(key, model, value)}"
-            lines.append(f"- `{key}`: {kind}{'. ' if key in told else ''}{told.get(key, '')}")
-        lines.append("")
+            lines += [f"`{key}` ({kind})", f":   {value['description']}", ""]
     return "\n".join(lines)
 
 
-SECTIONS = {"ModelInfo": "model", "DataInfo": "data", "DefaultSpec": "default",
-            "LayerPolicy": "An entry of layers", "Constraints": "constraints",
-            "SearchResult": "result"}  # fmt: skip
+SECTIONS = {"Policy": "The file", "ModelInfo": "model", "DataInfo": "data",
+            "DefaultSpec": "default", "LayerPolicy": "An entry of layers",
+            "Constraints": "constraints", "SearchResult": "result"}  # fmt: skip
 POLICY_INTRODUCTION = """\
 Every key of `policy.yaml`, from the schema that `mpq schema` prints. `mpq analyze` writes that
 schema beside the policy, and the policy's first line names it, so that editors complete and check
@@ -288,13 +285,6 @@ weights, `uint8/tensor` for activations, `uint8/dynamic` for a range taken at ru
 """
 
 
-def _docstring(text: str) -> tuple[str, dict[str, str]]:
-    """The prose of a Google docstring, and what it says of each name under `Args:`."""
-    prose, _, args = text.partition("\nArgs:\n")
-    found = re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", args, re.MULTILINE)
-    return prose.strip(), {name: " ".join(told.split()) for name, told in found}
-
-
 def _type(value: dict[str, Any]) -> str:
     """How a schema's type reads to a person."""
     if "$ref" in value:
@@ -305,7 +295,7 @@ def _type(value: dict[str, Any]) -> str:
     if "enum" in value:
         return " or ".join(f"`{one}`" for one in value["enum"])
     if "const" in value:
-        return f"`{value['const']}`"
+        return f"always {value['const']}"
     if value.get("type") == "array":
         inner = value.get("items") or value.get("prefixItems", [{}])[0]
         return f"a list, each {_type(inner)}"
@@ -320,7 +310,7 @@ def _default(key: str, model: dict[str, Any], value: dict[str, Any]) -> str:
     if key in model.get("required", ()):
         return ", required"
     default = value.get("default")
-    plain = isinstance(default, str | int | float) and default not in ("", False)
+    plain = "const" not in value and isinstance(default, str | int | float) and default != ""
     return f", `{default}` by default" if plain else ""
 
 

@@ -192,7 +192,7 @@ class SearchResult(_Value):
 
 
 class Policy(_Value):
-    """A whole policy file (DESIGN: the user's contract with every stage).
+    """A whole policy file: what every stage obeys.
 
     `outputs` are kinds by name (`mpq.outputs`), of a network that is more than a classifier.
     A file that names no target is for the computer that reads it; what mpq writes names one.

@@ -33,6 +33,7 @@ LAYERS = {
     "mpq.verb": 0,
     "mpq.trusted": 2,
     "mpq.userimport": 2,
+    "mpq.keys": 2,
     "mpq.policy": 2,
     "mpq.target": 2,
     "mpq.targets": 2,

@@ -84,7 +84,10 @@ def test_the_readme_is_short() -> None:
     assert len(README.split()) <= WORDS
 
 
-@pytest.mark.parametrize("page", [*PAGES, "CONTRIBUTING.md"])
+DOCS = [path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "docs").rglob("*.md"))]
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", *DOCS])
 def test_links_lead_somewhere(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
     links = re.findall(r"\]\(([^)#]+)[^)]*\)", text)

@@ -6,7 +6,7 @@ import json
 
 import click
 
-from mpq.policy import Policy
+from mpq.keys import schema as policy_schema
 
 
 @click.command()
@@ -20,4 +20,4 @@ def schema() -> None:
     mpq schema > policy.schema.json
     # yaml-language-server: $schema=policy.schema.json
     """
-    click.echo(json.dumps(Policy.model_json_schema(), indent=1))
+    click.echo(json.dumps(policy_schema(), indent=1))

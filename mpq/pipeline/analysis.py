@@ -14,6 +14,7 @@ from mpq.analyze.drop import Measured
 from mpq.analyze.sensitivity import Sensitivity
 from mpq.analyze.validate import Validation
 from mpq.errors import PolicyError, UsageError
+from mpq.keys import schema as policy_schema
 from mpq.policy import Policy
 from mpq.report.grid import counted
 from mpq.report.plots import pareto_plot, png, sensitivity_plot, validation_plot
@@ -168,7 +169,7 @@ def _write(found: Analysis, folder: Path) -> None:
             truth = found.validation.to_json()
             files.write_json(aside / "validation.json", truth)
             files.write_bytes(aside / "validation.png", png(validation_plot(truth)))
-        files.write_json(aside / SCHEMA, Policy.model_json_schema())
+        files.write_json(aside / SCHEMA, policy_schema())
         for choice in found.choices:
             files.write_text(aside / choice.file, f"{FOR_EDITORS}\n{choice.policy.to_yaml()}")
         _note(aside, folder, found)
