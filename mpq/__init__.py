@@ -1,7 +1,7 @@
 """mpq: a mixed-precision quantization compiler for PyTorch vision models.
 
-The verbs `analyze`, `ptq`, `qat`, `export`, `bench`, `certify`, `verify` and `report` do what the
-commands of these names do (`mpq.api`); the other names are their parts.
+The verbs `analyze`, `ptq`, `qat`, `export`, `bench`, `certify`, `verify`, `diagnose` and `report`
+do what the commands of these names do (`mpq.api`); the other names are their parts.
 
 The public names below are imported on first use, so that `mpq --help`, `mpq bench` and whoever
 only reads a policy never load torch.
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mpq.analyze import Scoring, Search, allocate, build_policy, score_layers
-    from mpq.api import analyze, bench, certify, export, ptq, qat, report, verify
+    from mpq.api import analyze, bench, certify, diagnose, export, ptq, qat, report, verify
     from mpq.export.certify import Certificate
     from mpq.export.onnx_file import ExportResult
     from mpq.graph.ir import QuantGraph
@@ -69,7 +69,7 @@ _HOME = {
     "trusting": "mpq.userimport",
     "verify": "mpq.api",
 }
-_PACKAGES = ("analyze", "export", "ptq", "report")
+_PACKAGES = ("analyze", "diagnose", "export", "ptq", "report")
 """Verbs that are packages with parts, too (`mpq.verb`)."""
 __all__ = [
     "Analysis",
@@ -97,6 +97,7 @@ __all__ = [
     "build_policy",
     "calibrate",
     "certify",
+    "diagnose",
     "export",
     "fit",
     "freeze",

@@ -31,6 +31,7 @@ LARGE = 1_000_000
 AGAIN = {
     "policy.yaml": "mpq analyze MODEL -o {run} --force",
     "sensitivity.json": "mpq analyze MODEL -o {run} --force",
+    "tensors.json": "mpq diagnose {run}",
     "validation.json": "mpq analyze MODEL -o {run} --force --validate 50",
     "ptq.pth": "mpq ptq {run} --force",
     "qat.pth": "mpq qat {run} --force",
@@ -43,6 +44,7 @@ AGAIN = {
     "exact.json": "mpq verify --exact {run}",
     "portability.json": "mpq portability {run}",
     "bench.jsonl": "mpq bench {run}/model.onnx",
+    "diagnosis.json": "mpq diagnose {run}",
 }
 """The command that makes a file anew."""
 

@@ -34,6 +34,7 @@ FILES = {
     "sensitivity.json": "mpq analyze MODEL.pth",
     "sensitivity.png": "mpq analyze MODEL.pth",
     "pareto.png": "mpq analyze MODEL.pth",
+    "tensors.json": "mpq analyze MODEL.pth",
     "validation.json": "mpq analyze MODEL.pth --validate 50",
     "validation.png": "mpq analyze MODEL.pth --validate 50",
     "rank.json": "mpq rank ARCH",
@@ -49,6 +50,7 @@ FILES = {
     "exact.json": "mpq verify --exact",
     "portability.json": "mpq portability",
     "bench.jsonl": "mpq bench",
+    "diagnosis.json": "mpq diagnose",
     "report.html": "mpq report",
 }
 """The files of a run, each with the command that writes it."""

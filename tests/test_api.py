@@ -25,7 +25,7 @@ from mpq.export import runtime
 from mpq.pipeline.given import Wanted, gather, given
 from mpq.policy import ModelInfo
 
-VERBS = ("analyze", "bench", "certify", "export", "ptq", "qat", "report", "verify")
+VERBS = ("analyze", "bench", "certify", "diagnose", "export", "ptq", "qat", "report", "verify")
 OF_FILES = {
     "as_json", "force", "out", "resume", "trust_pickle", "trust_code", "data_root", "holdout",
     "unlabelled", "rescore", "checkpoint", "policy_path", "quantized", "files", "file", "run",
@@ -35,7 +35,7 @@ OF_FILES = {
 """Options of commands about folders, files and processes."""
 OF_VALUES = {
     "model", "data", "normalize", "validation", "example", "progress", "policy", "budget", "path",
-    "files", "file", "run", "folder", "resume", "hooks", "force", "threads", "quantized",
+    "files", "file", "run", "folder", "resume", "hooks", "force", "threads", "quantized", "results",
 }  # fmt: skip
 """Arguments that Python has in their place."""
 CALLED = {

@@ -64,6 +64,8 @@ LAYERS = {
     "mpq.ptq": 6,
     "mpq.train": 6,
     "mpq.export": 7,
+    "mpq.noise": 0,
+    "mpq.diagnose": 7,
     "mpq.report": 8,
     "mpq.pipeline": 8,
     "mpq.api": 9,
@@ -158,7 +160,12 @@ def test_torch_and_onnxruntime_stay_where_they_belong():
 
 @pytest.mark.parametrize(
     "names",
-    ["mpq.cli, mpq.export.bench", "mpq.policy, mpq.target, mpq.layers", "mpq.data, mpq.report"],
+    [
+        "mpq.cli, mpq.export.bench",
+        "mpq.policy, mpq.target, mpq.layers",
+        "mpq.data, mpq.report",
+        "mpq.diagnose",
+    ],
 )
 def test_light_parts_do_not_load_torch(names: str):
     code = f"import sys, {names}; sys.exit('torch' in sys.modules)"

@@ -14,7 +14,7 @@ a path is named.
 
 from __future__ import annotations
 
-from mpq.api.files import bench, certify, export, report, verify
+from mpq.api.files import bench, certify, diagnose, export, report, verify
 from mpq.api.networks import analyze, ptq, qat
 
-__all__ = ["analyze", "bench", "certify", "export", "ptq", "qat", "report", "verify"]
+__all__ = ["analyze", "bench", "certify", "diagnose", "export", "ptq", "qat", "report", "verify"]

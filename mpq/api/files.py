@@ -1,4 +1,4 @@
-"""Verbs on files: `export`, `bench`, `certify`, `verify`, `report`."""
+"""Verbs on files: `export`, `bench`, `certify`, `verify`, `diagnose`, `report`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor, from_numpy
 
 from mpq import origins, rundir
 from mpq.data import DataSource, Normalization
+from mpq.diagnose import Diagnosis
 from mpq.errors import UsageError
 from mpq.export import ExportResult, to_onnx
 from mpq.export.bench import Timing
@@ -21,6 +22,7 @@ from mpq.export.form import Int4Format
 from mpq.export.verify import VerifyReport
 from mpq.graph.ir import QuantGraph
 from mpq.pipeline.benching import Bench, Benching, run_bench
+from mpq.pipeline.diagnosing import Result, diagnose_results, diagnose_run
 from mpq.pipeline.exporting import Exporting, PixelLayout, export_file
 from mpq.pipeline.given import Data, gather
 from mpq.pipeline.quantizing import Quantized, load_quantized
@@ -192,6 +194,31 @@ def verify(
         return exact_run(_fresh(file), source, images=num_verify or 4, seed=seed, target=target)
     found = _quantized(quantized or origins.network_of(Path(file)), data)
     return verify_run(found, _fresh(file), images=num_verify or 1000, seed=seed, target=target)
+
+
+def diagnose(*results: str | Path | Result, data: str | Path | None = None) -> Diagnosis:
+    """What is wrong, why, and what to try, as `mpq diagnose` says it.
+
+    Args:
+        results: a run folder, or a file in one: it gets `diagnosis.json`. Or what `analyze`,
+            `export`, `certify` and `bench` gave, together.
+        data: images by name, for a run whose tensors have not been looked at. None: those that its
+            policy names.
+
+    Raises:
+        UsageError: neither a run nor a result, or a run beside others.
+    """
+    given = [one for one in results if isinstance(one, Result)]
+    if len(given) == len(results) and given:
+        return diagnose_results(given)
+    if len(results) != 1 or given:
+        raise UsageError(
+            "diagnose takes one run, or what analyze, export, certify and bench gave. Got "
+            f"{', '.join(type(one).__name__ for one in results) or 'nothing'}."
+        )
+    path = Path(str(results[0]))
+    source = DataSource(None if data is None else str(data))
+    return diagnose_run(path if path.is_dir() else path.parent, source)
 
 
 def report(run: str | Path) -> Path:

@@ -48,6 +48,7 @@ COMMANDS = {
         "mpq.cli.portability:portability", "One file in every runtime that this computer has."
     ),
     "bench": Entry("mpq.cli.bench:bench", "Accuracy, latency and size of files, side by side."),
+    "diagnose": Entry("mpq.cli.diagnose:diagnose", "What is wrong, why, and what to try."),
     "targets": Entry("mpq.cli.targets:targets", "Where a file can be made to run, and how."),
     "schema": Entry("mpq.cli.schema:schema", "The JSON schema of policy.yaml, for editors."),
     "completion": Entry("mpq.cli.completion:completion", "Completion for bash, zsh and fish."),

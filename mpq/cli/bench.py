@@ -91,3 +91,4 @@ def _show(rows: Sequence[BenchRow], as_json: bool, folder: Path | None) -> None:
     terminal.result(as_json, text.rstrip("\n"), bench_table([asdict(row) for row in rows]))
     if folder is not None and not as_json:
         terminal.say(f"wrote {folder / 'bench.jsonl'}")
+        terminal.hint(folder)

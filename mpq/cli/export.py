@@ -110,6 +110,7 @@ def export(
     terminal.result(as_json, _summary(result, path), *_told(result))
     more = ", float.onnx" if reference is not None else ""
     terminal.say(f"wrote {result.path} from {path}, certificate.json{more}; next: mpq bench")
+    terminal.hint(result.path.parent)
 
 
 def _folder(run: Path | None, path: Path) -> Path:

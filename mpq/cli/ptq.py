@@ -111,3 +111,4 @@ def ptq(
     )
     terminal.result(as_json, {"file": str(written), **found.metrics}, outcome)
     terminal.say(f"wrote {written}; next: mpq export")
+    terminal.hint(folder)

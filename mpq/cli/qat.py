@@ -94,3 +94,4 @@ def qat(
     if not as_json:
         training.gain(before, top1, chosen, start="what mpq ptq gives")
     terminal.say(f"wrote {written}; next: mpq export")
+    terminal.hint(folder)

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Protocol
 
 import click
@@ -21,9 +22,10 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from mpq.diagnose import Facts, findings
 from mpq.errors import printable
 from mpq.processes import leading
-from mpq.report.grid import Grid
+from mpq.report.grid import Grid, counted
 
 
 class Tell(Protocol):
@@ -97,6 +99,13 @@ def say(text: str) -> None:
 def show(text: str) -> None:
     """A line of the result on stdout, not broken where the terminal ends."""
     stdout.print(printable(text), markup=False, soft_wrap=True)
+
+
+def hint(folder: Path) -> None:
+    """Say that a run has findings, if it has."""
+    found = findings(Facts.of(folder)).findings
+    if found:
+        say(f"{counted(len(found), 'finding')}: mpq diagnose {folder}")
 
 
 def result(as_json: bool, content: object, *shown: Grid | str) -> None:

@@ -51,6 +51,7 @@ class Analysis(Shown):
         scores_from: the file that the scores came from; None where they were made now.
         measured: what a search for an accuracy measured on the way.
         validation: the scores against measurements, where that was asked for.
+        tensors: what is unusual about weights and activations (`mpq.diagnose.tensors`).
     """
 
     choices: tuple[Choice, ...]
@@ -60,6 +61,7 @@ class Analysis(Shown):
     scores_from: Path | None = None
     measured: tuple[Measured, ...] = ()
     validation: Validation | None = None
+    tensors: Mapping[str, Any] | None = None
 
     @property
     def policy(self) -> Policy:
@@ -169,6 +171,8 @@ def _write(found: Analysis, folder: Path) -> None:
             truth = found.validation.to_json()
             files.write_json(aside / "validation.json", truth)
             files.write_bytes(aside / "validation.png", png(validation_plot(truth)))
+        if found.tensors:
+            files.write_json(aside / "tensors.json", found.tensors)
         files.write_json(aside / SCHEMA, policy_schema())
         for choice in found.choices:
             files.write_text(aside / choice.file, f"{FOR_EDITORS}\n{choice.policy.to_yaml()}")

@@ -18,6 +18,7 @@ from mpq.analyze.search import Search, candidates
 from mpq.analyze.validate import Simulator, Validation
 from mpq.analyze.validate import validate as measure_scores
 from mpq.data import sample_indices
+from mpq.diagnose.tensors import measure
 from mpq.errors import PolicyError, UsageError
 from mpq.graph.ir import QuantGraph
 from mpq.graph.outputs import classifier, stated
@@ -131,6 +132,9 @@ class _Work:
             scores_from=place,
             measured=tuple(measured),
             validation=self._validate(search, graph, images) if how.validate else None,
+            tensors=measure(
+                graph, None if images is None else images.cpu(), scoring.bits, policies[0]
+            ),
         )
 
     def _images(self) -> tuple[Scoring, Tensor | None, Tensor | None]:
