@@ -40,6 +40,8 @@ from mpq.capture.network import Network
 from mpq.errors import MpqError
 from mpq.export import ExportResult, runtime, to_onnx
 from mpq.graph.ir import QuantGraph
+from mpq.hooks import hooked
+from mpq.pipeline.sizing import sized
 from mpq.quant.operation import LAYERS
 
 IMAGES, VERIFIED = 8, 4
@@ -53,7 +55,8 @@ def network(name: str) -> Network:
     """A network in eval mode on noise, whose batch norms hold the statistics of what they see."""
     torch.manual_seed(0)
     made = NETWORKS[name]()
-    made = made.map(_more)
+    made.module.eval()
+    made = made.map(_more) if _runs(made.map(_more)) else made
     for parameter in made.module.parameters():
         if parameter.is_floating_point() and parameter.min() == parameter.max():
             parameter.data += 0.02 * torch.randn_like(parameter)  # zeros and ones, before training
@@ -63,13 +66,21 @@ def network(name: str) -> Network:
             nn.init.uniform_(norm.weight, 0.2, 0.6)  # branches smaller than the trunk
             nn.init.normal_(norm.bias, SHIFT, 0.1)
         norm.momentum = None  # the plain average of what is seen
-    made.module.eval()
     for norm in norms:
         norm.train()
-    with torch.no_grad():
-        made.module(*made.args, **made.kwargs)
+    _runs(made)
     made.module.eval()
     return made
+
+
+@torch.no_grad()
+def _runs(made: Network) -> bool:
+    """Whether a network takes the call; a list of pictures has no samples to make more of."""
+    try:
+        made.module(*made.args, **made.kwargs)
+    except Exception:  # networks of others raise anything
+        return False
+    return True
 
 
 def _more(tensor: Tensor) -> Tensor:
@@ -105,19 +116,30 @@ def _through(made: Network, path: Path, row: Row) -> None:
     graph = to_float_graph(made.module, made)
     row["layers"] = len(graph.layers)
     scores = score_layers(graph, images, how=Scoring(batch=IMAGES))
-    chosen = Search(scores).allocate(Constraints(effective_bits=EFFECTIVE_BITS))
+    search = sized(Search(scores), graph, lambda widest: build_policy(widest, scores))
+    chosen = search.allocate(Constraints(effective_bits=EFFECTIVE_BITS))
     row["predicted"] = chosen.bytes
-    quantized = prepare(graph, build_policy(chosen, scores))
+    quantized = prepare(graph, build_policy(chosen, search.scores))
     row["could"] = _could(made, quantized)
     quantize_graph(quantized, images, method="minmax", effort="fast")
     _export(quantized, path, take(images, slice(VERIFIED)), row)
 
 
 def _could(made: Network, graph: QuantGraph) -> int:
-    """Conv and Linear layers that the target can run as integers, found in the graph or not."""
-    named = {n for n, m in made.module.named_modules() if isinstance(m, LAYERS)}
+    """Conv and Linear layers that are called and that the target can run as integers.
+
+    Those of the network that are no layers of the graph count as such.
+    """
+    called: set[str] = set()
+    names = {module: name for name, module in made.module.named_modules()}
+    with hooked(
+        module.register_forward_hook(lambda one, *_: called.add(names[one]))
+        for module in names
+        if isinstance(module, LAYERS)
+    ):
+        _runs(made)
     planned = sum(plan.support.integer for plan in graph.plans.values())
-    return planned + max(0, len(named) - len(graph.layers))
+    return planned + len(called - set(graph.layers))
 
 
 def _export(graph: QuantGraph, path: Path, images: Inputs, row: Row) -> None:

@@ -32,7 +32,11 @@ def slim(model: ir.Model) -> dict[str, str]:
     sites = {node: node.metadata_props.get(SITE) for node in graph}
     common.ClearMetadataAndDocStringPass()(model)
     common.DeduplicateInitializersPass(size_limit=1 << 30)(model)
+    for node, layer in layers.items():
+        node.overload = layer or ""  # layers of equal weights that read one tensor stay apart
     common.CommonSubexpressionEliminationPass()(model)
+    for node in layers:
+        node.overload = ""
     common.RemoveUnusedNodesPass()(model)
     _shorten(graph)
     found: dict[str, str] = {}

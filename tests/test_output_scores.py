@@ -203,6 +203,29 @@ def test_several_inputs_are_scored(metric: str) -> None:
     assert all(scores.score(n, "weight", 4) > 0 for n in ("one", "two", "fc"))
 
 
+class Positions(nn.Module):
+    """Adds a table of positions that a small network of its own computes: of no image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.table = nn.Conv2d(3, 8, 8), nn.Linear(2, 8)
+        self.head = nn.Linear(8, 5)
+        self.register_buffer("places", noise(3, 2, seed=2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.stem(x).flatten(1) + self.table(self.places).sum(0))
+
+
+def test_a_layer_that_reads_no_image_is_scored() -> None:
+    # One direction for each of many batches: the square of the sum against the sum of squares.
+    graph = to_float(Positions().eval(), IMAGES[:2])
+    many = noise(2000, 3, 8, 8, seed=3)
+    cheap = score_layers(graph, many, how=Scoring(bits=(4,), batch=8))
+    true = score_layers(graph, IMAGES, how=Scoring(bits=(4,), metric="kl"))
+    ratio = cheap.score("table", "weight", 4) / true.score("table", "weight", 4)
+    assert 0.5 < ratio < 2
+
+
 def test_a_layer_that_reads_whole_numbers_is_scored() -> None:
     class Tokens(nn.Module):
         def __init__(self) -> None:

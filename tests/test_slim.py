@@ -23,9 +23,9 @@ TEXT = """(float[1,2,6,6] input) => (float[1,3,2,2] output) {
 X = np.linspace(-1, 4, 72, dtype=np.float32).reshape(1, 2, 6, 6)
 
 
-def model() -> ir.Model:
+def model(text: str = TEXT) -> ir.Model:
     made = parse(
-        TEXT,
+        text,
         scale=np.float32(0.1),
         same_scale=np.float32(0.1),
         zero=np.uint8(2),
@@ -68,3 +68,11 @@ def test_attributes_that_say_the_default_go():
     assert not node(small, "QuantizeLinear").attributes  # its scale is a scalar
     axes = [n.attributes.get_int("axis") for n in small.graph if n.op_type == "DequantizeLinear"]
     assert sorted(axes, key=str) == [0, None]
+
+
+def test_layers_of_equal_weights_that_read_one_tensor_stay_apart():
+    made = model(TEXT.replace("strides=[2,2], kernel_shape=[3,3]", "strides=[2,2]"))
+    before = answer(made, input=X)
+    slim(made)
+    assert [n.name for n in made.graph if n.op_type == "Conv"] == ["body.left", "body.right"]
+    assert np.array_equal(answer(made, input=X), before)

@@ -82,7 +82,8 @@ def layer_bytes(layer: LayerInfo, bits: int | None, target: Target) -> int:
     per_channel = (0 if bits is None else SCALE_BYTES) + (BIAS_BYTES if layer.bias else 0)
     channels = layer.out_channels * per_channel
     weights = weight_bytes_of(_stored_weights(layer, bits), bits)
-    return weights + channels + len(layer.name) + target.layer_bytes(bits)
+    names = len(layer.name) * (1 if bits == 8 else 2)  # another width is an entry of the policy
+    return weights + channels + names + target.layer_bytes(bits)
 
 
 def _stored_weights(layer: LayerInfo, bits: int | None) -> int:

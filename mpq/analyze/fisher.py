@@ -23,6 +23,7 @@ heart and hardly worse elsewhere, and its sums are within a factor of 2 of true 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -144,7 +145,12 @@ class _Recorder:
         return x
 
     def _record(self, index: int, grad: Tensor, noise: Tensor) -> None:
-        product = (grad * noise).reshape(len(self.terms), -1)  # windows and tokens of an image too
+        images, product = len(self.terms), grad * noise
+        if product.shape[0] % images:  # of no image, such as a table of positions
+            # The images' own parts add up to it; they are independent with mean 0, so that its
+            # square is the sum of theirs in expectation.
+            product = torch.stack([product / math.sqrt(images)] * images)
+        product = product.reshape(images, -1)  # windows and tokens of an image too
         self.terms[:, index] = product.sum(1).double().cpu()
         self.terms[:, self.count + index] = product.square_().sum(1).double().cpu()
 

@@ -27,6 +27,7 @@ from mpq.layers import LayerChoice, Widths
 from mpq.pipeline.analysis import Analysis, Choice
 from mpq.pipeline.dropping import DropMeter
 from mpq.pipeline.scoring import scores_of
+from mpq.pipeline.sizing import sized
 from mpq.pipeline.subject import Subject
 from mpq.policy import Constraints, DataInfo, Policy
 from mpq.rundir import Run
@@ -113,6 +114,7 @@ class _Work:
         scoring, images, labels = self._images()
         scores, place = scores_of(graph, images, labels, scoring, run=self.run, rescore=how.rescore)
         search = Search(scores, target, widths, locked, how.profile)
+        search = sized(search, graph, lambda one: self._policy(search, budgets[0], one, None))
         measured: list[Measured] = []
         found = [self._solve(search, budget, graph, measured) for budget in budgets]
         drops, kinds = {id(m.allocation): m.drop for m in measured}, stated(graph.outputs)
@@ -126,7 +128,7 @@ class _Work:
         ]
         return Analysis(
             choices=tuple(choices),
-            sensitivity=scores,
+            sensitivity=search.scores,
             front=search.front(budgets[0], sweep=how.minimize, also=found),
             sweep=how.minimize,
             scores_from=place,

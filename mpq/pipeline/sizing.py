@@ -1,0 +1,75 @@
+"""What a small network's file takes besides its tensors: one file is lowered and thrown away.
+
+`mpq.analyze.cost` knows tensors to the byte, and has averages for nodes, names and metadata. Of a
+large network these are a fraction of a percent; of a file of some kilobytes they are most of it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from mpq.analyze.cost import Allocation
+from mpq.analyze.search import Search
+from mpq.errors import MpqError
+from mpq.export.lower import form_for, lower
+from mpq.export.onnx_file import serialize
+from mpq.graph.besides import GRAPH
+from mpq.graph.ir import QuantGraph
+from mpq.graph.passes import freeze, prepare
+from mpq.policy import Constraints, Policy
+from mpq.ptq import quantize_graph
+
+logger = logging.getLogger(__name__)
+SHARE = 0.05
+"""Of a file, besides its tensors: the averages are right to a fifth of it."""
+
+
+def sized(search: Search, graph: QuantGraph, policy: Callable[[Allocation], Policy]) -> Search:
+    """The search, knowing what a file of the network really takes where averages are not enough.
+
+    Args:
+        search: whose `scores.besides` has averages.
+        graph: in stage `float`; it is not changed.
+        policy: makes the policy of an allocation, as it will travel in the file.
+    """
+    widest, scores = search.allocate(Constraints()), search.scores
+    averages = search.target.bytes_per_file
+    averages += sum(search.target.layer_bytes(bits) for bits, _ in widest.widths.values())
+    averages += sum(part.bytes for part in scores.besides if part.kind == GRAPH)
+    if averages < SHARE * widest.bytes:
+        return search
+    try:
+        written = file_bytes(graph, policy(widest))
+    except MpqError as error:  # it is the export that says so, if it comes to that
+        logger.info("the size of the file is estimated: %s", error)
+        return search
+    besides = tuple(
+        replace(part, bytes=part.bytes + written - widest.bytes) if part.kind == GRAPH else part
+        for part in scores.besides
+    )
+    return replace(search, scores=replace(scores, besides=besides))
+
+
+def file_bytes(graph: QuantGraph, policy: Policy) -> int:
+    """Bytes of the file of a float graph under a policy, whatever its values.
+
+    Raises:
+        ExportError: an operation cannot be lowered.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point():
+            return tensor
+        return torch.rand(tensor.shape, generator=generator).to(tensor)
+
+    prepared = prepare(graph, policy)
+    images = pytree.tree_map_only(Tensor, noise, prepared.example)
+    frozen = freeze(quantize_graph(prepared, images, method="minmax", effort="fast"))
+    return len(serialize(lower(frozen, form_for(frozen))))

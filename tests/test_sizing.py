@@ -1,0 +1,68 @@
+"""The size of a small file is measured: what it takes besides its tensors is most of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import mpq
+from mpq import Constraints, Policy, Search
+from mpq.analyze.cost import Allocation
+from mpq.errors import ExportError
+from mpq.export import to_onnx
+from mpq.graph.ir import QuantGraph
+from mpq.pipeline import sizing
+from mpq.pipeline.sizing import sized
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def searched(net: nn.Module, images: Tensor) -> tuple[QuantGraph, Search]:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = net.eval()
+    graph = mpq.to_float(net, images[:2])
+    return graph, Search(mpq.score_layers(graph, images))
+
+
+def test_a_file_of_a_kilobyte_is_predicted_within_a_percent(images: Tensor, tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 4))
+    graph, search = searched(net, images)
+
+    def policy(found: Allocation) -> Policy:
+        return mpq.build_policy(found, search.scores)
+
+    real = sized(search, graph, policy)
+    for bits in (8.0, 6.0, 4.0):
+        found = real.allocate(Constraints(effective_bits=bits))
+        prepared = mpq.prepare(graph, policy(found))
+        mpq.quantize_graph(prepared, images, effort="fast")
+        made = to_onnx(prepared, tmp_path / "model.onnx")
+        assert found.bytes == pytest.approx(made.bytes, rel=0.01)
+    again = sized(real, graph, policy)
+    assert again.scores.besides == real.scores.besides  # nothing is left to correct
+
+
+def test_a_large_network_is_not_lowered_for_it(
+    images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graph, search = searched(nn.Sequential(nn.Flatten(), nn.Linear(192, 600)), images)
+    monkeypatch.setattr(sizing, "file_bytes", lambda *_: pytest.fail("it was"))
+    assert sized(search, graph, lambda found: Policy()) is search
+
+
+def test_a_network_that_cannot_be_lowered_keeps_the_average(
+    images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(graph: QuantGraph, policy: Policy) -> int:
+        raise ExportError("it cannot be exported")
+
+    graph, search = searched(nn.Sequential(nn.Flatten(), nn.Linear(192, 4)), images)
+    monkeypatch.setattr(sizing, "file_bytes", refuse)
+    assert sized(search, graph, lambda found: Policy()) is search
