@@ -81,6 +81,9 @@ class BenchRow:
         batch: images at a time for latency and memory.
         peak_mb: resident memory (10^6 bytes) of a process that loads and runs the file, the
             interpreter and the runtime included; None where it could not be measured.
+        metric: name of a metric that was asked for besides.
+        value: of that metric.
+        lost: against the float file by that metric: value, low and high of its 95 % interval.
     """
 
     file: str
@@ -92,10 +95,18 @@ class BenchRow:
     threads: int
     batch: int
     peak_mb: float | None
+    metric: str | None = None
+    value: float | None = None
+    lost: dict[str, float] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The row as JSON has it; what a metric says only where one was asked for."""
+        row, besides = asdict(self), ("metric", "value", "lost")
+        return {k: v for k, v in row.items() if k not in besides or v is not None}
 
     def to_json(self) -> str:
         """The row as one line of JSON."""
-        return json.dumps(asdict(self))
+        return json.dumps(self.to_dict())
 
 
 @dataclass(frozen=True, slots=True)

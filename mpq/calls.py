@@ -13,7 +13,7 @@ the keys of a dict, and dotted paths below (`boxes.0`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeAlias
 
 import torch
@@ -134,3 +134,15 @@ def _walk(path: str, value: Any, kind: type = Tensor) -> Iterator[tuple[str, Any
             yield from _walk(f"{path}.{key}" if path else str(key), part, kind)
     elif not pytree.tree_is_leaf(value):
         yield from _walk(path, tuple(pytree.tree_leaves(value)), kind)
+
+
+def formed(named: Mapping[str, Tensor]) -> Any:
+    """An answer as a network gives it, of its leaves: a tensor, a tuple, or a dict by name.
+
+    What was nested comes back as a dict with dotted names.
+    """
+    if list(named) == ["output"]:
+        return named["output"]
+    if named and list(named) == [f"output.{i}" for i in range(len(named))]:
+        return tuple(named.values())
+    return dict(named)

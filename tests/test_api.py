@@ -30,7 +30,7 @@ OF_FILES = {
     "as_json", "force", "out", "resume", "trust_pickle", "trust_code", "data_root", "holdout",
     "unlabelled", "rescore", "checkpoint", "policy_path", "quantized", "files", "file", "run",
     "onnx", "input_shape", "threads", "answers", "compiling", "teacher_normalize", "model",
-    "weights", "teacher_model",
+    "weights", "teacher_model", "batches",
 }  # fmt: skip
 """Options of commands about folders, files and processes."""
 OF_VALUES = {

@@ -13,11 +13,12 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
+from mpq.batch import rows
 from mpq.calls import Inputs, count, take
 from mpq.files import atomic_file
 from mpq.processes import ranks_of
@@ -37,14 +38,15 @@ class Batch:
         index: number of the batch; random draws depend on it and on the seed alone.
         images: `[n, C, H, W]`, or inputs (`mpq.calls`).
         count: how many they are.
-        labels: `[n]`, where there are any.
+        labels: `[n]`, where there are any; for a loss of the user's own the whole batch as it takes
+            it.
         tick: to be called after each step of work, as many times as `Batches.rows` was given.
     """
 
     index: int
     images: Inputs
     count: int
-    labels: Tensor | None
+    labels: Any
     tick: Callable[[], None]
 
 
@@ -54,7 +56,7 @@ class Batches:
 
     Args:
         images: `[N, C, H, W]`, normalised, or inputs.
-        labels: `[N]` or None.
+        labels: `[N]` or None; for a loss of the user's own all batches as one (`mpq.batch.joined`).
         size: images at a time; bounds the memory.
         partial: where to keep what is done, to go on from there after an interruption; the name
             must say what is measured (a key), and the file goes when all is done.
@@ -62,7 +64,7 @@ class Batches:
     """
 
     images: Inputs
-    labels: Tensor | None = None
+    labels: Any = None
     size: int = 64
     partial: Path | None = None
     progress: Progress | None = None
@@ -78,7 +80,7 @@ class Batches:
         mine = range(rank, -(-count(self.images) // self.size), ranks)
         store = _Store(self.partial and self.partial.with_suffix(f".{rank}of{ranks}.npz"))
         total = sum(self._batch(index).count for index in mine) * ticks
-        done = sum(len(rows) for rows in store.done.values()) * ticks
+        done = sum(map(len, store.done.values())) * ticks
 
         def tick(images: int) -> None:
             nonlocal done
@@ -89,14 +91,14 @@ class Batches:
         for index in mine:
             if index not in store.done:
                 store.add(index, measure(self._batch(index, tick)))
-        rows = gather(store.done)
+        found = gather(store.done)
         store.remove()
-        return np.concatenate([rows[i] for i in sorted(rows)])
+        return np.concatenate([found[i] for i in sorted(found)])
 
     def _batch(self, index: int, tick: Callable[[int], None] = lambda _: None) -> Batch:
         part = slice(index * self.size, (index + 1) * self.size)
         images = take(self.images, part)
-        labels, found = None if self.labels is None else self.labels[part], count(images)
+        labels, found = rows(self.labels, part, count(self.images)), count(images)
         return Batch(index, images, found, labels, lambda: tick(found))
 
 

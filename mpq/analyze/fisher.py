@@ -19,6 +19,10 @@ every network tried (benchmarks/sensitivity.py). Interactions between layers (CL
 Training images are predicted with too much confidence, so `p` is the
 softmax at temperature 2: it ranks far better than 1 where the network knows its training images by
 heart and hardly worse elsewhere, and its sums are within a factor of 2 of true divergences.
+
+With a loss of the user's own, `g` is the gradient of that loss. What it costs is then taken to the
+second order by the empirical Fisher matrix, which is the Hessian where the loss is a negative log
+likelihood and the answers are those of its labels.
 """
 
 from __future__ import annotations
@@ -36,6 +40,7 @@ from mpq.analyze.judge import Judge
 from mpq.analyze.perturb import Column, Perturbations
 from mpq.analyze.watch import Watch, reaching, require_finite
 from mpq.calls import Inputs
+from mpq.errors import UsageError
 from mpq.hooks import hooked
 from mpq.quant.operation import LayerOp
 
@@ -66,6 +71,7 @@ def fisher_terms(
     *,
     seed: int = 0,
     temperature: float = TEMPERATURE,
+    loss: Callable[[Any, Any], Tensor] | None = None,
 ) -> FisherTerms:
     """`u` and `e` of every image and candidate.
 
@@ -75,8 +81,11 @@ def fisher_terms(
         batches: the images.
         seed: of the random signs.
         temperature: >= 1, softens the predicted probabilities.
+        loss: of answer and batch (`Batches.labels`), a mean over images; None: the divergence from
+            the network's own answers.
 
     Raises:
+        UsageError: the loss is not finite, or no gradient comes from it.
         GraphError: no gradient reaches an output of the network.
         DataError: NaN or infinity, with the layer where it begins.
     """
@@ -84,16 +93,40 @@ def fisher_terms(
     judge = Judge.of(candidates.graph, batches.images, batches.size)
 
     def measure(part: Batch) -> Rows:
-        answers = judge.answers(recorder.run(part.images, part.count))
+        answer = recorder.run(part.images, part.count)
+        answers = judge.answers(answer)
         require_finite(answers, candidates.graph, part.images)
-        generator = torch.Generator().manual_seed(seed + STRIDE * part.index)
-        judge.pull(answers, temperature, generator).backward()
+        if loss is not None:
+            (part.count * gradient_of(loss, answer, part.labels)).backward()
+        else:
+            generator = torch.Generator().manual_seed(seed + STRIDE * part.index)
+            judge.pull(answers, temperature, generator).backward()
         require_finite(recorder.terms, candidates.graph, part.images)
         part.tick()
         return recorder.terms.numpy()
 
     both = torch.from_numpy(batches.rows(measure))
     return FisherTerms(both[:, : len(columns)], both[:, len(columns) :])
+
+
+def gradient_of(loss: Callable[[Any, Any], Tensor], answer: Any, batch: Any) -> Tensor:
+    """A loss of the user's own, that must be finite and that a gradient comes from.
+
+    Raises:
+        UsageError: it is not.
+    """
+    found = loss(answer, batch)
+    if not bool(found.isfinite()):
+        raise UsageError(
+            f"the loss {loss.__name__} must be finite. Got {float(found)}, of answers that are. "
+            "Look at its logarithms and divisions, and at images without any target."
+        )
+    if not found.requires_grad:
+        raise UsageError(
+            f"no gradient comes from the loss {loss.__name__}: it must be computed from the "
+            "outputs by operations of torch, without argmax, rounding, detach() or numpy."
+        )
+    return found
 
 
 class _Recorder:

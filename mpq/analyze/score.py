@@ -11,10 +11,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from torch import Tensor
 
@@ -54,9 +55,11 @@ class Scoring:
         seed: of the random draws.
         batch: images per pass; None: as many as fit into about 400 MB, 64 at most.
         rounding: how weights are rounded: `feedback` as `mpq ptq` does, or to the `nearest`.
+        loss: of answer and batch, whose increase the scores predict, by metric fisher or gradient;
+            None: the divergence from the network's own answers.
 
     Raises:
-        UsageError: an unknown metric or width.
+        UsageError: an unknown metric or width, or a metric that knows no loss.
     """
 
     bits: tuple[int, ...] = (8, 4)
@@ -65,12 +68,18 @@ class Scoring:
     seed: int = 0
     batch: int | None = None
     rounding: Rounding = "nearest"
+    loss: Callable[[Any, Any], Tensor] | None = None
 
     def __post_init__(self) -> None:
         if self.metric not in METRICS:
             raise UsageError(
                 f"the metric must be one of {', '.join(METRICS)}. Got {self.metric!r}"
                 f"{nearest(self.metric, METRICS)}"
+            )
+        if self.loss is not None and self.metric not in ("fisher", "gradient"):
+            raise UsageError(
+                f"--loss goes with --metric fisher or gradient. Got {self.metric}, which does not "
+                "look at it."
             )
         for name, widths in (("weight widths", self.bits), ("activation widths", self.act_bits)):
             if not widths or set(widths) - set(WIDTHS):
@@ -86,6 +95,11 @@ class Scoring:
             "activation": sorted({*self.act_bits, *wide}, reverse=True),
         }
 
+    @property
+    def described(self) -> str:
+        """The metric, and the user's loss where there is one."""
+        return self.metric if self.loss is None else f"{self.metric} of {self.loss.__name__}"
+
     def batch_for(self, qg: QuantGraph) -> int:
         """Images per pass: a backward pass keeps the outputs of all layers and what follows."""
         if self.batch is not None:
@@ -93,24 +107,36 @@ class Scoring:
         image = sum(layer.out_elements for layer in qg.layers.values()) * BYTES_PER_ELEMENT
         return max(1, min(MAX_BATCH, PASS_BYTES // image))
 
-    def key(self, qg: QuantGraph, images: Inputs | None, labels: Tensor | None) -> str:
+    def key(self, qg: QuantGraph, images: Inputs | None, labels: Any) -> str:
         """Hash of network, weights, images and settings: equal keys mean equal scores."""
         digest = hashlib.sha256(fingerprint(qg).encode())
-        for tensor in (*leaves(images).values(), labels if self.metric in LABELLED else None):
+        compared = self.loss is not None or self.metric in LABELLED
+        for tensor in leaves((images, labels if compared else None)).values():
             if tensor is not None:
                 digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
         widths = sorted(self.bits), sorted(self.act_bits)
         settings = (*widths, self.metric, self.seed, self.batch_for(qg), self.rounding)
         digest.update(repr((VERSION, settings, list(qg.layers.values()))).encode())
+        if self.loss is not None:
+            digest.update(_code(self.loss).encode())
         if kinds := stated(qg.outputs):
             digest.update(repr(kinds).encode())
         return digest.hexdigest()
 
 
+def _code(loss: Callable[..., Any]) -> str:
+    """A loss with its code as far as it is known: scores of another one are not taken for its."""
+    inner = inspect.unwrap(loss)
+    try:
+        return f"{loss.__name__} {inspect.getsource(inner)}"
+    except (OSError, TypeError):
+        return loss.__name__
+
+
 def score_layers(
     qg: QuantGraph,
     images: Inputs | None,
-    labels: Tensor | None = None,
+    labels: Any = None,
     how: Scoring | None = None,
     *,
     key: str | None = None,
@@ -125,7 +151,8 @@ def score_layers(
         qg: a graph in stage `float` (`mpq.graph.passes.to_float`); it is not changed.
         images: `[N, C, H, W]`, normalised as the network wants it, or inputs (`mpq.calls`); only
             `sqnr` can do without.
-        labels: `[N]` class ids, for `loss`, `fit` and `hawq`.
+        labels: `[N]` class ids, for `loss`, `fit` and `hawq`; with a loss of the user's own the
+            batch that it takes, of all images.
         how: metric, widths and all else; None: `Scoring()`.
         key: `how.key` of all these, where it is known already.
         partial: a file to keep what is done in, and to go on from (see `Batches`).
@@ -159,7 +186,7 @@ def score_layers(
         rows=tuple(Row(*c, score=s, sqnr=candidates.sqnr(c)) for c, s in scores),
         layers=tuple(qg.layers.values()),
         groups=tuple(tuple(group) for group in reading_groups(qg)),
-        metric=how.metric,
+        metric=how.described,
         samples=0 if images is None else count(images),
         seed=how.seed,
         key=key or how.key(qg, images, labels),
@@ -168,7 +195,7 @@ def score_layers(
     )
 
 
-def _check_images(metric: Metric, images: Inputs | None, labels: Tensor | None) -> None:
+def _check_images(metric: Metric, images: Inputs | None, labels: Any) -> None:
     if metric != "sqnr" and (images is None or not count(images)):
         raise DataError(
             f"the metric {metric} needs images. Give some with --data, or take --metric sqnr, "
@@ -193,7 +220,8 @@ def _score(
     if batches is None or how.metric == "sqnr":
         return [_noise_share(candidates, column) for column in columns]
     if how.metric in ("fisher", "gradient"):
-        block, diagonal = fisher_terms(candidates, columns, batches, seed=how.seed).scores()
+        terms = fisher_terms(candidates, columns, batches, seed=how.seed, loss=how.loss)
+        block, diagonal = terms.scores()
         scores: list[float] = (block if how.metric == "fisher" else diagonal).tolist()
     elif how.metric in ("fit", "hawq"):
         hessian = how.metric == "hawq"

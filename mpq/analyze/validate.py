@@ -8,7 +8,7 @@ that were not scored. The truth is the divergence of the answers from those of t
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -42,6 +42,7 @@ class Truth:
         kl: mean divergence from the float network's answers, in nats.
         loss: increase of the cross-entropy on the labels, in nats; None without labels.
         top1: percent of the labels that are met; None without labels.
+        judged: what is lost by the metric that was asked for; None without one.
     """
 
     widths: dict[str, Widths]
@@ -50,6 +51,7 @@ class Truth:
     kl: float
     loss: float | None
     top1: float | None
+    judged: float | None = None
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ class Validation:
     images: int
     seed: int
     truths: tuple[Truth, ...]
+    judge: str = ""
 
     @property
     def rho(self) -> float:
@@ -72,16 +75,31 @@ class Validation:
         losses = [t.loss for t in self.truths if t.loss is not None]
         return spearman([t.predicted for t in self.truths], losses) if losses else None
 
+    @property
+    def rho_judge(self) -> float | None:
+        """Rank correlation of prediction and loss by the metric `judge`; None without one."""
+        lost = [t.judged for t in self.truths if t.judged is not None]
+        return spearman([t.predicted for t in self.truths], lost) if lost else None
+
     def to_json(self) -> dict[str, Any]:
         """The content of `validation.json`."""
+        judged = {"judge": self.judge, "rho_judge": _number(self.rho_judge)} if self.judge else {}
         return {
             "metric": self.metric,
             "images": self.images,
             "seed": self.seed,
             "rho": _number(self.rho),
             "rho_loss": _number(self.rho_loss),
-            "policies": [asdict(t) for t in self.truths],
+            **judged,
+            "policies": [_known(t) for t in self.truths],
         }
+
+
+def _known(truth: Truth) -> dict[str, Any]:
+    found = asdict(truth)
+    if truth.judged is None:
+        del found["judged"]
+    return found
 
 
 def spearman(predicted: Sequence[float], measured: Sequence[float]) -> float:
@@ -147,12 +165,17 @@ def validate(
     truths = []
     drawn = random_widths(sensitivity, pairs, count=count, seed=seed)
     for done, widths in enumerate(drawn, 1):
-        kl, loss, top1 = simulator.measure(widths)
+        measured = *simulator.measure(widths), simulator.judged
         effective = cost.effective_bits(sensitivity.layers, widths)
-        truths.append(Truth(widths, effective, sensitivity.predict(widths), kl, loss, top1))
+        truths.append(Truth(widths, effective, sensitivity.predict(widths), *measured))
         if progress:
             progress(done, len(drawn))
-    return Validation(sensitivity.metric, simulator.count, seed, tuple(truths))
+    judge = simulator.metric[0] if simulator.metric else ""
+    return Validation(sensitivity.metric, simulator.count, seed, tuple(truths), judge)
+
+
+Judged = Callable[[Callable[[Inputs], Any]], float]
+"""What a network, as a function of inputs, loses by a metric: less is better, zero is nothing."""
 
 
 class Simulator:
@@ -163,11 +186,18 @@ class Simulator:
         images: images to measure on, `[N, C, H, W]`, or inputs (`mpq.calls`).
         labels: `[N]`, or None; labels need a network that is a classifier.
         batch: images per pass.
+        metric: name and function of a metric that is measured too, on batches of its own.
     """
 
     def __init__(
-        self, candidates: Perturbations, images: Inputs, labels: Tensor | None, batch: int = 100
+        self,
+        candidates: Perturbations,
+        images: Inputs,
+        labels: Tensor | None,
+        batch: int = 100,
+        metric: tuple[str, Judged] | None = None,
     ) -> None:
+        self.metric, self.judged = metric, None if metric is None else 0.0
         self.candidates, self.labels, self.count = candidates, labels, count_of(images)
         self.parts = split(images, batch)
         self.floats = {n: candidates.weight(n).clone() for n in candidates.graph.layers}
@@ -177,7 +207,10 @@ class Simulator:
         self.reference = self._run()
 
     def measure(self, widths: Mapping[str, Widths]) -> tuple[float, float | None, float | None]:
-        """Divergence, increase of the loss, and top-1 of a configuration."""
+        """Divergence, increase of the loss, and top-1 of a configuration.
+
+        What it loses by the metric is then in `judged`.
+        """
         readers = self.candidates.readers.items()
         self.bits = {t: max(widths[n][1] or 32 for n in names) for t, names in readers}
         for name, (bits, _) in widths.items():
@@ -186,6 +219,7 @@ class Simulator:
                 self.candidates.weight(name).copy_(quantized)
         try:
             found = self._run()
+            self.judged = self.metric[1](self.watch.answer) if self.metric else None
         finally:
             for name, weight in self.floats.items():
                 self.candidates.weight(name).copy_(weight)
@@ -199,7 +233,8 @@ class Simulator:
             return cost, None, None
         before, after = (self._log_probabilities(answers) for answers in (self.reference, found))
         loss = F.nll_loss(after, self.labels) - F.nll_loss(before, self.labels)
-        return cost, float(loss), float((after.argmax(1) == self.labels).double().mean()) * 100
+        top1 = 100 * float((after.argmax(1) == self.labels).double().mean())
+        return cost, float(loss), top1
 
     def _quantize(self, name: str, x: Tensor) -> Tensor:
         grid = self.candidates.grids.get((name, self.bits.get(name, 32)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,9 +24,10 @@ from mpq.graph.ir import QuantGraph
 from mpq.pipeline.benching import Bench, Benching, run_bench
 from mpq.pipeline.diagnosing import Result, diagnose_results, diagnose_run
 from mpq.pipeline.exporting import Exporting, PixelLayout, export_file
-from mpq.pipeline.given import Data, gather
+from mpq.pipeline.given import Data, as_batches, gather
 from mpq.pipeline.quantizing import Quantized, load_quantized
 from mpq.pipeline.verifying import exact_run, verify_run
+from mpq.pipeline.wishes import Wishes
 
 
 def export(
@@ -117,6 +118,9 @@ def bench(
     runs: int = 200,
     peers: bool = False,
     num_test: int | None = None,
+    metric: Any = None,
+    postprocess: Callable[[Any], Any] | str | None = None,
+    lower_is_better: bool = False,
     seed: int = 0,
 ) -> Bench:
     """Accuracy, latency, size and memory of ONNX files beside the float model, as `mpq bench` does.
@@ -132,6 +136,9 @@ def bench(
         runs: rounds timed.
         peers: also onnxruntime's own static and dynamic int8 of the float model; of data by name.
         num_test: images at most; None: all.
+        metric: to measure besides top-1, on the batches of `data` (`mpq.metrics.given`).
+        postprocess: what is applied to the outputs before they are judged.
+        lower_is_better: of a metric that does not say so itself.
         seed: of the sample.
 
     Raises:
@@ -144,6 +151,7 @@ def bench(
         peers=peers,
         limit=num_test,
         seed=seed,
+        wishes=Wishes(metric, lower_is_better, postprocess, as_batches(data)),
     )
     source: Any = DataSource(None if data is None else str(data))
     if data is not None and not isinstance(data, str | Path):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,14 +10,16 @@ from typing import Any
 from torch import Tensor, nn
 
 from mpq.analyze.perturb import Rounding
-from mpq.analyze.score import Metric, Scoring
+from mpq.analyze.score import Scoring
 from mpq.errors import PolicyError, UsageError
 from mpq.latency import LatencyProfile
+from mpq.metrics.given import LossFunction, loss_of
 from mpq.pipeline.analysis import Analysis
-from mpq.pipeline.analyzing import MINIMIZE, Analyzing, find_policy
-from mpq.pipeline.given import Data, Wanted, given
+from mpq.pipeline.analyzing import MINIMIZE, Analyzing, divided, find_policy
+from mpq.pipeline.given import Data, Wanted, as_batches, given, judged
 from mpq.pipeline.quantizing import Quantized, run_ptq, run_qat
 from mpq.pipeline.subject import GIVEN, Subject
+from mpq.pipeline.wishes import Wishes
 from mpq.policy import Constraints, Policy
 from mpq.ptq import MEMORY_MB, Effort, Equalize, Learning, Method, PtqSettings
 from mpq.rundir import Progress, Run, silent
@@ -44,7 +46,10 @@ def analyze(
     act_bits: Sequence[int] = (8,),
     minimize: str = "bits",
     profile: LatencyProfile | str | Path | None = None,
-    metric: Metric = "fisher",
+    metric: Any = None,
+    loss: LossFunction | str | None = None,
+    postprocess: Callable[[Any], Any] | str | None = None,
+    lower_is_better: bool = False,
     rounding: Rounding = "nearest",
     num_score: int = 512,
     locked: Policy | str | Path | None = None,
@@ -70,7 +75,13 @@ def analyze(
         minimize: what `max_drop` makes small, and what the front is over: `bits`, `size`, `bops`,
             `activation` or `latency`.
         profile: measured latencies, for `max_latency_ms`.
-        metric: how layers are scored.
+        metric: how layers are scored, or what `max_drop` and `validate` judge by (`top1`, `miou`,
+            an object or a function: `mpq.metrics.given`), or a tuple of both. None: by `fisher`,
+            and by top-1.
+        loss: of outputs and a batch of `data`, whose increase the scores predict. None: the
+            divergence from what the network answers.
+        postprocess: what is applied to the outputs before they are judged.
+        lower_is_better: of a metric that does not say so itself.
         rounding: of scored weights.
         num_score: images to score on.
         locked: a policy whose locked layers are kept.
@@ -92,8 +103,11 @@ def analyze(
     subject = given(
         model, data, wanted, validation=validation, normalize=normalize, example=example
     )
+    score, wishes = divided(Wishes(metric, lower_is_better, postprocess))
+    subject = judged(subject, wishes, data, validation, learn=loss is not None)
+    own = None if loss is None else loss_of(loss)
     how = Analyzing(
-        Scoring(tuple(bits), tuple(act_bits), metric, seed, rounding=rounding),
+        Scoring(tuple(bits), tuple(act_bits), score, seed, rounding=rounding, loss=own),
         num_score,
         target,
         None if locked is None else _policy(locked),
@@ -119,6 +133,9 @@ def ptq(
     memory_mb: float = MEMORY_MB,
     dynamic: bool = False,
     int16_form: Int16Form | None = None,
+    metric: Any = None,
+    postprocess: Callable[[Any], Any] | str | None = None,
+    lower_is_better: bool = False,
     seed: int = 0,
     progress: Progress = silent,
 ) -> Quantized:
@@ -138,6 +155,9 @@ def ptq(
         memory_mb: activations to hold in memory, in MiB.
         dynamic: linear layers that read floats take their range at run time.
         int16_form: of all 16-bit activations; None: as the policy says.
+        metric: to measure on `validation` (`mpq.metrics.given`). None: top-1 where there is one.
+        postprocess: what is applied to the outputs before they are judged.
+        lower_is_better: of a metric that does not say so itself.
         seed: of all randomness.
         progress: called with (phase, done, all).
 
@@ -148,6 +168,8 @@ def ptq(
     chosen = _samples(_policy(policy), num_calib)
     wanted = Wanted(chosen.data.samples, HELD_OUT, seed)
     subject = given(model, data, wanted, validation=validation, normalize=normalize)
+    wishes = Wishes(metric, lower_is_better, postprocess)
+    subject = judged(subject, wishes, data, validation)
     _check_weights(chosen, subject)
     settings = PtqSettings(
         method=calibration,
@@ -167,6 +189,10 @@ def qat(
     policy: Policy | Analysis | str | Path | None = None,
     *,
     teacher: Ensemble | Model | None = None,
+    loss: LossFunction | str | None = None,
+    metric: Any = None,
+    postprocess: Callable[[Any], Any] | str | None = None,
+    lower_is_better: bool = False,
     validation: Data | None = None,
     normalize: str = "",
     recipe: str | Recipe = "qat",
@@ -181,14 +207,20 @@ def qat(
 ) -> Quantized:
     """Quantize with training and distillation, as `mpq qat` does; `model` itself is not changed.
 
-    All images are read once and kept in memory, and the recipe shifts and mirrors them. For data
-    that do not fit, or another loss, train `mpq.ptq(...).module` with a loop of your own.
+    All images are read once and kept in memory, and the recipe shifts and mirrors them; with a loss
+    the batches of `data` are gone through as they come, in each epoch anew. Without labels, without
+    a loss, and of a network that is no classifier, the float network or `teacher` teaches.
 
     Args:
         model: a trained network, or its checkpoint.
-        data: images and class ids to train on; images without ids need a teacher.
+        data: images to train on, with class ids or without; with a loss batches as it takes them.
         policy: widths per layer, or the analysis that found them; None: 8 bits everywhere.
         teacher: a network or an ensemble, or its file.
+        loss: of outputs and a batch, a scalar that is a mean over the batch.
+        metric: what the best epoch is chosen by, on `validation` (`mpq.metrics.given`). None: the
+            last epoch is taken.
+        postprocess: what is applied to the outputs before they are judged.
+        lower_is_better: of a metric that does not say so itself.
         validation: images to measure on. None: a tenth of `data`, which is not trained on.
         normalize: what has been done to the images, as `--normalize`.
         recipe: its name, its file, or itself.
@@ -207,13 +239,18 @@ def qat(
     """
     chosen = _policy(policy)
     chosen = take_form(chosen, int16_form) if int16_form is not None else chosen
-    subject = given(model, data, Wanted(None, 0, seed), validation=validation, normalize=normalize)
+    streams = loss is not None and as_batches(data) is not None
+    wanted = Wanted(CALIBRATION if streams else None, 0, seed)
+    subject = given(model, data, wanted, validation=validation, normalize=normalize)
+    wishes = Wishes(metric, lower_is_better, postprocess)
+    subject = judged(subject, wishes, data, validation, learn=loss is not None)
     _check_weights(chosen, subject)
     changes = dict(settings or {}) | ({} if epochs is None else {"epochs": epochs})
     loaded = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
     plan = TrainingPlan(loaded.override(changes), _teacher(teacher, subject))
     run = Run(None if folder is None else Path(folder), seed, device, resume)
-    return run_qat(chosen, subject, plan, run, hooks)
+    own = None if loss is None else loss_of(loss)
+    return run_qat(chosen, subject, plan, run, hooks, loss=own)
 
 
 def _several(budget: Any) -> list[Any]:

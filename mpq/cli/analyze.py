@@ -2,23 +2,39 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import click
 
 from mpq import rundir
 from mpq.analyze.perturb import Rounding
-from mpq.analyze.score import METRICS, Metric, Scoring
+from mpq.analyze.score import METRICS, Scoring
 from mpq.cli import bundles, options, places, terminal, training
 from mpq.data import DataSource, Normalization
 from mpq.latency import LatencyProfile
+from mpq.metrics.given import LossFunction
 from mpq.pipeline.analysis import Analysis, write_analysis
-from mpq.pipeline.analyzing import MINIMIZE, Analyzing, find_policy
+from mpq.pipeline.analyzing import MINIMIZE, Analyzing, divided, find_policy
+from mpq.pipeline.given import Wanted, with_wishes
 from mpq.pipeline.subject import Subject, open_checkpoint
+from mpq.pipeline.wishes import Wishes
 from mpq.policy import Constraints, Policy
 from mpq.processes import leading
 from mpq.rundir import Run
+
+HELD_OUT = 500
+"""Batches are read for so many images to validate on, where they have no part for that."""
+_metrics = click.option(
+    "--metric",
+    multiple=True,
+    metavar="NAME",
+    callback=options.named,
+    help=f"How layers are scored ({', '.join(METRICS)}), and what --max-drop and --validate judge "
+    "by (top1, top5, miou, map, psnr, ssim, agreement, module:function); twice for both.  "
+    "[default: fisher and top1]",
+)
 
 
 @click.command(cls=options.ListCommand)
@@ -34,7 +50,8 @@ from mpq.rundir import Run
                 help="What --max-drop makes small, and what the Pareto front is over.")  # fmt: skip
 @options.path("--profile", "profile_path",
               help="Latency profile.  [default: the run's, or the newest]")  # fmt: skip
-@options.choice("--metric", METRICS, default=METRICS[0], help="How layers are scored.")
+@bundles.wishes_with(_metrics)
+@training.loss
 @options.choice("--rounding", get_args(Rounding), default="nearest",
                 help="Of scored weights; feedback: as mpq ptq.")  # fmt: skip
 @options.count("--num-score", default=512, help="Training images to score on.")
@@ -61,7 +78,8 @@ def analyze(
     budgets: list[Constraints],
     minimize: str,
     profile_path: Path | None,
-    metric: Metric,
+    wishes: Wishes,
+    loss: LossFunction | None,
     rounding: Rounding,
     num_score: int,
     input_shape: tuple[int, ...] | None,
@@ -91,10 +109,13 @@ def analyze(
     timed = minimize == "latency" or budgets[0].max_latency_ms is not None or profile_path
     profile = _profile(profile_path, folder) if timed else None
     kept = Policy.load(locked) if locked else None
-    scoring = Scoring(bits, act_bits, metric, seed, rounding=rounding)
+    metric, wishes = divided(wishes)
+    scoring = Scoring(bits, act_bits, metric, seed, rounding=rounding, loss=loss)
     how = Analyzing(
         scoring, num_score, target, kept, profile, MINIMIZE[minimize], rescore, validate=validate
     )
+    if wishes.batches is not None and source.data is None:
+        source = replace(source, data="none")
     subject = open_checkpoint(
         checkpoint,
         source,
@@ -104,6 +125,7 @@ def analyze(
         trust_pickle=trust_pickle,
         input_shape=input_shape,
     )
+    subject = with_wishes(subject, wishes, Wanted(num_score, HELD_OUT, seed))
     _introduce(checkpoint, subject)
     with terminal.bars() as tell, terminal.quiet_c():
         found = find_policy(subject, budgets, how, Run(folder, seed, device, progress=tell))
@@ -130,12 +152,14 @@ def _profile(path: Path | None, folder: Path) -> LatencyProfile:
 
 def _show(found: Analysis, folder: Path, as_json: bool) -> None:
     results = [(folder / c.file, c.policy.result) for c in found.choices]
-    policies, extra = [], {}
+    policies: list[dict[str, Any]] = []
+    extra: dict[str, Any] = {}
     for path, result in results:
         assert result is not None
         policies.append({"file": str(path), **result.model_dump(mode="json", exclude_none=True)})
     if found.validation:
-        extra["rho"] = found.validation.to_json()["rho"]
+        truth = found.validation.to_json()
+        extra = {key: truth[key] for key in ("rho", "judge", "rho_judge") if key in truth}
     terminal.result(as_json, {**policies[0], "policies": policies, **extra}, *found.shown())
     if as_json:
         return

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import click
@@ -13,6 +12,7 @@ from mpq.cli import bundles, options, places, terminal
 from mpq.data import DataSource, Normalization
 from mpq.export.bench import BenchRow, Timing
 from mpq.pipeline.benching import Benching, float_beside, run_bench
+from mpq.pipeline.wishes import Wishes
 from mpq.report.tables import bench_table
 
 
@@ -33,6 +33,7 @@ from mpq.report.tables import bench_table
     help="Also onnxruntime's own static and dynamic int8 of the float model.",
 )
 @options.count("--num-test", help="Test images at most.  [default: all]")
+@bundles.wishes
 @options.seed
 @options.as_json
 @options.out("Run folder for bench.jsonl.  [default: the run of the first file]")
@@ -46,6 +47,7 @@ def bench(
     runs: int,
     peers: bool,
     num_test: int | None,
+    wishes: Wishes,
     seed: int,
     as_json: bool,
     out: Path | None,
@@ -74,6 +76,7 @@ def bench(
         peers=peers and (folder / "peers" if folder else True),
         limit=num_test,
         seed=seed,
+        wishes=wishes,
     )
     with terminal.status() as tell:
         found = run_bench(paths, source, how, tell=tell, say=terminal.say)
@@ -88,7 +91,7 @@ def _show(rows: Sequence[BenchRow], as_json: bool, folder: Path | None) -> None:
     text = "".join(f"{row.to_json()}\n" for row in rows)
     if folder is not None:
         origins.keep(folder, "bench.jsonl", text, "bench", [Path(row.file) for row in rows])
-    terminal.result(as_json, text.rstrip("\n"), bench_table([asdict(row) for row in rows]))
+    terminal.result(as_json, text.rstrip("\n"), bench_table([row.to_dict() for row in rows]))
     if folder is not None and not as_json:
         terminal.say(f"wrote {folder / 'bench.jsonl'}")
         terminal.hint(folder)

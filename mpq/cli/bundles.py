@@ -12,6 +12,7 @@ import click
 from mpq.cli import options, places
 from mpq.data import DataSource
 from mpq.errors import UsageError
+from mpq.pipeline.wishes import Wishes
 from mpq.policy import Constraints, DropType
 
 _BUDGETS = (
@@ -102,3 +103,40 @@ def budgets(command: Callable[..., None]) -> Callable[..., None]:
         command(budgets=found, **others)
 
     return _given(folded, *_BUDGETS)
+
+
+_WISHES = (
+    click.option("--metric", metavar="NAME", callback=options.named,
+                 help="What answers are judged by: top1, top5, miou, map, psnr, ssim, agreement "
+                 "(with the float network), or module:function."),
+    click.option("--lower-is-better", is_flag=True,
+                 help="Of a --metric that does not say so itself."),
+    click.option("--postprocess", metavar="MODULE:FUNCTION", callback=options.named,
+                 help="Applied to the outputs before --metric sees them."),
+    click.option("--batches", metavar="MODULE:FUNCTION", callback=options.named,
+                 help="Gives batches of inputs and targets, as a training loop has them: a "
+                 "DataLoader, or a dict of these by train and validation."),
+)  # fmt: skip
+
+
+def wishes_with(metric: options.Decorator[Any]) -> options.Decorator[Any]:
+    """`--metric` as given and what goes with it: argument `wishes`, a `Wishes`."""
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(command)
+        def folded(
+            *,
+            metric: str | None,
+            lower_is_better: bool,
+            postprocess: str | None,
+            batches: str | None,
+            **others: Any,
+        ) -> Any:
+            return command(wishes=Wishes(metric, lower_is_better, postprocess, batches), **others)
+
+        return _given(folded, metric, *_WISHES[1:])
+
+    return decorate
+
+
+wishes = wishes_with(_WISHES[0])

@@ -9,9 +9,12 @@ import click
 from mpq import rundir
 from mpq.cli import bundles, options, places, terminal
 from mpq.data import DataSource
+from mpq.pipeline.evaluating import measured
+from mpq.pipeline.given import Wanted, with_wishes
 from mpq.pipeline.guard import check_start
 from mpq.pipeline.quantizing import begin_policy, check_policy_file, run_ptq, save_quantized
 from mpq.pipeline.subject import policy_subject
+from mpq.pipeline.wishes import Wishes
 from mpq.policy import Policy
 from mpq.ptq import (
     EFFORTS,
@@ -32,6 +35,7 @@ from mpq.wide import Int16Form
 @click.command()
 @bundles.policy
 @bundles.source
+@bundles.wishes
 @options.choice("--calibration", METHODS, default="mse", help="How activation ranges are chosen.")
 @options.choice("--effort", EFFORTS, default="good",
                 help="fast: ranges and biases; good: also rounding with error feedback, seconds; "
@@ -57,6 +61,7 @@ from mpq.wide import Int16Form
 def ptq(
     policy_path: Path,
     source: DataSource,
+    wishes: Wishes,
     calibration: Method,
     effort: Effort,
     equalize: Equalize,
@@ -90,6 +95,7 @@ def ptq(
     if num_calib:
         policy = policy.replace(data=policy.data.replace(samples=num_calib))
     subject = policy_subject(policy, path, source, weights=True, trust_pickle=trust_pickle)
+    subject = with_wishes(subject, wishes, Wanted(policy.data.samples or 512, seed=seed))
     if effort == "best":
         begin_policy(path, folder)
     settings = PtqSettings(
@@ -109,6 +115,8 @@ def ptq(
     outcome = terminal.outcome(
         found.metrics["validation_top1"], "a sample of the validation split, simulated"
     )
+    if "metric" in found.metrics:
+        outcome = measured(found.metrics)
     terminal.result(as_json, {"file": str(written), **found.metrics}, outcome)
     terminal.say(f"wrote {written}; next: mpq export")
     terminal.hint(folder)

@@ -10,9 +10,13 @@ import click
 from mpq import rundir
 from mpq.cli import bundles, options, places, terminal, training
 from mpq.data import DataSource
+from mpq.metrics.given import LossFunction
+from mpq.pipeline.evaluating import measured
+from mpq.pipeline.given import Wanted, with_wishes
 from mpq.pipeline.guard import check_start
 from mpq.pipeline.quantizing import begin_policy, check_policy_file, run_qat, save_quantized
 from mpq.pipeline.subject import policy_subject
+from mpq.pipeline.wishes import Wishes
 from mpq.policy import Policy
 from mpq.processes import leading
 from mpq.rundir import Run
@@ -27,6 +31,8 @@ from mpq.wide import Int16Form, take_form
 @training.teacher_model
 @training.answers
 @training.source
+@bundles.wishes
+@training.loss
 @training.recipe("qat")
 @training.epochs
 @training.settings
@@ -46,6 +52,8 @@ def qat(
     teacher_model: str | None,
     answers: Path | None,
     source: DataSource,
+    wishes: Wishes,
+    loss: LossFunction | None,
     recipe: str,
     epochs: int | None,
     settings: tuple[str, ...],
@@ -66,6 +74,8 @@ def qat(
     \b
     mpq qat p.yaml --teacher ens.pth
     mpq qat runs/r20 --epochs 10 --set lr=0.005
+    mpq qat p.yaml --data pictures          the float network teaches
+    mpq qat p.yaml --batches my.data:loaders --loss my.loss:focal --metric miou
     """
     path = policy_path
     policy = asked = Policy.load(path)
@@ -76,6 +86,7 @@ def qat(
     chosen = training.recipe_from(recipe, epochs, settings, compiling=compiling)
     training.check_plan(chosen, device=device, teacher=teacher, unlabelled=source.unlabelled)
     subject = policy_subject(policy, path, source, weights=True, trust_pickle=trust_pickle)
+    subject = with_wishes(subject, wishes, Wanted(None, seed=seed))
     guide = training.load_teacher(teacher, teacher_normalize, teacher_model)
     plan = TrainingPlan(chosen, guide, answers=answers)
     run = Run(folder, seed, device, resume)
@@ -83,13 +94,15 @@ def qat(
         policy = take_form(policy, int16_form)
     with training.live(chosen.epochs) as hooks:
         hooks = replace(hooks, on_start=lambda: begin_policy(path, folder))
-        found = run_qat(policy, subject, plan, run, hooks)
+        found = run_qat(policy, subject, plan, run, hooks, loss=loss)
     if not leading():
         return
     save_quantized(found, written, path, asked)
     (folder / "checkpoint.pth").unlink(missing_ok=True)  # the run is complete
     before, top1 = found.metrics["calibrated_top1"], found.metrics["validation_top1"]
     outcome = terminal.outcome(top1, "the validation split, simulated")
+    if "metric" in found.metrics:
+        outcome = measured(found.metrics)
     terminal.result(as_json, {"file": str(written), **found.metrics}, outcome)
     if not as_json:
         training.gain(before, top1, chosen, start="what mpq ptq gives")

@@ -15,6 +15,7 @@ from mpq.checkpoint import Reading
 from mpq.cli import bundles, options, terminal
 from mpq.data import Normalization
 from mpq.errors import UsageError
+from mpq.metrics.given import LossFunction, loss_of
 from mpq.processes import leading
 from mpq.train.compiled import require_compiler
 from mpq.train.ensemble import Ensemble, load_ensemble
@@ -68,6 +69,19 @@ _unlabelled = click.option(
     help="More images to distil from, named as --data is; their labels do not count.",
 )
 source = bundles.source_with(_holdout, _unlabelled)
+
+
+def _loss(ctx: click.Context, param: click.Parameter, value: str | None) -> LossFunction | None:
+    return None if value is None else loss_of(options.named(ctx, param, value))
+
+
+# loss: LossFunction | None
+loss = click.option(
+    "--loss",
+    metavar="MODULE:FUNCTION",
+    callback=_loss,
+    help="Of outputs and batch, a scalar that is a mean over the batch.",
+)
 # epochs: int | None
 epochs = options.count("--epochs", metavar="N", help="Epochs, instead of the recipe's.")
 # settings: tuple[str, ...]
@@ -209,6 +223,8 @@ def live(epochs: int) -> Iterator[Hooks]:
             train = record["train_top1"]
             shown = "" if train is None else f"  training {train:.2f} %"
             shown += "" if val is None else f"  validation {val:.2f} %"
+            if "metric" in record:
+                shown += f"  {record['metric']} {record['value']:.4g}"
             terminal.say(
                 f"epoch {record['epoch'] + 1}/{epochs}  loss {record['train_loss']:.4f}"
                 f"{shown}  {record['seconds']:.1f} s"

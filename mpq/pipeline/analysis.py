@@ -52,6 +52,7 @@ class Analysis(Shown):
         measured: what a search for an accuracy measured on the way.
         validation: the scores against measurements, where that was asked for.
         tensors: what is unusual about weights and activations (`mpq.diagnose.tensors`).
+        judge: the metric that drops were measured by; empty: top-1.
     """
 
     choices: tuple[Choice, ...]
@@ -62,6 +63,7 @@ class Analysis(Shown):
     measured: tuple[Measured, ...] = ()
     validation: Validation | None = None
     tensors: Mapping[str, Any] | None = None
+    judge: str = ""
 
     @property
     def policy(self) -> Policy:
@@ -85,13 +87,24 @@ class Analysis(Shown):
     def shown(self) -> list[Any]:
         """The layers' scores, the front, and each policy in a line."""
         data = self.to_json()
-        notes = [f"{choice.file}: {_said(choice.policy)}" for choice in self.choices]
+        notes = [f"{choice.file}: {_said(choice.policy)}{self._how_sure(choice)}"
+                 for choice in self.choices]  # fmt: skip
         if truth := self.validation:
             notes.append(
                 f"scores against {len(truth.truths)} measured policies: Spearman's rho "
                 f"{truth.rho:.3f} ({counted(truth.images, 'validation image')})"
             )
+            if truth.judge and truth.rho_judge is not None:
+                notes.append(f"against their loss of {truth.judge}: rho {truth.rho_judge:.3f}")
         return [sensitivity_table(data), configurations_table(data), *notes]
+
+    def _how_sure(self, choice: Choice) -> str:
+        """The interval of the drop of a choice, where there is one."""
+        for one in self.measured:
+            if one.allocation is choice.allocation and one.interval is not None:
+                low, high = one.interval
+                return f" of {self.judge} (95 %: {low:.3g} to {high:.3g})"
+        return ""
 
     def plot(self, what: Literal["front", "sensitivity"] = "front") -> Figure:
         """The Pareto front with the choices on it, or the scores of the layers."""
@@ -199,5 +212,12 @@ def analysis_json(found: Analysis) -> dict[str, Any]:
         {"file": c.file, "widths": {n: list(p) for n, p in c.allocation.widths.items()}}
         for c in found.choices
     ]
-    data["measured"] = [{**m.allocation.to_json(), "drop": m.drop} for m in found.measured]
+    data["measured"] = [_measured(m) for m in found.measured]
+    if found.judge:
+        data["judge"] = found.judge
     return data
+
+
+def _measured(one: Measured) -> dict[str, Any]:
+    interval = {} if one.interval is None else {"drop_interval": list(one.interval)}
+    return {**one.allocation.to_json(), "drop": one.drop, **interval}

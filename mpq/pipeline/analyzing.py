@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from mpq.analyze.cost import Allocation
@@ -13,22 +15,26 @@ from mpq.analyze.drop import Measured
 from mpq.analyze.explain import build_policy, locked_widths
 from mpq.analyze.limits import LIMITS
 from mpq.analyze.perturb import perturb
-from mpq.analyze.score import LABELLED, Scoring
+from mpq.analyze.score import LABELLED, METRICS, Metric, Scoring
 from mpq.analyze.search import Search, candidates
-from mpq.analyze.validate import Simulator, Validation
+from mpq.analyze.validate import Judged, Simulator, Validation
 from mpq.analyze.validate import validate as measure_scores
+from mpq.batch import inputs_of, joined, moved, rows
+from mpq.calls import Inputs, count
 from mpq.data import sample_indices
 from mpq.diagnose.tensors import measure
-from mpq.errors import PolicyError, UsageError
+from mpq.errors import DataError, PolicyError, UsageError
 from mpq.graph.ir import QuantGraph
 from mpq.graph.outputs import classifier, stated
 from mpq.latency import LatencyProfile
 from mpq.layers import LayerChoice, Widths
 from mpq.pipeline.analysis import Analysis, Choice
 from mpq.pipeline.dropping import DropMeter
+from mpq.pipeline.evaluating import evaluation
 from mpq.pipeline.scoring import scores_of
 from mpq.pipeline.sizing import sized
 from mpq.pipeline.subject import Subject
+from mpq.pipeline.wishes import Wishes
 from mpq.policy import Constraints, DataInfo, Policy
 from mpq.rundir import Run
 from mpq.target import Target
@@ -135,13 +141,20 @@ class _Work:
             measured=tuple(measured),
             validation=self._validate(search, graph, images) if how.validate else None,
             tensors=measure(
-                graph, None if images is None else images.cpu(), scoring.bits, policies[0]
+                graph,
+                images.cpu() if isinstance(images, Tensor) else None,
+                scoring.bits,
+                policies[0],
             ),
+            judge=self.subject.judging.metric.name if self.subject.judging else "",
         )
 
-    def _images(self) -> tuple[Scoring, Tensor | None, Tensor | None]:
+    def _images(self) -> tuple[Scoring, Inputs | None, Any]:
         """The images to score on; without any, the metric is the one that needs none."""
         scoring, samples, seed = self.how.scoring, self.how.samples, self.run.seed
+        if scoring.loss is not None:
+            batch = moved(self._batch(samples), self.run.device)
+            return scoring, inputs_of(batch), batch
         if self.subject.data is None:
             if scoring.metric != "sqnr":
                 logger.warning("without data, layers are scored by the SQNR of their weights")
@@ -152,6 +165,26 @@ class _Work:
         images, labels = self.subject.labelled(self.subject.data.train, samples, seed)
         return scoring, images.to(self.run.device), labels
 
+    def _batch(self, samples: int) -> Any:
+        """What the user's loss takes, of so many images: batches of their own, or labelled images.
+
+        Raises:
+            DataError: there are neither.
+        """
+        if self.subject.batches is not None:
+            found, seen = [], 0
+            for batch in self.subject.batches.train:
+                found.append(batch)
+                seen += count(inputs_of(batch))
+                if seen >= samples:
+                    break
+            if not found:
+                raise DataError("batches must give at least one. Got none.")
+            return rows(joined(found), slice(samples), seen)
+        data = self.subject.require_data("--loss")
+        data.require_labels("--loss without --batches")
+        return self.subject.labelled(data.train, samples, self.run.seed)
+
     def _solve(
         self, search: Search, budget: Constraints, graph: QuantGraph, measured: list[Measured]
     ) -> Allocation:
@@ -161,7 +194,7 @@ class _Work:
         found = search.least(
             budget, meter.drop, minimize=self.how.minimize, progress=self.run.phase("measuring")
         )
-        measured += found
+        measured += [replace(m, interval=meter.intervals.get(id(m.allocation))) for m in found]
         return found[0].allocation
 
     def _policy(
@@ -179,7 +212,7 @@ class _Work:
             measured_drop=drop,
         )
 
-    def _validate(self, search: Search, graph: QuantGraph, scored: Tensor | None) -> Validation:
+    def _validate(self, search: Search, graph: QuantGraph, scored: Inputs | None) -> Validation:
         """Measure random configurations on images that were not scored."""
         data, how, run = self.subject.require_data("--validate"), self.how.scoring, self.run
         assert search.widths is not None
@@ -197,14 +230,47 @@ class _Work:
             activation_bits=how.widths["activation"],
             rounding=how.rounding,
         )
+        judged = self._judged(graph)
         return measure_scores(
-            Simulator(noise, images.to(run.device), labels),
+            Simulator(noise, images.to(run.device), labels, metric=judged),
             search.scores,
             search.widths,
             count=self.how.validate,
             seed=run.seed,
             progress=run.phase("validating"),
         )
+
+    def _judged(self, graph: QuantGraph) -> tuple[str, Judged] | None:
+        """What configurations lose by the metric that was asked for."""
+        found = evaluation(self.subject, graph.outputs, VALIDATION_IMAGES)
+        if found is None:
+            return None
+        before = found.metric.value(found.parts(self.subject.module))
+
+        def lost(answer: Callable[[Any], Any]) -> float:
+            with torch.no_grad():
+                after = found.metric.value(found.parts_of(answer, self.run.device))
+            return before - after if found.metric.higher else after - before
+
+        return found.metric.name, lost
+
+
+def divided(wishes: Wishes) -> tuple[Metric, Wishes]:
+    """Of the metrics that are named, how layers are scored, and what answers are judged by.
+
+    Raises:
+        UsageError: there are two of a kind.
+    """
+    named = wishes.metric if isinstance(wishes.metric, tuple | list) else (wishes.metric,)
+    scores = [m for m in METRICS if m in [n for n in named if isinstance(n, str)]]
+    judges = [n for n in named if n is not None and not (isinstance(n, str) and n in METRICS)]
+    if len(scores) > 1 or len(judges) > 1:
+        raise UsageError(
+            "--metric takes one of a kind: how layers are scored "
+            f"({', '.join(METRICS)}), and what answers are judged by. Got "
+            f"{', '.join(map(str, scores if len(scores) > 1 else judges))}."
+        )
+    return (scores or METRICS)[0], replace(wishes, metric=judges[0] if judges else None)
 
 
 def _names(budgets: Sequence[Constraints]) -> list[str]:

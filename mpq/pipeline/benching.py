@@ -16,6 +16,7 @@ from mpq.errors import UsageError
 from mpq.export import peers as peer_tools
 from mpq.export.bench import BenchRow, FileInfo, Timing, bench, file_info
 from mpq.files import scratch
+from mpq.pipeline.wishes import Wishes
 from mpq.shown import Shown
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ class Bench(Shown):
 
     def to_json(self) -> list[dict[str, Any]]:
         """A dict for each row."""
-        return [asdict(row) for row in self.rows]
+        return [row.to_dict() for row in self.rows]
 
     def plot(self) -> Figure:
         """Accuracy over bytes."""
@@ -57,6 +58,7 @@ class Benching:
         peers: also onnxruntime's own int8 of the float model; a folder keeps the files.
         limit: images at most; None: all.
         seed: of their choice.
+        wishes: a metric besides top-1, and batches to measure it on.
     """
 
     float_file: Path | None = None
@@ -65,6 +67,7 @@ class Benching:
     peers: Path | bool = False
     limit: int | None = None
     seed: int = 0
+    wishes: Wishes | None = None
 
 
 def run_bench(
@@ -92,19 +95,20 @@ def run_bench(
     reference = how.float_file or float_beside(paths[0])
     info = _known([*paths, *([reference] if reference else [])])
     dataset, normalize = None, how.normalize
+    asked = how.wishes is not None and how.wishes.metric is not None
     if isinstance(data, DataSource):
-        dataset = _open(data, info, say)
+        dataset = _open(data, info, how, say)
         images, labels = _load(dataset, how, say)
     else:
-        images, labels = _labelled(*data)
+        images, labels = _labelled(*data, asked=asked)
         normalize = normalize or Normalization.parse("none")
     made: list[Path] = []
     with ExitStack() as stack:
         if how.peers:
             tell("onnxruntime's own int8")
             place = how.peers if isinstance(how.peers, Path) else stack.enter_context(scratch())
-            known = Normalization.parse(info.normalize) if info.normalize else None
-            made = _peers(place, reference, dataset, normalize or known, how.seed)
+            scale = normalize or known_scale(info)
+            made = _peers(place, reference, dataset, scale, how.seed)
         rows = bench(
             [*paths, *made],
             float_file=reference,
@@ -114,10 +118,22 @@ def run_bench(
             timing=how.timing,
             progress=tell,
         )
+        if asked and how.wishes is not None:
+            from mpq.pipeline.judging import judge_files  # torch, which bench can do without
+
+            named = (images, labels) if images is not None else None
+            rows = judge_files(rows, how.wishes, named, normalize or known_scale(info), tell=tell)
     return Bench(tuple(rows))
 
 
-def _labelled(images: Array, labels: Array) -> Arrays:
+def known_scale(info: FileInfo) -> Normalization | None:
+    """How files say that their images are normalized."""
+    return Normalization.parse(info.normalize) if info.normalize else None
+
+
+def _labelled(images: Array, labels: Array, *, asked: bool) -> tuple[Array, Array | None]:
+    if (labels < 0).any() and asked:
+        return images, None
     if (labels < 0).any():
         raise UsageError("every image must come with its class id, which accuracy needs.")
     return images, labels
@@ -136,9 +152,11 @@ def _known(paths: Sequence[Path]) -> FileInfo:
     return FileInfo(**fields)
 
 
-def _open(source: DataSource, info: FileInfo, say: Tell) -> DataSet | None:
+def _open(source: DataSource, info: FileInfo, how: Benching, say: Tell) -> DataSet | None:
     """The data set that is named, or that the files name; None for `none`."""
     name = source.data or info.data
+    if name is None and how.wishes is not None and how.wishes.batches is not None:
+        return None
     if name is None:
         raise UsageError(
             "the files do not say which data they were made for. Name it with --data NAME, or "
@@ -154,6 +172,9 @@ def _load(dataset: DataSet | None, how: Benching, say: Tell) -> tuple[Array | No
     """Test images and labels; no images without labels."""
     if dataset is None:
         return None, None
+    if not dataset.labelled and how.wishes is not None and how.wishes.metric is not None:
+        picked = sample_indices(dataset.compared, how.limit or len(dataset.compared), how.seed)
+        return dataset.compared.read(picked), None
     if not dataset.labelled:
         say("they have no labels: accuracy is not measured")
         return None, None

@@ -1,4 +1,4 @@
-"""Measured accuracy of configurations, for a search that aims at one."""
+"""What configurations lose by top-1 or another metric, for a search that aims at that."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from mpq.data import sample_indices
 from mpq.graph.ir import QuantGraph
 from mpq.graph.passes import prepare
 from mpq.layers import Widths
+from mpq.pipeline.evaluating import evaluation
 from mpq.pipeline.subject import Subject
 from mpq.ptq import Effort, quantize_graph
 from mpq.train.evaluate import accuracy
@@ -29,9 +30,9 @@ class DropMeter:
     that was trained on them loses less there than on new images.
 
     Args:
-        subject: the network and its data.
+        subject: the network and its data; its metric, or top-1.
         graph: its graph in stage `float`.
-        relative: give drops in percent of the float accuracy rather than in points.
+        relative: give drops in percent of the float network's figure rather than in points.
 
     Raises:
         DataError: there are no data.
@@ -39,20 +40,38 @@ class DropMeter:
 
     def __init__(self, subject: Subject, graph: QuantGraph, *, relative: bool = False) -> None:
         data = subject.require_data("--max-drop")
+        self.subject, self.graph, self.relative = subject, graph, relative
+        self.calibration: Tensor = subject.sample(CALIBRATION_IMAGES, 0, "--max-drop")
+        self.intervals: dict[int, tuple[float, float]] = {}
+        self.judged = evaluation(subject, graph.outputs, MEASURED_IMAGES)
+        if self.judged is not None:
+            self.before = self.judged.parts(subject.module)
+            self.right = self.judged.metric.value(self.before)
+            return
         source = data.validation if len(data.validation) else data.train
         picked = sample_indices(source, MEASURED_IMAGES, 0)
         self.images, self.labels = subject.read(source, picked)
-        self.calibration: Tensor = subject.sample(CALIBRATION_IMAGES, 0, "--max-drop")
-        self.subject, self.graph, self.relative = subject, graph, relative
-        self.top1 = accuracy(subject.module, self.images, self.labels, subject.normalize)
+        self.right = accuracy(subject.module, self.images, self.labels, subject.normalize)
 
     def drop(self, allocation: Allocation) -> float:
-        """Top-1 lost by a configuration, in points or percent; negative where it gains."""
+        """What a configuration loses, in the metric's unit or percent; negative where it gains."""
         module = quantized(self.graph, allocation.widths, self.calibration)
-        found = accuracy(module, self.images, self.labels, self.subject.normalize)
-        lost = self.top1 - found
-        logger.info("%.2f effective bits: top-1 %.2f", allocation.effective_bits, found)
-        return 100 * lost / max(self.top1, 1e-9) if self.relative else lost
+        if self.judged is None:
+            found = accuracy(module, self.images, self.labels, self.subject.normalize)
+            logger.info("%.2f effective bits: top-1 %.2f", allocation.effective_bits, found)
+            return self._scaled(self.right - found)
+        lost, name = (
+            self.judged.lost(self.before, self.judged.parts(module)),
+            self.judged.metric.name,
+        )
+        self.intervals[id(allocation)] = self._scaled(lost.low), self._scaled(lost.high)
+        logger.info(
+            "%.2f effective bits: %s loses %.4g", allocation.effective_bits, name, lost.value
+        )
+        return self._scaled(lost.value)
+
+    def _scaled(self, lost: float) -> float:
+        return 100 * lost / max(abs(self.right), 1e-9) if self.relative else lost
 
 
 def quantized(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +20,19 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
+from mpq.batch import INPUTS, LABELS
 from mpq.checkpoint import load_model, weights_hash
 from mpq.data import DataSet, DataSource, Normalization, open_data
 from mpq.data.dataset import ArraySplit
 from mpq.data.normalize import NAMED
 from mpq.errors import DataError
+from mpq.pipeline.measuring import Batches, judging_of, opened
 from mpq.pipeline.subject import GIVEN, Subject, normalized, open_checkpoint
+from mpq.pipeline.wishes import Wishes
 from mpq.policy import ModelInfo
 from mpq.train.evaluate import evaluating
 
 Data = str | Path | DataSet | Tensor | Dataset[Any] | Iterable[Any]
-INPUTS = ("pixel_values", "image", "images", "img", "x", "input", "inputs")
-LABELS = ("labels", "label", "target", "targets", "y", "class")
 BATCH = 64
 
 
@@ -95,6 +96,57 @@ def given(
         info = _info(model, example, normalize)
     found = read.data_set(info.classes) if read else None
     return Subject(model, info, found, GIVEN, NAMED["none"])
+
+
+def judged(
+    subject: Subject,
+    wishes: Wishes,
+    data: Any = None,
+    validation: Any = None,
+    *,
+    learn: bool = False,
+) -> Subject:
+    """A subject with the metric that is asked for, and with batches to learn from as they come.
+
+    Args:
+        subject: as `given` made it.
+        wishes: the metric.
+        data: what it was made from.
+        validation: likewise.
+        learn: whether a loss of the user's own is to see the batches of `data`.
+    """
+    judging = judging_of(wishes, as_batches(validation))
+    train = as_batches(data) if learn else None
+    batches = None if train is None else Batches(train, as_batches(validation))
+    return replace(subject, judging=judging, batches=batches)
+
+
+def with_wishes(subject: Subject, wishes: Wishes, wanted: Wanted) -> Subject:
+    """A subject of the command line with its metric and its batches.
+
+    Where no data are named, the batches are also what is calibrated and scored on.
+    """
+    batches = opened(wishes)
+    judging = judging_of(wishes, batches.validation if batches else None)
+    subject = replace(subject, judging=judging, batches=batches)
+    if batches is None or subject.data is not None:
+        return subject
+    read = _read(batches.train, batches.validation, wanted)
+    _, height, width, channels = read.train[0].shape
+    info = subject.info.replace(input=(channels, height, width))
+    return replace(subject, info=info, data=read.data_set(info.classes), data_name=GIVEN)
+
+
+def as_batches(data: Any) -> Iterable[Any] | None:
+    """Data given as values, as batches in their own structure; None of data by name."""
+    if data is None or isinstance(data, str | Path | DataSet):
+        return None
+    if isinstance(data, Tensor):
+        return list(data.split(BATCH))
+    if isinstance(data, Dataset):
+        return DataLoader(data, batch_size=BATCH)
+    found: Iterable[Any] = data
+    return found
 
 
 def _named(

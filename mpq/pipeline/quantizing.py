@@ -12,16 +12,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from mpq import files, origins, rundir
-from mpq.data import DataSource, sample_indices
+from mpq.data import DataSource
 from mpq.errors import CheckpointError, UsageError
 from mpq.graph.annotate import make_dynamic
 from mpq.graph.ir import QuantGraph
 from mpq.graph.norms import absorb_norms, attach_norms
-from mpq.graph.outputs import classifier
 from mpq.graph.passes import prepare
-from mpq.pipeline.guard import check_teacher
+from mpq.pipeline.evaluating import measured, validate
 from mpq.pipeline.subject import Subject, policy_subject, settle
-from mpq.pipeline.training import training_data
+from mpq.pipeline.teaching import LossFunction, lessons
 from mpq.policy import Policy
 from mpq.ptq import FinishedBlocks, PtqSettings, equalize, quantize_graph
 from mpq.ptq.blockwise import PROGRESS
@@ -29,7 +28,6 @@ from mpq.rundir import Run
 from mpq.saved import Kind
 from mpq.shown import Shown
 from mpq.staging import together
-from mpq.train.evaluate import accuracy
 from mpq.train.loop import fit
 from mpq.train.metrics import METRICS
 from mpq.train.plan import Hooks, TrainingPlan
@@ -43,7 +41,6 @@ KIND = Kind(
     "be a quantized network, as `mpq ptq` and `mpq qat` write it. For a float checkpoint run "
     "`mpq analyze` and one of these first.",
 )
-VALIDATION_IMAGES = 500
 
 
 @dataclass(frozen=True, repr=False)
@@ -80,7 +77,10 @@ class Quantized(Shown):
         layers = ", ".join(f"{n} layers {name}" for name, n in widths.most_common())
         top1 = self.metrics.get("validation_top1")
         held = "not measured" if top1 is None else f"{top1:.2f} % on held-out images, simulated"
-        return [f"{self.subject.info.arch}: {layers}", f"{self.metrics['stage']}, top-1 {held}"]
+        said = f"{self.metrics['stage']}, top-1 {held}"
+        if "metric" in self.metrics:
+            said = f"{self.metrics['stage']}, {measured(self.metrics)}"
+        return [f"{self.subject.info.arch}: {layers}", said]
 
     def save(self, path: str | Path) -> Path:
         """Write policy, state and metrics, as `ptq.pth` of a run has them.
@@ -165,6 +165,8 @@ def run_qat(
     plan: TrainingPlan,
     run: Run,
     hooks: Hooks | None = None,
+    *,
+    loss: LossFunction | None = None,
 ) -> Quantized:
     """Quantize with training, starting from calibrated ranges.
 
@@ -174,22 +176,23 @@ def run_qat(
         plan: recipe and teachers.
         run: as `mpq.fit` takes it; its seed is that of the calibration images too.
         hooks: called while the training runs.
+        loss: of the user's own, a function of outputs and batch (`mpq.pipeline.teaching`).
 
     Raises:
         PolicyError, DataError: as `run_ptq`.
         CheckpointError: teachers of other classes.
         TrainError: a loss that is not finite, or a checkpoint of another run.
     """
-    check_teacher(plan.teacher, subject.info)
     recipe = plan.recipe
     images = subject.sample(policy.data.samples or 512, run.seed, "qat")
     graph = prepare(subject.graph(), settle(policy, subject))
+    plan, data = lessons(graph, subject, plan, loss)
     if recipe.progressive_epochs:
         take_widths(graph.module, stage(graph.module, 0, recipe.progressive_epochs))
     quantize_graph(graph, images, progress=run.progress)
     if recipe.norm == "live":
         attach_norms(graph, images)
-    result = fit(graph.module, training_data(subject), plan, run, hooks)
+    result = fit(graph.module, data, plan, run, hooks)
     graph.module.cpu()
     absorb_norms(graph)
     metrics = {
@@ -200,17 +203,12 @@ def run_qat(
         "validation_top1": result.top1,
         "teachers": [] if plan.teacher is None else list(plan.teacher.names),
     }
+    if plan.task is not None:
+        metrics["teachers"] = [plan.task.name] if plan.task.teacher is not None else []
+        metrics["loss"] = getattr(plan.task.loss, "__name__", None)
+    if plan.judge is not None:
+        metrics |= {"metric": plan.judge.name, "value": result.value, "calibrated": result.before}
     return Quantized(graph, subject, metrics)
-
-
-def validate(graph: QuantGraph, subject: Subject) -> dict[str, float | None]:
-    """Top-1 in percent of the simulation on validation images; None where there is none."""
-    validation = subject.require_data("validation").validation
-    if not len(validation) or not classifier(graph.outputs):
-        return {"validation_top1": None}
-    picked = sample_indices(validation, VALIDATION_IMAGES, 0)
-    images, labels = subject.read(validation, picked)
-    return {"validation_top1": accuracy(graph.module, images, labels, subject.normalize)}
 
 
 def check_policy_file(policy_path: Path, folder: Path, *, force: bool) -> None:

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-
-from torch import Tensor
+from typing import Any
 
 from mpq import files, rundir
 from mpq.analyze.score import Scoring, score_layers
 from mpq.analyze.sensitivity import Sensitivity
+from mpq.calls import Inputs
 from mpq.errors import PolicyError
 from mpq.graph.ir import QuantGraph
 from mpq.rundir import Run
@@ -26,8 +26,8 @@ KEPT = ".scores"
 
 def scores_of(
     graph: QuantGraph,
-    images: Tensor | None,
-    labels: Tensor | None,
+    images: Inputs | None,
+    labels: Any,
     how: Scoring,
     *,
     run: Run,
@@ -38,7 +38,7 @@ def scores_of(
     Args:
         graph: in stage `float`.
         images: normalized; None for data-free scores.
-        labels: of the images, for the metrics that compare with them.
+        labels: of the images, for the metrics that compare with them; for a loss the whole batch.
         how: how to score.
         run: its `sensitivity.json` is looked into before the cache; without a folder nothing is
             looked for, and nothing kept.

@@ -28,6 +28,7 @@ from mpq.data.normalize import NAMED
 from mpq.errors import CheckpointError, DataError, PolicyError
 from mpq.graph.ir import QuantGraph
 from mpq.graph.passes import to_float
+from mpq.pipeline.measuring import Batches, Judging
 from mpq.pipeline.proposing import propose_normalization
 from mpq.policy import ModelInfo, Policy
 from mpq.train.evaluate import predict
@@ -47,7 +48,8 @@ class Subject:
     Where the images of `data` have no labels, what the network itself answers stands in for them:
     accuracy is then agreement with the network before it was changed. `unlabelled` are more images
     to train on, of which only teachers speak. `call` is an example call, of a network that takes
-    anything but one batch of images.
+    anything but one batch of images. `judging` is how answers are judged, where top-1 will not do,
+    and `batches` are the user's own, to learn from by a loss of theirs.
 
     Raises:
         DataError: the network does not take images of three channels, and there are data.
@@ -60,6 +62,8 @@ class Subject:
     normalize: Normalization
     unlabelled: Split | None = None
     call: Network | None = None
+    judging: Judging | None = None
+    batches: Batches | None = None
 
     def __post_init__(self) -> None:
         if self.data is not None and self.call is not None:

@@ -16,12 +16,15 @@ EXACT_DB = 999.0
 
 def bench_table(rows: Sequence[Json]) -> Grid:
     """Model files side by side: `rows` are the lines of `bench.jsonl`."""
-    heads = columns("file", "#bytes", "#top-1", "#ms", "?#p10..p90", "#speed", "#MB")
+    metric = next((row["metric"] for row in rows if "metric" in row), None)
+    besides = () if metric is None else (f"#{metric}", "?#lost, 95 %")
+    heads = columns("file", "#bytes", "#top-1", *besides, "#ms", "?#p10..p90", "#speed", "#MB")
     body = [
         (
             row["file"],
             f"{row['bytes']:,}",
             fixed(row["top1"], 2),
+            *(() if metric is None else _judged(row)),
             fixed(row["latency_ms"]["median"], 3),
             f"{row['latency_ms']['p10']:.2f}..{row['latency_ms']['p90']:.2f}",
             "-" if row["ratio_to_float"] is None else f"{row['ratio_to_float']:.2f}x",
@@ -30,6 +33,13 @@ def bench_table(rows: Sequence[Json]) -> Grid:
         for row in rows
     ]
     return Grid("Model files side by side", heads, tuple(body), _bench_note(rows))
+
+
+def _judged(row: Json) -> tuple[str, str]:
+    """What a metric gives, and what of it is lost against the first file."""
+    lost = row.get("lost")
+    interval = "-" if lost is None else f"{lost['low']:.3g}..{lost['high']:.3g}"
+    return f"{row['value']:.4g}", interval
 
 
 def _bench_note(rows: Sequence[Json]) -> str:

@@ -21,6 +21,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, fx, nn
 
+from mpq.calls import arguments, leaves
 from mpq.cpu import this_cpu
 from mpq.errors import DataError, TrainError, UsageError
 from mpq.graph.norms import freeze_norms
@@ -29,28 +30,26 @@ from mpq.nonfinite import first_nonfinite
 from mpq.processes import leave_at_exit
 from mpq.rundir import Run
 from mpq.train.answers import Answers, answer_folders
-from mpq.train.augment import Targets, alternating, augment, epoch_rng, mix
+from mpq.train.augment import Targets, epoch_rng
 from mpq.train.compiled import compiled
-from mpq.train.evaluate import Images, Labels, as_tensor, normalize_unit, to_unit
+from mpq.train.evaluate import normalize_unit
+from mpq.train.feed import Arrays, Feed, Loader
 from mpq.train.metrics import Record, Totals
-from mpq.train.objective import Objective
+from mpq.train.objective import Objective, Parts
 from mpq.train.optim import Ema, build_optimizer, learning_rate
 from mpq.train.oscillation import dampening, strength
 from mpq.train.plan import OnStep, TrainingData, TrainingPlan
 from mpq.train.progressive import Lowering
-from mpq.train.resume import State, fingerprint, structure
+from mpq.train.resume import State, structure
 from mpq.train.whiten import whiten_first_layer
 
 logger = logging.getLogger(__name__)
 
-RESIDENT_BYTES = 2**32
-"""Images up to this size are kept on the accelerator."""
-
 WHITENED = 2000
 """Training images whose patches whiten the first layer: two million patches of 32x32 images."""
 
-LOOKED_AT = 256
-"""Training images that choose activation ranges when widths change."""
+SPREAD = 64
+"""Training images from which the spread of a teacher's answers is taken."""
 
 CHECK_EVERY = 16
 """Steps between looks at the loss on an accelerator, where each look would stall the queue."""
@@ -82,10 +81,21 @@ class Engine:
             logger.warning(SLOW_BF16)
         self.layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
         self.model = model
-        for network in [model] if teacher is None else [model, teacher]:
+        guide = plan.task.teacher if plan.task else teacher
+        for network in [model] if guide is None else [model, guide]:
             network.to(device=self.device, memory_format=self.layout)  # type: ignore[call-overload]
         self.objective = Objective(recipe, plan.weighting)
-        self._take_images(*data.train)
+        self.task, self.streams = plan.task, data.batches is not None
+        if self.streams and plan.task is None:
+            raise UsageError("batches of the user's own need a task: a loss, or a teacher.")
+        place = self.rank, self.ranks
+        self.feed: Feed
+        if data.batches is not None:
+            self.feed = Loader(data.batches, run.seed, self.device, place)
+        elif data.train is not None:
+            self.feed = Arrays(data.train, recipe, run.seed, self.device, place)
+        else:
+            raise DataError("training needs images or batches. Got neither.")
         self._take_network()
         identity = self._identity(data, plan)
         self._answers: Answers | None = None
@@ -98,27 +108,19 @@ class Engine:
         self.state = State(model, build_optimizer(model, recipe), ema, identity)
         self.lowering = Lowering(self.state, recipe.progressive_epochs)
 
-    def _take_images(self, images: Images, labels: Labels) -> None:
-        """Keep the training images where they are at hand, and what is known of their labels."""
-        if images.dtype != np.uint8 and (self.recipe.trivial or self.recipe.rand_operations):
-            raise UsageError(
-                "trivial and rand_operations change the colours of uint8 pixels, but these images "
-                "are floats. Set both to 0 in the recipe, or change the images where they are read."
-            )
-        resident = self.device if images.nbytes <= RESIDENT_BYTES else torch.device("cpu")
-        self.images = as_tensor(images).to(resident)
-        self.labels = as_tensor(labels.astype(np.int64)).to(resident)
-        self.sides = torch.from_numpy(alternating(len(images), self.seed)).to(resident)
-        self._mirrored: Tensor | None = None
-        self.classes = int(labels.max()) + 1
-        self.partial = int(labels.min()) < 0
-        self.steps = max(1, len(images) // self.recipe.batch)
-
     def whiten(self) -> None:
-        """Let the first layer begin as the recipe says; a checkpoint resumed replaces it."""
+        """Let the first layer begin as the recipe says; a checkpoint resumed replaces it.
+
+        And let the task look at the first images, of which the spread of its answers is taken.
+        """
         if self.recipe.whiten:
-            images = to_unit(self.images[:WHITENED].to(self.device))
-            whiten_first_layer(self.model, self._input(images))
+            whiten_first_layer(self.model, self._first(WHITENED))
+        if self.task is not None:
+            self.task.look(self._shown(self.feed.first(SPREAD)))
+
+    def _first(self, size: int) -> Any:
+        found = self.feed.first(size)
+        return found if self.streams else self._input(found)
 
     def _take_network(self) -> None:
         """What a step runs: the model without needless passes, for several processes, compiled."""
@@ -131,17 +133,22 @@ class Engine:
 
     def _identity(self, data: TrainingData, plan: TrainingPlan) -> dict[str, Any]:
         """What must be equal for a run to be continued."""
-        weighting, teacher = plan.weighting, plan.teacher
+        weighting = plan.weighting
         return {
             "recipe": plan.recipe.model_dump(),
             "seed": self.seed,
-            "data": fingerprint(*data.train),
+            "data": self.feed.identity(),
             "model": structure(self.model),
             "normalize": str(data.normalize),
-            "teacher": teacher.names if teacher is not None else [],
+            "teacher": self._teachers(plan),
             "weighting": getattr(weighting, "__qualname__", type(weighting).__name__),
             "processes": self.ranks,
         }
+
+    def _teachers(self, plan: TrainingPlan) -> list[str]:
+        if plan.task is None:
+            return [] if plan.teacher is None else plan.teacher.names
+        return [plan.task.name, getattr(plan.task.loss, "__name__", "")]
 
     @property
     def main(self) -> bool:
@@ -165,45 +172,41 @@ class Engine:
         self.model.train()
         freeze_norms(self.model, epoch >= self.recipe.epochs * (1 - self.recipe.norm_frozen))
         view = epoch % self.recipe.cycle if self.recipe.cycle else epoch
-        order = torch.from_numpy(epoch_rng(self.seed, view).permutation(len(self.images)))
-        order = order.to(self.images.device)
-        self._mirrored = self.sides ^ bool(view % 2) if self.recipe.alternate else None
         rng = epoch_rng(self.seed, view, 1 + self.rank)
         torch.manual_seed(int(rng.integers(2**62)))  # for dropout and the like
-        first = order[:LOOKED_AT]
-        self.lowering.begin(epoch, lambda: self._input(to_unit(self.images[first].to(self.device))))
+        look = self.feed.begin(view)
+        self.lowering.begin(epoch, lambda: look() if self.streams else self._input(look()))
         totals = Totals()
         if self._folders:
             self._answers = Answers([f / f"epoch-{view:04}.pth" for f in self._folders])
-        for step in range(self.steps):
-            index = order[step * self.recipe.batch : (step + 1) * self.recipe.batch]
-            loss = self._step(epoch, step, index[self.rank :: self.ranks], rng, totals)
+        for step, parts in enumerate(self.feed.parts()):
+            loss = self._step(epoch, step, parts, rng, totals)
             if on_step and self._look(step):
-                on_step(epoch, step, self.steps, float(loss))
+                on_step(epoch, step, self.feed.steps, float(loss))
         if self._answers is not None:
             self._answers.close()
-        lr = learning_rate(self.recipe, (epoch + 1) * self.steps - 1, self.steps)
+        lr = learning_rate(self.recipe, (epoch + 1) * self.feed.steps - 1, self.feed.steps)
         return {"epoch": epoch, "lr": lr, **totals.record(self.accelerator), "val_top1": None}
 
     def _look(self, step: int) -> bool:
         """Whether the loss of this step is read back from the device."""
-        return self.device.type == "cpu" or step % CHECK_EVERY == 0 or step == self.steps - 1
+        return self.device.type == "cpu" or step % CHECK_EVERY == 0 or step == self.feed.steps - 1
 
     def _step(
-        self, epoch: int, step: int, index: Tensor, rng: np.random.Generator, totals: Totals
+        self, epoch: int, step: int, parts: list[Any], rng: np.random.Generator, totals: Totals
     ) -> Tensor:
-        """One optimizer step over the images of `index`, in `accumulate` parts."""
+        """One optimizer step over `parts`: indices of images, or a batch of the user's own."""
         optimizer, recipe = self.state.optimizer, self.recipe
-        rate = learning_rate(recipe, epoch * self.steps + step, self.steps)
+        rate = learning_rate(recipe, epoch * self.feed.steps + step, self.feed.steps)
         for group in optimizer.param_groups:
             group["lr"] = rate * group["factor"]
-        progress = (epoch * self.steps + step) / max(1, recipe.epochs * self.steps - 1)
+        progress = (epoch * self.feed.steps + step) / max(1, recipe.epochs * self.feed.steps - 1)
         optimizer.zero_grad(set_to_none=True)
-        parts = [p for p in index.tensor_split(recipe.accumulate) if len(p)]
+        sizes = [self.feed.size(part) for part in parts]
         loss = torch.zeros((), device=self.device)
         for number, part in enumerate(parts):
-            images, targets = self._batch(part, rng)
-            share = len(part) / len(index)
+            images, targets = self.feed.load(part, rng)
+            share = sizes[number] / sum(sizes)
             if number < len(parts) - 1:
                 with self.accelerator.no_sync(self.network):
                     loss += self._backward(images, targets, progress, share, totals)
@@ -218,34 +221,66 @@ class Engine:
             self.state.ema.update(self.model)
         return loss
 
-    def _batch(self, index: Tensor, rng: np.random.Generator) -> tuple[Tensor, Targets]:
-        """Augmented images in 0..1, and their labels, on the device."""
-        images = self.images[index].to(self.device, non_blocking=True)
-        labels = self.labels[index].to(self.device, non_blocking=True)
-        mirrored = None if self._mirrored is None else self._mirrored[index].to(self.device)
-        return mix(augment(images, self.recipe, rng, mirrored), labels, self.recipe, rng)
-
     def _backward(
-        self, images: Tensor, targets: Targets, progress: float, share: float, totals: Totals
+        self, images: Any, targets: Any, progress: float, share: float, totals: Totals
     ) -> Tensor:
         """Forward and backward of one part; returns its contribution to the step's loss."""
-        with self._autocast():
-            student: Tensor = self.forward(self._input(images))
-            teachers = self._teach(images)
-        self._check_logits(student, teachers)
-        labels = targets.for_classes(student.shape[1], partial=self.partial)
-        parts = self.objective(student, teachers, labels, progress=progress)
+        learn = self._classify if self.task is None else self._follow
+        parts, student, labels = learn(images, targets, progress)
         loss = parts.loss
         if self.recipe.dampen:
             loss = loss + self.recipe.dampen * strength(progress) * dampening(self.model)
         self.accelerator.backward(loss * share)
-        totals.add(parts, student.detach(), labels)
+        totals.add(parts, student, labels)
         return parts.loss.detach() * share
 
+    def _classify(
+        self, images: Tensor, targets: Targets, progress: float
+    ) -> tuple[Parts, Tensor, Tensor | None]:
+        """The loss of a classifier, its logits and labels."""
+        with self._autocast():
+            student: Tensor = self.forward(self._input(images))
+            teachers = self._teach(images)
+        self._check_logits(student, teachers)
+        labels = targets.for_classes(student.shape[1], partial=self.feed.partial)
+        parts = self.objective(student, teachers, labels, progress=progress)
+        return parts, student.detach(), labels
+
+    def _follow(
+        self, images: Any, targets: Any, progress: float
+    ) -> tuple[Parts, Tensor, Tensor | None]:
+        """The loss of any network, by its task."""
+        assert self.task is not None
+        task, recipe = self.task, self.recipe
+        inputs = images
+        if not self.streams:
+            inputs = self._input(images)
+            targets = (inputs, targets.first) if not self.feed.partial else (inputs,)
+        with self._autocast():
+            answer = self.forward(*self._arguments(inputs))
+            taught = None if task.teacher is None else task.teach(self._shown(images))
+        weights = (recipe.label_weight, recipe.distill_weight)
+        parts = task.parts(answer, targets, taught, recipe.temperature, weights)
+        first = next(iter(leaves(inputs).values()))
+        return parts, first, None
+
+    def _shown(self, images: Any) -> Any:
+        """Images in 0..1 as the teacher of a task takes them; the user's inputs as they are."""
+        assert self.task is not None
+        if self.streams:
+            return images
+        norm = self.task.normalize
+        return self._input(images) if norm is None else normalize_unit(images, norm)
+
+    def _arguments(self, inputs: Any) -> list[Any]:
+        if isinstance(self.model, fx.GraphModule):
+            return arguments(self.model, inputs)
+        return list(inputs) if isinstance(inputs, tuple) else [inputs]
+
     def _check_logits(self, student: Tensor, teachers: Tensor | None) -> None:
-        if student.ndim != 2 or student.shape[1] < self.classes:
+        if student.ndim != 2 or student.shape[1] < self.feed.classes:
             raise DataError(
-                f"the model must give logits [B, C] with C >= {self.classes}, the number of "
+                f"the model must give logits [B, C] with C >= {self.feed.classes}, the number of "
                 f"classes in the labels. Got {list(student.shape)}."
             )
         if teachers is not None and teachers.shape[1:] != student.shape:
@@ -277,11 +312,18 @@ class Engine:
         """Who made the loss of this batch infinite or NaN."""
         with self._autocast():
             modules = dict(self.model.named_modules())
-            found = first_nonfinite(modules, lambda: self.model(self._input(images)))
+            inputs = self._arguments(images if self.streams else self._input(images))
+            found = first_nonfinite(modules, lambda: self.model(*inputs))
             teacher, culprit = self.teacher, str(found or "")
             if found is None and teacher is not None:
                 found = first_nonfinite(dict(teacher.named_modules()), lambda: teacher(images))
                 culprit = f"teacher {found}" if found else ""
+        if found is None and self.task is not None and self.task.loss is not None:
+            return (
+                f"the loss {self.task.loss.__name__} gave NaN or infinity in epoch {epoch}, step "
+                f"{step}, of answers that are finite. Look at its logarithms and divisions, and at "
+                "images without any target; the checkpoint of the last finished epoch is intact."
+            )
         return (
             f"the loss became non-finite in epoch {epoch}, step {step}. First non-finite output: "
             f"{culprit or 'none: the loss itself overflowed on finite logits'}. "

@@ -17,7 +17,7 @@ from mpq.rundir import Run
 from mpq.train.engine import Engine
 from mpq.train.evaluate import accuracy, check_images
 from mpq.train.metrics import Record
-from mpq.train.plan import Hooks, Stop, TrainingData, TrainingPlan
+from mpq.train.plan import Hooks, Judge, Stop, TrainingData, TrainingPlan
 from mpq.train.resume import CHECKPOINT
 
 logger = logging.getLogger(__name__)
@@ -31,11 +31,15 @@ class FitResult:
         history: one record per epoch, as in `metrics.jsonl`.
         top1: validation accuracy in percent after the last epoch; None without validation.
         start: the same before the first epoch, of the model as it was given, also when resumed.
+        value: of the judge's metric, of the epoch that was kept; None where none judges.
+        before: the same before the first epoch.
     """
 
     history: list[Record]
     top1: float | None
     start: float | None
+    value: float | None = None
+    before: float | None = None
 
 
 def fit(
@@ -46,6 +50,8 @@ def fit(
     hooks: Hooks | None = None,
 ) -> FitResult:
     """Train `model` in place; afterwards it holds the last epoch's weights (or their average).
+
+    Where a metric judges (`TrainingPlan.judge`) it holds those of the epoch that it finds best.
 
     Args:
         model: normalized images `[B, 3, H, W]` to logits `[B, C]`; parameters whose name ends in
@@ -66,7 +72,8 @@ def fit(
         Stop: a hook did.
     """
     run, hooks = run or Run(), hooks or Hooks()
-    check_images(*data.train, partial=plan.teacher is not None)
+    if data.train is not None:
+        check_images(*data.train, partial=plan.teacher is not None or plan.task is not None)
     if data.validation is not None:
         check_images(*data.validation)
     engine = Engine(model, data, plan, run)
@@ -74,15 +81,21 @@ def fit(
     with engine.environment():
         engine.whiten()
         start = _validate(model, data)
+        before = None if plan.judge is None else plan.judge.value(model)
         if hooks.on_start:
             hooks.on_start()
         _begin(engine, run)
         while state.epoch < plan.recipe.epochs:
-            _epoch(engine, data, run.folder, hooks)
+            _epoch(engine, data, plan.judge, run.folder, hooks)
     if state.ema:
         model.load_state_dict(state.ema.module.state_dict())
+    if state.best is None:
+        model.eval()
+        return FitResult(state.history, state.history[-1]["val_top1"], start, None, before)
+    model.load_state_dict(state.best["weights"])
     model.eval()
-    return FitResult(state.history, state.history[-1]["val_top1"], start)
+    kept = state.history[state.best["epoch"]]
+    return FitResult(state.history, kept["val_top1"], start, kept["value"], before)
 
 
 def _validate(model: nn.Module, data: TrainingData) -> float | None:
@@ -92,12 +105,31 @@ def _validate(model: nn.Module, data: TrainingData) -> float | None:
     return accuracy(model, *data.validation, data.normalize)
 
 
-def _epoch(engine: Engine, data: TrainingData, folder: Path | None, hooks: Hooks) -> None:
+def _keep_best(engine: Engine, judge: Judge, record: Record) -> None:
+    """Measure an epoch, and keep its weights if none before was better.
+
+    Epochs in which widths still come down are not those that were asked for.
+    """
+    state = engine.state
+    record["metric"], record["value"] = judge.name, judge.value(state.evaluated)
+    if state.epoch < engine.recipe.progressive_epochs:
+        return
+    sign = 1 if judge.higher else -1
+    if state.best is None or sign * (record["value"] - state.best["value"]) > 0:
+        weights = {k: v.detach().cpu().clone() for k, v in state.evaluated.state_dict().items()}
+        state.best = {"epoch": state.epoch, "value": record["value"], "weights": weights}
+
+
+def _epoch(
+    engine: Engine, data: TrainingData, judge: Judge | None, folder: Path | None, hooks: Hooks
+) -> None:
     """One epoch: train, measure, save."""
     state, recipe = engine.state, engine.recipe
     started = time.perf_counter()
     record = engine.train_epoch(state.epoch, hooks.on_step)
     record["val_top1"] = _validate(state.evaluated, data)
+    if judge is not None:
+        _keep_best(engine, judge, record)
     record["seconds"] = round(time.perf_counter() - started, 3)
     state.history.append(record)
     state.epoch += 1

@@ -19,7 +19,7 @@ METRICS = "metrics.jsonl"
 Record = dict[str, Any]
 """One epoch: epoch, lr, train_loss, train_label_loss, train_top1 (None without labels), val_top1
 (None without validation), seconds; with teachers also train_distill_loss and teacher_weights (a
-mean each)."""
+mean each). Of a metric of the user's own also metric and value, on validation images."""
 
 
 class Totals:
@@ -28,13 +28,20 @@ class Totals:
     def __init__(self) -> None:
         self.sums: Tensor | None = None
         self.members = 0
+        self.told = False
 
-    def add(self, parts: Parts, student: Tensor, labels: Tensor) -> None:
-        """Add one batch of logits `[B, C]`; mixed labels count as their larger half."""
+    def add(self, parts: Parts, student: Tensor, labels: Tensor | None) -> None:
+        """Add one batch of logits `[B, C]`; mixed labels count as their larger half.
+
+        Without labels `student` is anything that has one entry an image.
+        """
         zero = torch.zeros_like(parts.label)
-        truth = labels if labels.ndim == 1 else labels.argmax(1)
-        known = torch.ones_like(zero) if labels.ndim == 1 else (labels.sum(1) > 0).float()
-        hits = ((student.argmax(1) == truth) * known).mean()
+        hits, known = zero, zero
+        if labels is not None:
+            truth = labels if labels.ndim == 1 else labels.argmax(1)
+            known = torch.ones_like(zero) if labels.ndim == 1 else (labels.sum(1) > 0).float()
+            hits = ((student.argmax(1) == truth) * known).mean()
+        self.told = parts.distill is not None
         values = [
             parts.loss.detach(),
             parts.label,
@@ -53,8 +60,9 @@ class Totals:
         count, *sums = accelerator.reduce(self.sums, reduction="sum").tolist()
         loss, label, distill, hits, known, *weights = (v / count for v in sums)
         record: Record = {"train_loss": loss, "train_label_loss": label}
-        if self.members:
+        if self.told:
             record["train_distill_loss"] = distill
+        if self.members:
             record["teacher_weights"] = weights
         return {**record, "train_top1": 100 * hits / known if known else None}
 

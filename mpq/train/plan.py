@@ -6,15 +6,19 @@ device, whether to resume) is `mpq.rundir.Run`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from torch import nn
 
 from mpq.data import Normalization
 from mpq.train.ensemble import Ensemble
 from mpq.train.evaluate import Images, Labels
 from mpq.train.metrics import Record
 from mpq.train.recipe import Recipe
+from mpq.train.task import Task
 from mpq.train.weighting import Weighting
 
 OnStep = Callable[[int, int, int, float], None]
@@ -27,14 +31,32 @@ class TrainingData:
 
     Args:
         train: uint8 images `[n, H, W, 3]` and class ids `[n]`; -1: no label, and of that image only
-            the teacher speaks.
+            the teacher speaks. None where there are batches.
         validation: the same, looked at after each epoch, never used to choose; None: nothing is.
         normalize: of the network's input; teachers have their own.
+        batches: what a training loop has, learnt from as they come instead of `train`: a DataLoader
+            or a list of batches, normalized. They need a task.
     """
 
-    train: tuple[Images, Labels]
+    train: tuple[Images, Labels] | None
     validation: tuple[Images, Labels] | None
     normalize: Normalization
+    batches: Iterable[Any] | None = None
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A metric by which the best epoch is kept.
+
+    Args:
+        name: of the metric.
+        value: of a network.
+        higher: whether more is better.
+    """
+
+    name: str
+    value: Callable[[nn.Module], float]
+    higher: bool = True
 
 
 @dataclass(frozen=True)
@@ -48,12 +70,16 @@ class TrainingPlan:
         teacher: sees the same augmented images; None: labels alone teach.
         weighting: replaces the recipe's weighting of the teachers.
         answers: folder that keeps the teachers' logits, for other runs on the same images.
+        task: what a network that is no classifier learns from, or any by another loss.
+        judge: looks at the network after each epoch, and the best one is kept.
     """
 
     recipe: Recipe
     teacher: Ensemble | None = None
     weighting: Weighting | None = None
     answers: Path | None = None
+    task: Task | None = None
+    judge: Judge | None = None
 
 
 class Stop(Exception):

@@ -38,6 +38,7 @@ class State:
         identity: what must be equal for a run to be continued.
         epoch: epochs done.
         history: a record for each of them.
+        best: the weights of the best epoch, where a metric judges.
     """
 
     model: nn.Module
@@ -46,6 +47,7 @@ class State:
     identity: Mapping[str, Any]
     epoch: int = 0
     history: list[Record] = field(default_factory=list)
+    best: dict[str, Any] | None = None
 
     @property
     def evaluated(self) -> nn.Module:
@@ -63,6 +65,8 @@ class State:
             "ema_updates": self.ema.updates if self.ema else 0,
             "history": self.history,
         }
+        if self.best is not None:
+            content["best"] = self.best
         KIND.save(folder / CHECKPOINT, content)
         write_metrics(folder / METRICS, self.history)
 
@@ -88,6 +92,7 @@ class State:
         if self.ema:
             self.ema.module.load_state_dict(content["ema"])
             self.ema.updates = content["ema_updates"]
+        self.best = content.get("best")
         self.epoch, self.history = content["epoch"], list(content["history"])
         write_metrics(folder / METRICS, self.history)
 

@@ -1,0 +1,103 @@
+"""The metric that was asked for, made ready for a network and its held-out images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpq.calls import call
+from mpq.data import sample_indices
+from mpq.errors import DataError
+from mpq.graph.ir import QuantGraph
+from mpq.graph.outputs import classifier
+from mpq.outputs import Output
+from mpq.pipeline.measuring import Evaluation, Held, against
+from mpq.pipeline.subject import Subject
+from mpq.train.evaluate import accuracy, evaluating
+
+VALIDATION_IMAGES = 500
+
+
+def evaluation(
+    subject: Subject, outputs: Mapping[str, Output], count: int | None = None
+) -> Evaluation | None:
+    """How the answers of a subject's networks are judged; None where no metric was asked for.
+
+    Args:
+        subject: the float network, its data, and what is asked for.
+        outputs: of its graph.
+        count: held-out images at most, where there are no batches of the user's own; None: all.
+
+    Raises:
+        DataError: there are neither batches nor images.
+    """
+    judging = subject.judging
+    if judging is None:
+        return None
+    batches = judging.batches
+    if batches is None:
+        batches = Held(*_held_out(subject, judging.metric.name, count), subject.tensor)
+
+    def answer(inputs: Any) -> Any:
+        with evaluating(subject.module):
+            return call(subject.module, inputs)
+
+    kinds = {name: output.kind for name, output in outputs.items()}
+    return against(judging, batches, answer, kinds)
+
+
+def _held_out(
+    subject: Subject, metric: str, count: int | None
+) -> tuple[NDArray[Any], NDArray[np.int64] | None]:
+    """Validation images, or training images where there are none, and their class ids if any."""
+    data = subject.data
+    if data is None:
+        raise DataError(
+            f"the metric {metric} needs images to measure on. Name data with --data, or batches "
+            "with --batches module:factory."
+        )
+    split = data.validation if len(data.validation) else data.compared
+    picked = np.arange(len(split)) if count is None else sample_indices(split, count, 0)
+    return split.read(picked), split.labels[picked] if data.labelled else None
+
+
+def validate(graph: QuantGraph, subject: Subject) -> dict[str, Any]:
+    """Figures of the simulation on validation images: top-1 in percent, and the metric asked for.
+
+    Top-1 is None where there is none.
+    """
+    judged = evaluation(subject, graph.outputs, VALIDATION_IMAGES)
+    if judged is None:
+        return _top1(graph, subject)
+    before, after = (judged.parts(network) for network in (subject.module, graph.module))
+    lost, value = judged.lost(before, after), judged.metric.value
+    return _top1(graph, subject) | {
+        "metric": judged.metric.name,
+        "value": value(after),
+        "float_value": value(before),
+        "lost": asdict(lost),
+    }
+
+
+def _top1(graph: QuantGraph, subject: Subject) -> dict[str, Any]:
+    validation = subject.require_data("validation").validation
+    if not len(validation) or not classifier(graph.outputs):
+        return {"validation_top1": None}
+    picked = sample_indices(validation, VALIDATION_IMAGES, 0)
+    images, labels = subject.read(validation, picked)
+    return {"validation_top1": accuracy(graph.module, images, labels, subject.normalize)}
+
+
+def measured(metrics: Mapping[str, Any]) -> str:
+    """The metric that was asked for, in words."""
+    said = f"{metrics['metric']} {metrics['value']:.4g} on held-out batches, simulated"
+    if (lost := metrics.get("lost")) is not None:
+        said += (
+            f"; {metrics['float_value']:.4g} before: lost {lost['value']:.3g} "
+            f"(95 %: {lost['low']:.3g} to {lost['high']:.3g})"
+        )
+    return said

@@ -1,0 +1,91 @@
+"""What a quantized network learns from in `qat`: labels, teachers, the float network, a loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from mpq.data import load_arrays
+from mpq.errors import DataError, UsageError
+from mpq.graph.ir import QuantGraph
+from mpq.graph.outputs import classifier
+from mpq.pipeline.evaluating import evaluation
+from mpq.pipeline.guard import check_teacher
+from mpq.pipeline.subject import Subject
+from mpq.pipeline.training import training_data
+from mpq.train.plan import Judge, TrainingData, TrainingPlan
+from mpq.train.task import Task
+
+LossFunction = Callable[[Any, Any], Tensor]
+
+
+def lessons(
+    graph: QuantGraph, subject: Subject, plan: TrainingPlan, loss: LossFunction | None
+) -> tuple[TrainingPlan, TrainingData]:
+    """The plan and the data of a QAT.
+
+    A classifier learns from labels and teachers, as recipes say. All else learns from the user's
+    loss, or from what the float network or a teacher answers, and so does a classifier whose images
+    have no labels.
+
+    Raises:
+        CheckpointError: teachers of other classes.
+        DataError: there are no data, or none that the loss can be computed from.
+        UsageError: several teachers of a network that is no classifier.
+    """
+    judged = evaluation(subject, graph.outputs)
+    if judged is not None:
+        metric = judged.metric
+        plan = replace(plan, judge=Judge(metric.name, judged.value, metric.higher))
+    plain = classifier(graph.outputs) and loss is None and subject.batches is None
+    if plain and (plan.teacher is not None or (subject.data and subject.data.labelled)):
+        check_teacher(plan.teacher, subject.info)
+        return plan, training_data(subject)
+    task = _task(graph, subject, plan, loss)
+    data = _data(subject, task)
+    if classifier(graph.outputs) and subject.data is not None:
+        data = replace(data, validation=subject.held_out())
+    return replace(plan, task=task, teacher=None, answers=None), data
+
+
+def _task(
+    graph: QuantGraph, subject: Subject, plan: TrainingPlan, loss: LossFunction | None
+) -> Task:
+    kinds = {name: output.kind for name, output in graph.outputs.items()}
+    if plan.teacher is None:
+        if loss is not None:
+            return Task(kinds, None, loss)
+        return Task(kinds, subject.module, None, name="the float network")
+    if len(plan.teacher.members) > 1:
+        raise UsageError(
+            "a network that is no classifier, or has a loss of its own, learns from one teacher. "
+            f"Got {', '.join(plan.teacher.names)}."
+        )
+    (member,) = plan.teacher.members
+    other = None if member.normalize == subject.normalize else member.normalize
+    return Task(kinds, member.module, loss, other, member.name)
+
+
+def _data(subject: Subject, task: Task) -> TrainingData:
+    """Batches of the user's own, or all training images; classes where they are known."""
+    if subject.batches is not None:
+        return TrainingData(None, None, subject.normalize, subject.batches.train)
+    data = subject.require_data("qat")
+    images, labels = load_arrays(data.train)
+    if not data.labelled:
+        labels = np.full(len(images), -1)
+    if subject.unlabelled is not None:
+        more, _ = load_arrays(subject.unlabelled)
+        images = np.concatenate([images, more])
+        labels = np.concatenate([labels, np.full(len(more), -1)])
+    if task.loss is not None and task.teacher is None and (labels < 0).any():
+        raise DataError(
+            "--loss needs what it compares with, but the images come without labels. Give batches "
+            "of inputs and targets with --batches module:factory, or leave the loss out: the float "
+            "network then teaches."
+        )
+    return TrainingData((images, labels), None, subject.normalize)

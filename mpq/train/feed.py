@@ -1,0 +1,207 @@
+"""What a training learns from: arrays of images, or batches of the user's own, epoch by epoch.
+
+Both say how many steps an epoch has, give this process's share of each, and look at the same first
+images whenever they are asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sized
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mpq.batch import described, inputs_of, moved, shared
+from mpq.calls import count
+from mpq.errors import DataError, UsageError
+from mpq.train.augment import alternating, augment, epoch_rng, mix
+from mpq.train.evaluate import Images, Labels, as_tensor, to_unit
+from mpq.train.recipe import Recipe
+from mpq.train.resume import fingerprint
+
+RESIDENT_BYTES = 2**32
+"""Images up to this size are kept on the accelerator."""
+
+
+class Feed(Protocol):
+    """The training data of one process."""
+
+    steps: int
+    """Of an epoch."""
+    classes: int
+    """That labels speak of."""
+    partial: bool
+    """Whether some images have no label."""
+
+    def first(self, size: int) -> Any:
+        """Some inputs as they lie: images in 0..1, or inputs of the user's."""
+
+    def begin(self, view: int) -> Any:
+        """Begin an epoch that sees this view of the data; some of its inputs, as of `first`."""
+
+    def parts(self) -> Iterator[list[Any]]:
+        """For each step of the epoch what `load` takes, in parts that are added up."""
+
+    def size(self, part: Any) -> int:
+        """Images of a part."""
+
+    def load(self, part: Any, rng: np.random.Generator) -> tuple[Any, Any]:
+        """Images in 0..1 with their labels, or inputs and batch of the user's, on the device."""
+
+    def identity(self) -> str:
+        """Short text that differs for other data."""
+
+
+class Arrays:
+    """Images in memory (on the device, if they fit), augmented batch by batch.
+
+    Args:
+        data: images and class ids, -1 where there is none.
+        recipe: batch and augmentation.
+        seed: of order and augmentation.
+        device: where a step wants them.
+        place: this process, and how many there are.
+    """
+
+    LOOKED_AT = 256
+    """Training images that choose activation ranges when widths change."""
+
+    def __init__(
+        self,
+        data: tuple[Images, Labels],
+        recipe: Recipe,
+        seed: int,
+        device: torch.device,
+        place: tuple[int, int],
+    ) -> None:
+        images, labels = data
+        self.data, self.recipe, self.seed, self.device, self.place = (
+            data,
+            recipe,
+            seed,
+            device,
+            place,
+        )
+        if images.dtype != np.uint8 and (recipe.trivial or recipe.rand_operations):
+            raise UsageError(
+                "trivial and rand_operations change the colours of uint8 pixels, but these images "
+                "are floats. Set both to 0 in the recipe, or change the images where they are read."
+            )
+        resident = device if images.nbytes <= RESIDENT_BYTES else torch.device("cpu")
+        self.images = as_tensor(images).to(resident)
+        self.labels = as_tensor(labels.astype(np.int64)).to(resident)
+        self.sides = torch.from_numpy(alternating(len(images), seed)).to(resident)
+        self.classes, self.partial = int(labels.max()) + 1, int(labels.min()) < 0
+        self.steps = max(1, len(images) // recipe.batch)
+        self._mirrored: Tensor | None = None
+        self._order = torch.arange(len(images))
+
+    def identity(self) -> str:
+        """See `Feed.identity`."""
+        return fingerprint(*self.data)
+
+    def first(self, size: int) -> Tensor:
+        """See `Feed.first`."""
+        return to_unit(self.images[:size].to(self.device))
+
+    def begin(self, view: int) -> Any:
+        """See `Feed.begin`."""
+        order = torch.from_numpy(epoch_rng(self.seed, view).permutation(len(self.images)))
+        self._order = order.to(self.images.device)
+        self._mirrored = self.sides ^ bool(view % 2) if self.recipe.alternate else None
+        first = self._order[: self.LOOKED_AT]
+        return lambda: to_unit(self.images[first].to(self.device))
+
+    def parts(self) -> Iterator[list[Tensor]]:
+        """See `Feed.parts`."""
+        rank, ranks = self.place
+        for step in range(self.steps):
+            index = self._order[step * self.recipe.batch : (step + 1) * self.recipe.batch]
+            split = index[rank::ranks].tensor_split(self.recipe.accumulate)
+            yield [part for part in split if len(part)]
+
+    def size(self, part: Tensor) -> int:
+        """See `Feed.size`."""
+        return len(part)
+
+    def load(self, part: Tensor, rng: np.random.Generator) -> tuple[Any, Any]:
+        """See `Feed.load`."""
+        images = self.images[part].to(self.device, non_blocking=True)
+        labels = self.labels[part].to(self.device, non_blocking=True)
+        mirrored = None if self._mirrored is None else self._mirrored[part].to(self.device)
+        return mix(augment(images, self.recipe, rng, mirrored), labels, self.recipe, rng)
+
+
+class Loader:
+    """Batches as the user's own training loop has them; several processes share each one out.
+
+    Args:
+        batches: can be gone through again, in the same order for the same seed of torch.
+        seed: of torch where an epoch begins.
+        device: where a step wants them.
+        place: this process, and how many there are.
+
+    Raises:
+        DataError: they have no length.
+    """
+
+    classes, partial = 0, True
+
+    def __init__(
+        self, batches: Iterable[Any], seed: int, device: torch.device, place: tuple[int, int]
+    ) -> None:
+        if not isinstance(batches, Sized) or not len(batches):
+            raise DataError(
+                "batches must have a length, at least 1, by which the learning rate is planned. "
+                f"Got {described(batches)}."
+            )
+        self.batches, self.seed, self.device, self.place = batches, seed, device, place
+        self.steps, self._view = len(batches), 0
+
+    def identity(self) -> str:
+        """See `Feed.identity`."""
+        return f"{self.steps} batches, the first {described(moved(self._one(), 'cpu'))}"
+
+    def first(self, size: int) -> Any:
+        """See `Feed.first`: those of one batch, however many they are."""
+        return moved(self._one(), self.device)
+
+    def _one(self) -> Any:
+        torch.manual_seed(self.seed)
+        found = next(iter(self.batches), None)
+        if found is None:
+            raise DataError(f"batches must come {self.steps} times an epoch. Got none.")
+        return inputs_of(found)
+
+    def begin(self, view: int) -> Any:
+        """See `Feed.begin`."""
+        self._view = view
+        return lambda: self.first(0)
+
+    def parts(self) -> Iterator[list[Any]]:
+        """See `Feed.parts`.
+
+        Raises:
+            DataError: they end early.
+        """
+        torch.manual_seed(self.seed + self._view)
+        step = -1
+        for step, batch in enumerate(self.batches):
+            yield [shared(batch, *self.place)]
+            if step == self.steps - 1:
+                return
+        raise DataError(
+            f"batches must come {self.steps} times an epoch, as their length says. Got {step + 1}: "
+            "an iterator can be read only once, so give a DataLoader or a list."
+        )
+
+    def size(self, part: Any) -> int:
+        """See `Feed.size`."""
+        return count(inputs_of(part))
+
+    def load(self, part: Any, rng: np.random.Generator) -> tuple[Any, Any]:
+        """See `Feed.load`."""
+        batch = moved(part, self.device)
+        return inputs_of(batch), batch
