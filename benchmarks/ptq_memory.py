@@ -19,7 +19,7 @@ from common import setting
 from mpq import zoo
 from mpq.graph.passes import prepare, to_float
 from mpq.policy import Policy
-from mpq.ptq import EFFORTS, MEMORY_MB, batch_size, quantize_graph
+from mpq.ptq import EFFORTS, MEMORY_MB, quantize_graph
 
 
 def peak_mb() -> float:
@@ -47,7 +47,7 @@ def main() -> None:
         "arch": options.arch,
         "images": options.images,
         "memory_mb": options.memory_mb,
-        "batch": batch_size(graph),
+        "batch": graph.batch(),
         "peak_mb": round(peak_mb()),
         "before_mb": round(before),
         "cpu_s": round(time.process_time() - start),

@@ -89,9 +89,9 @@ class OutputCheck:
 
 
 def batch_for(qg: QuantGraph, batch: int) -> int:
-    """Images at a time: `batch`, or fewer where outputs are large maps."""
+    """Images at a time: `batch`, or fewer where a layer or the outputs are large maps."""
     values = sum(math.prod(output.evidence.shape) for output in qg.outputs.values())
-    return max(1, min(batch, VALUES // max(values, 1)))
+    return max(1, min(qg.batch(batch), VALUES // max(values, 1)))
 
 
 @torch.no_grad()

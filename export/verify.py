@@ -46,7 +46,8 @@ from .pixels import PixelInput
 from .reference import Reference
 
 LAYER_IMAGES = 32
-"""Images for the comparison site by site: integer tensors of all sites are held at once."""
+"""Images for the comparison site by site, at most; tensors of all sites are held at once, so there
+are fewer where a batch has fewer: four images of 224 pixels are some 30 million integers."""
 
 
 @dataclass(frozen=True, slots=True)

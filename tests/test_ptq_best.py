@@ -19,7 +19,6 @@ from mpq.ptq import FinishedBlocks, Learning, calibrate, quantize_graph, quantiz
 from mpq.ptq import blockwise as blockwise_module
 from mpq.ptq.blocks import blocks
 from mpq.ptq.blockwise import PROGRESS, BlockLearner
-from mpq.ptq.sequential import batch_size
 from mpq.ptq.soft import SoftLayer
 from mpq.ptq.store import SMALL, ActivationStore
 from mpq.quant.fake_quant import FakeQuant
@@ -93,8 +92,8 @@ def test_a_shelf_keeps_to_its_budget_and_leaves_nothing_behind() -> None:
 def test_a_batch_shrinks_with_the_size_of_its_activations() -> None:
     small = to_float(build("plain"), images(2))
     large = to_float(nn.Sequential(nn.Conv2d(3, 8, 3, padding=1)), torch.zeros(1, 3, 112, 112))
-    assert batch_size(small) == 128
-    assert batch_size(large) == 8 * 2**20 // (4 * 8 * 112 * 112)
+    assert small.batch() == 128
+    assert large.batch() == 8 * 2**20 // (4 * 8 * 112 * 112)
 
 
 @pytest.mark.parametrize("name", NETS)

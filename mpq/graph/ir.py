@@ -18,6 +18,8 @@ from mpq.target import Support
 
 Role = Literal["input", "layer", "op", "demand"]
 Stage = Literal["traced", "float", "annotated", "prepared", "frozen"]
+CACHED_BYTES = 8 * 2**20
+"""Values of a layer, as floats, that a pass over many samples holds at a time, at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +102,15 @@ class QuantGraph:
     def copy(self) -> QuantGraph:
         """An independent copy, parameters included."""
         return copy.deepcopy(self)
+
+    def batch(self, most: int = 128) -> int:
+        """Samples to run at a time, 4 to `most`: as many as keep the largest layer's values small.
+
+        Larger ones leave the cache, and pages that an allocator takes from the system and gives
+        back are faulted in every time (`CACHED_BYTES`).
+        """
+        sizes = [max(layer.in_elements, layer.out_elements) for layer in self.layers.values()]
+        return max(4, min(most, CACHED_BYTES // (4 * max(sizes, default=1))))
 
     def require(self, stage: Stage, purpose: str = "this") -> None:
         """Refuse a graph in another stage.

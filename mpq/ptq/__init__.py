@@ -13,7 +13,7 @@ from mpq.ptq.blockwise import BlockLearner, FinishedBlocks
 from mpq.ptq.equalize import EQUALIZE, Equalize, Pair, equalize
 from mpq.ptq.learn import Learning
 from mpq.ptq.observe import METHODS, Method, calibrate
-from mpq.ptq.sequential import MEMORY_MB, batch_size, quantize_layers
+from mpq.ptq.sequential import MEMORY_MB, quantize_layers
 from mpq.rundir import Progress, silent
 from mpq.verb import callable_package
 from mpq.wide import Int16Form
@@ -106,7 +106,7 @@ def quantize_graph(
         learner = BlockLearner(
             learning or Learning(), finished, progress=partial(progress, "learned rounding")
         )
-    batch = batch_size(qg)
+    batch = qg.batch()
     calibrate(qg, images, method=method, batch=batch, progress=partial(progress, "ranges"))
     quantize_layers(
         qg,

@@ -42,15 +42,6 @@ MEMORY_MB = 1024
 """Activations of all calibration images that are held in memory; the rest lies on disk."""
 REFINED = 6
 """Widest weights, in bits, for which coordinate descent is worth its time."""
-BATCH_BYTES = 8 * 2**20
-"""A batch is as large as lets its largest activation fit in this: larger ones leave the cache, and
-one that an allocator takes from the system and gives back costs a page fault every 4 KB."""
-
-
-def batch_size(qg: QuantGraph) -> int:
-    """Images at a time, 4 to 128: as many as `BATCH_BYTES` allows."""
-    largest = max(max(info.in_elements, info.out_elements) for info in qg.layers.values())
-    return max(4, min(128, BATCH_BYTES // (4 * largest)))
 
 
 @torch.no_grad()
@@ -70,7 +61,7 @@ def quantize_layers(
     Args:
         qg: a graph in stage `prepared` whose activation ranges are set.
         images: normalized `[N, C, H, W]`, or inputs (`mpq.calls`).
-        batch: images at a time; by default what `batch_size` says.
+        batch: images at a time; by default what `QuantGraph.batch` says.
         learn_rounding: sequential rounding with error feedback; off, rounding to nearest.
         correct_bias: make up for the mean error of each output channel.
         learner: what goes over a block when its layers are done.
@@ -90,7 +81,7 @@ def quantize_layers(
     qg.module.eval()
     _initial_scales(qg.module)
     with ActivationStore(int(memory_mb * 2**20)) as store:
-        parts = split(images, batch or batch_size(qg))
+        parts = split(images, batch or qg.batch())
         walk = LockStep(qg.module, parts, store)
         work = _Sequential(walk, learn_rounding, correct_bias, learner, progress)
         for block in blocks(qg.module):
