@@ -42,6 +42,7 @@ LAYERS = {
     "mpq.wide": 2,
     "mpq.layers": 2,
     "mpq.compare": 2,
+    "mpq.entries": 2,
     "mpq.rundir": 2,
     "mpq.origins": 2,
     "mpq.policies": 2,

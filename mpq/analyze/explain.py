@@ -8,18 +8,16 @@ from typing import Any
 
 from mpq.analyze.cost import Allocation
 from mpq.analyze.sensitivity import PARTS, Sensitivity
+from mpq.entries import entries, formats, locked
 from mpq.layers import LayerInfo, Widths
 from mpq.policy import (
     Constraints,
     DataInfo,
-    DefaultSpec,
     LayerPolicy,
     ModelInfo,
     Policy,
     SearchResult,
-    Spec,
 )
-from mpq.spec import activation_spec, weight_spec
 from mpq.targets import get_target
 
 TOP = 3
@@ -71,34 +69,17 @@ def build_policy(
         base: the policy that locked entries and the default formats come from.
         measured_drop: top-1 lost on validation images, where that was measured.
     """
-    default = base.default if base else DefaultSpec()
-    names = list(allocation.widths)
-    held = {c.name: c for c in base.choices(names).values() if c.locked} if base else {}
-    reasons = reasons_for(allocation, sensitivity)
-    entries = []
-    for name, (weight_bits, activation_bits) in allocation.widths.items():
-        weight: Spec = "float" if weight_bits is None else weight_spec(weight_bits)
-        act: Spec = "float" if activation_bits is None else activation_spec(activation_bits)
-        if name in held:
-            weight, act = held[name].weight or "float", held[name].activation or "float"
-            reasons[name] = held[name].reason or "locked"
-        if name in held or (weight, act) != (default.weight, default.activation):
-            entries.append(
-                LayerPolicy(
-                    name=name,
-                    weight=None if weight == default.weight else weight,
-                    activation=None if act == default.activation else act,
-                    locked=True if name in held else None,
-                    reason=reasons[name],
-                )
-            )
+    base = base or Policy()
+    held = locked(base, allocation.widths)
+    kept = {name: choice.reason or "locked" for name, choice in held.items()}
+    reasons = {**reasons_for(allocation, sensitivity), **kept}
     return Policy(
         model=model,
         data=data or DataInfo(),
         target=get_target(target).name,
-        default=default,
+        default=base.default,
         groups=sensitivity.groups,
-        layers=tuple(entries),
+        layers=tuple(entries(allocation.widths, base, reasons)),
         constraints=constraints or Constraints(),
         result=_result(allocation, measured_drop),
         evidence={
@@ -163,15 +144,11 @@ def _percent(share: float) -> str:
 
 def allocation_policy(widths: Mapping[str, Widths]) -> Policy:
     """The bare policy of a configuration, to prepare a graph with."""
-    entries = [
-        LayerPolicy(
-            name=name,
-            weight="float" if w is None else weight_spec(w),
-            activation="float" if a is None else activation_spec(a),
-        )
-        for name, (w, a) in widths.items()
-    ]
-    return Policy().with_layers(*entries)
+    found = []
+    for name, asked in widths.items():
+        weight, activation = formats(asked)
+        found.append(LayerPolicy(name=name, weight=weight, activation=activation))
+    return Policy().with_layers(*found)
 
 
 def _result(allocation: Allocation, measured_drop: float | None) -> SearchResult:
