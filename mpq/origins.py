@@ -117,10 +117,24 @@ def identity(path: Path) -> str:
         OSError: it cannot be read.
     """
     if path.suffix == ".yaml":
-        return digest(Policy.load(path))
+        return digest(_policy(path))
     found = path.stat()
     hashed = _hash if found.st_size > LARGE else _hash.__wrapped__
     return hashed(path.absolute(), found.st_size, found.st_mtime_ns, found.st_ino)
+
+
+def _policy(path: Path) -> Policy:
+    """A policy, which is read once as long as it stays: that of a large network takes a second."""
+    if not path.is_file():
+        return Policy.load(path)  # which says so
+    found = path.stat()
+    return _load(path.absolute(), found.st_size, found.st_mtime_ns, found.st_ino)
+
+
+@lru_cache(maxsize=64)
+def _load(path: Path, *_: int) -> Policy:
+    """A policy as it was at a time."""
+    return Policy.load(path)
 
 
 @lru_cache(maxsize=64)
@@ -252,7 +266,7 @@ def _stale(run: Path, name: str, known: Mapping[str, Origin]) -> str | None:
 def _now(run: Path, source: str) -> str | None:
     """What a source is now; None where that is not known, and so cannot contradict."""
     if source == WEIGHTS:
-        policy = Policy.load(run / POLICY) if (run / POLICY).is_file() else None
+        policy = _policy(run / POLICY) if (run / POLICY).is_file() else None
         return (policy.model.sha256 or None) if policy and policy.model else None
     return identity(run / source) if (run / source).is_file() else None
 
