@@ -37,6 +37,7 @@ AGAIN = {
     "qat.pth": "mpq qat {run} --force",
     "quantized.pth": "mpq {by} {run} --force",
     "metrics.jsonl": "mpq qat {run} --force",
+    "ranges.json": "mpq report {run}",
     "model.onnx": "mpq export {run} --force",
     "float.onnx": "mpq export {run} --force",
     "certificate.json": "mpq export {run} --force",

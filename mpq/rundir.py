@@ -43,6 +43,7 @@ FILES = {
     "qat.pth": "mpq qat",
     "quantized.pth": "mpq ptq",
     "metrics.jsonl": "mpq qat",
+    "ranges.json": "mpq report",
     "model.onnx": "mpq export",
     "float.onnx": "mpq export",
     "certificate.json": "mpq export",

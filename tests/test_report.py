@@ -1,91 +1,15 @@
 from __future__ import annotations
 
-import base64
 import io
-import json
-import re
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 from PIL import Image
+from reportdata import NAMES, bench_rows, certificate, sensitivity, validation, verify
 from rich.console import Console
 
-from mpq.errors import PolicyError, UsageError
-from mpq.policy import Policy
 from mpq.report import plots, tables
 from mpq.report.grid import Grid, columns, short, tiny
-from mpq.report.page import page, write_page
-
-NAMES = ["conv1", *(f"layer{s}.{b}.conv{c}" for s in (1, 2) for b in (0, 1) for c in (1, 2))]
-NAMES += ["blocks[0].<odd>", "linear"]
-
-
-def sensitivity():
-    layers = [{"name": n, "kind": "conv", "params": 10_000, "macs": 2_500_000} for n in NAMES]
-    rows = [
-        {"layer": n, "part": part, "bits": bits, "score": (i + 1) * 4.0**-bits, "sqnr": 6.0 * bits}
-        for i, n in enumerate(NAMES)
-        for part, bits in (("weight", 8), ("weight", 4), ("activation", 8))
-    ]
-    rows[0]["score"] = 0.0
-    front = [
-        {
-            "effective_bits": 8 - 4 * k / len(NAMES),
-            "predicted_drop": 0.01 * 2.0**k,
-            "bitops": 1e9,
-            "bytes": 200_000 - 9_000 * k,
-            "widths": {n: [4 if i < k else 8, 8] for i, n in enumerate(NAMES)},
-        }
-        for k in range(len(NAMES) + 1)
-    ]
-    told = {"metric": "fisher", "samples": 512, "seed": 0, "key": "ab"}
-    return {**told, "layers": layers, "rows": rows, "front": front, "chosen": front[5]["widths"]}
-
-
-def certificate():
-    keys = ("name", "asked", "stored", "executed", "reason")
-    rows = [
-        ("conv1", "W4A8", "int4", "QLinearConv", ""),
-        ("linear", "W16A16", "int16", "Gemm", "x"),
-    ]
-    layers = [dict(zip(keys, row, strict=True)) for row in rows]
-    return {"integer_macs_fraction": 0.983, "boundaries": 2, "layers": layers}
-
-
-def verify():
-    exact = {"name": "conv1", "sqnr_db": 999.0, "max_step": 0, "equal_fraction": 1.0}
-    near = {"name": "linear", "sqnr_db": 61.26, "max_step": 3, "equal_fraction": 0.9997}
-    near["own_step"] = 1
-    return {"top1_agreement": 0.9995, "max_step": 1, "n": 1000, "layers": [exact, near]}
-
-
-def bench_rows():
-    times = {"median": 0.5, "p10": 0.4, "p90": 0.6}
-    common = {"n": 10_000, "latency_ms": times, "threads": 1, "batch": 1, "peak_mb": 61.4}
-    first = {"file": "runs/a/float.onnx", "bytes": 1_000_000, "top1": 91.73, "ratio_to_float": 1.0}
-    second = {"file": "runs/a/model.onnx", "bytes": 160_000, "top1": 91.5, "ratio_to_float": 2.11}
-    return [{**first, **common}, {**second, **common}]
-
-
-def metrics():
-    return [
-        {"epoch": e, "train_loss": 1 / e, "val_top1": 80.0 + e, "lr": 0.1 / e, "note": "text"}
-        for e in range(1, 6)
-    ]
-
-
-@pytest.fixture
-def run(tmp_path):
-    folder = tmp_path / "a<b"
-    folder.mkdir()
-    (folder / "policy.yaml").write_text(Policy.uniform(8).to_yaml())
-    for name, value in (("sensitivity", sensitivity()), ("certificate", certificate())):
-        (folder / f"{name}.json").write_text(json.dumps(value))
-    (folder / "verify.json").write_text(json.dumps(verify()))
-    for name, rows in (("bench", bench_rows()), ("metrics", metrics())):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    return folder
 
 
 def rendered(grid, width=80):
@@ -187,7 +111,6 @@ def test_tiny(value, text):
     [
         plots.sensitivity_plot(sensitivity()),
         plots.pareto_plot(sensitivity()),
-        plots.curves_plot(metrics()),
     ],
 )
 def test_plots_are_pictures_with_something_on_them(figure):
@@ -236,98 +159,11 @@ def test_a_front_over_another_limit_and_several_choices():
 
 
 def test_validation_is_shown_with_its_correlation():
-    policies = [
-        {"effective_bits": 4 + k, "predicted": 0.1 / (k + 1), "kl": 0.2 / (k + 1), "loss": None,
-         "top1": None}
-        for k in range(4)
-    ]  # fmt: skip
-    data = {"metric": "fisher", "images": 10, "rho": 1.0, "rho_loss": None, "policies": policies}
+    data = validation()
     axis = plots.validation_plot(data).axes[0]
     assert axis.get_title() == "fisher: Spearman's rho 1.000"
     spots = axis.collections[0].get_offsets()
-    assert sorted(map(tuple, spots)) == sorted((p["predicted"], p["kl"]) for p in policies)
+    assert sorted(map(tuple, spots)) == sorted((p["predicted"], p["kl"]) for p in data["policies"])
     grid = tables.validation_table(data)
     assert [row[0] for row in grid.rows] == ["7.00", "6.00", "5.00", "4.00"]
     assert "rho of prediction and divergence 1.000" in grid.note
-
-
-def test_curves_skip_what_is_no_number():
-    rows = [{"epoch": 0, "loss": float("nan"), "val_top1": None}, {"epoch": 1, "loss": 2.0}]
-    figure = plots.curves_plot(rows)
-    assert [a.get_title() for a in figure.axes] == ["loss"]
-    assert list(figure.axes[0].lines[0].get_xdata()) == [1]
-    assert plots.curves_plot([{"epoch": 0}]) is None
-
-
-class Links(HTMLParser):
-    """Whatever a page refers to, and whether its tags close."""
-
-    def __init__(self):
-        super().__init__()
-        self.links, self.open = [], []
-
-    def handle_starttag(self, tag, attrs):
-        self.links += [v for k, v in attrs if k in ("src", "href", "data", "action", "srcset")]
-        if tag not in ("meta", "img", "link", "br"):
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-
-def test_page_shows_all_of_a_run_and_fetches_nothing(run):
-    text = write_page(run).read_text()
-    links = Links()
-    links.feed(text)
-    assert links.open == []
-    assert len(links.links) == 3
-    for link in links.links:
-        picture = base64.b64decode(link.removeprefix("data:image/png;base64,"), validate=True)
-        Image.open(io.BytesIO(picture)).verify()
-    plain = re.sub(r"base64,[^\"]+", "", text)
-    assert "http" not in plain
-    assert "url(" not in plain
-    assert "@import" not in plain
-    for told in ("QLinearConv", "61.3", "2.11 times float", "160,000 (6.2 times smaller)", "98.3%"):
-        assert told in plain
-    assert "91.50 (float 91.73)" in plain
-    assert "version: 1" in plain
-    assert "<title>a&lt;b - mpq</title>" in plain
-    assert "blocks[0].&lt;odd&gt;" in plain
-
-
-def test_page_of_a_part_of_a_run(run):
-    for path in run.iterdir():
-        if path.name != "bench.jsonl":
-            path.unlink()
-    text = page(run)
-    assert "Accuracy, size and speed" in text
-    assert "Certificate" not in text
-
-
-def test_page_embeds_pictures_that_have_no_numbers(run):
-    (run / "sensitivity.json").unlink()
-    picture = plots.png(plots.pareto_plot(sensitivity()))
-    (run / "pareto.png").write_bytes(picture)
-    assert base64.b64encode(picture).decode() in page(run)
-
-
-def test_page_names_the_file_that_is_wrong(run):
-    (run / "verify.json").write_text('{"layers": []}')
-    with pytest.raises(UsageError, match=r"verify\.json must be as `mpq export` writes it"):
-        write_page(run)
-    (run / "verify.json").write_text("{")
-    with pytest.raises(UsageError, match=r"verify\.json .* It is not JSON"):
-        write_page(run)
-    (run / "verify.json").unlink()
-    (run / "policy.yaml").write_text("version: 1\nlayerz: []\n")
-    with pytest.raises(PolicyError, match="layerz is not a known key"):
-        write_page(run)
-    assert not (run / "report.html").exists()
-
-
-def test_page_wants_a_run(tmp_path):
-    with pytest.raises(UsageError, match=r"must be a run folder, with at least one of .*policy"):
-        page(tmp_path)
-    with pytest.raises(UsageError, match="does not exist"):
-        page(tmp_path / "absent")

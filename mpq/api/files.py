@@ -229,19 +229,25 @@ def diagnose(*results: str | Path | Result, data: str | Path | None = None) -> D
     return diagnose_run(path if path.is_dir() else path.parent, source)
 
 
-def report(run: str | Path) -> Path:
+def report(*runs: str | Path, compare: bool = False) -> Path:
     """Write `report.html` into a run folder, as `mpq report` does, and return its path.
 
     Args:
-        run: the folder.
+        runs: the folder; with `compare`, two or more.
+        compare: write one page of several runs instead, `compare.html` beside the first.
 
     Raises:
-        UsageError: it is no run.
+        UsageError: it is no run, or one too many.
     """
-    from mpq.report.page import write_page  # matplotlib: a second of import
+    from mpq.pipeline.reporting import report_run, report_runs  # bokeh: a second of import
 
-    rundir.tidy(Path(run))
-    return write_page(Path(run))
+    if compare:
+        return report_runs([Path(run) for run in runs])
+    if len(runs) != 1:
+        raise UsageError(
+            f"report makes a page of one run, or of several by compare. Got {len(runs)}."
+        )
+    return report_run(Path(runs[0]))
 
 
 def _quantized(found: Quantized | str | Path, data: str | Path | None) -> Quantized:

@@ -1,4 +1,4 @@
-"""`mpq report`: one HTML page of a run."""
+"""`mpq report`: one HTML page of a run, or of several side by side."""
 
 from __future__ import annotations
 
@@ -8,25 +8,32 @@ import click
 
 from mpq import rundir
 from mpq.cli import options, places, terminal
+from mpq.errors import UsageError
 
 
 @click.command()
-@click.argument("run", required=False, type=options.PATH)
+@click.argument("runs", metavar="[RUN]...", nargs=-1, type=options.PATH)
+@click.option("--compare", is_flag=True, help="One page of several runs: compare.html beside them.")
 @options.as_json
-def report(run: Path | None, as_json: bool) -> None:
+def report(runs: tuple[Path, ...], compare: bool, as_json: bool) -> None:
     """Write RUN/report.html: one self-contained page of all that the run holds.
 
     RUN is a run or a file in it; without it, the newest. The page is made from the files of the
     run, and made anew each time.
-    """
-    # matplotlib takes a second to import, which `--help` need not wait for.
-    from mpq.report.page import write_page
 
-    folder = places.newest("policy.yaml") if run is None else rundir.run_folder(run)
-    if run is None:
-        terminal.say(f"no run named: using {folder}")
-    rundir.tidy(folder)
-    if folder.is_dir():
-        rundir.refuse_overwrite(folder / "report.html", force=True)
-    path = write_page(folder)
+    \b
+    mpq report
+    mpq report runs/a
+    mpq report --compare runs/a runs/b
+    """
+    # matplotlib and bokeh take a second to import, which `--help` need not wait for.
+    from mpq.pipeline.reporting import report_run, report_runs
+
+    folders = [rundir.run_folder(run) for run in runs]
+    if not compare and len(folders) > 1:
+        raise UsageError(f"one run makes one page. Got {len(folders)}; compare them by --compare.")
+    if not folders and not compare:
+        folders = [places.newest("policy.yaml")]
+        terminal.say(f"no run named: using {folders[0]}")
+    path = report_runs(folders) if compare else report_run(folders[0])
     terminal.result(as_json, {"report": str(path)}, f"wrote {path}")

@@ -7,7 +7,6 @@ a marker of its own besides. Figures are made without pyplot: no global state, n
 from __future__ import annotations
 
 import io
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from mpq.report.tables import PARTS, SWEEPS, chosen_indices, swept
 
@@ -172,45 +170,6 @@ def bench_plot(rows: Sequence[Json]) -> Figure:
     axis.margins(x=0.15)
     clean(axis)
     return figure
-
-
-def curves_plot(metrics: Sequence[Json]) -> Figure | None:
-    """Losses, accuracies and learning rates over the epochs of `metrics.jsonl`; None without any.
-
-    Keys with `loss` share the first panel, those with `top1` or `acc` the second, `lr` the third.
-    """
-    panels = {"loss": ("loss",), "top-1, percent": ("top1", "acc"), "learning rate": ("lr",)}
-    keys = [k for k in dict.fromkeys(k for row in metrics for k in row) if _is_curve(metrics, k)]
-    shown = {t: [k for k in keys if any(w in k for w in words)] for t, words in panels.items()}
-    shown = {title: found for title, found in shown.items() if found}
-    if not shown:
-        return None
-    figure = Figure(figsize=(3.6 * len(shown), 3.0), layout="constrained")
-    axes = figure.subplots(1, len(shown), squeeze=False)[0]
-    for axis, (title, found) in zip(axes, shown.items(), strict=True):
-        axis.set_title(title, fontsize=10)
-        _curve_panel(axis, metrics, found)
-    return figure
-
-
-def _curve_panel(axis: Axes, metrics: Sequence[Json], keys: Sequence[str]) -> None:
-    for i, key in enumerate(keys):
-        rows = [(row.get("epoch", at), row) for at, row in enumerate(metrics)]
-        points = [(epoch, row[key]) for epoch, row in rows if _number(row.get(key))]
-        epochs, values = zip(*points, strict=True)
-        colour = _LINES[i % len(_LINES)]
-        axis.plot(epochs, values, color=colour, lw=1.4, marker="o", ms=2.5, label=key)
-    axis.set_xlabel("epoch", fontsize=9)
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    clean(axis, legend="best")
-
-
-def _is_curve(metrics: Sequence[Json], key: str) -> bool:
-    return any(_number(row.get(key)) for row in metrics)
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def clean(axis: Axes, *, legend: str = "") -> None:
