@@ -46,8 +46,8 @@ mpq completion bash | head -n 4
 mpq cache
 """
 PICTURES = {"demo": "mpq demo", "tour": "mpq: from a checkpoint to a proven file"}
-SHORT = ("mpq analyze model.pth --validate", "mpq ptq", "mpq export", "mpq bench", "mpq ensemble",
-         "mpq qat")  # fmt: skip
+SHORT = ("mpq analyze model.pth --validate", "mpq ptq", "mpq export", "mpq bench", "mpq diagnose",
+         "mpq ensemble", "mpq qat")  # fmt: skip
 """Beginnings of the tour's commands that its picture has, so that it fits a page."""
 THEME = TerminalTheme(
     (22, 27, 34),
