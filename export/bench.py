@@ -15,7 +15,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpq.data import Normalization
-from mpq.errors import DataError, PolicyError, UsageError
+from mpq.data.dataset import Samples, length, rows
+from mpq.errors import DataError, UsageError
 from mpq.export import runtime
-from mpq.export.meta import from_metadata
+from mpq.export.agreement import Agreement, agreements, feed_of
+from mpq.export.fileinfo import file_info
 
 logger = logging.getLogger(__name__)
 Array = NDArray[Any]
@@ -84,6 +86,10 @@ class BenchRow:
         metric: name of a metric that was asked for besides.
         value: of that metric.
         lost: against the float file by that metric: value, low and high of its 95 % interval.
+        agreement: percent of choices that are those of the float file, where there is no top-1;
+            None of the float file itself, and where nothing is chosen (`mpq.outputs`).
+        sqnr_db: of quantities, against those of the float file, likewise.
+        compared: samples that these two were measured on.
     """
 
     file: str
@@ -98,62 +104,30 @@ class BenchRow:
     metric: str | None = None
     value: float | None = None
     lost: dict[str, float] | None = None
+    agreement: float | None = None
+    sqnr_db: float | None = None
+    compared: int = 0
 
     def to_dict(self) -> dict[str, Any]:
-        """The row as JSON has it; what a metric says only where one was asked for."""
-        row, besides = asdict(self), ("metric", "value", "lost")
-        return {k: v for k, v in row.items() if k not in besides or v is not None}
+        """The row as JSON has it; what a metric or a comparison says only where there was one."""
+        row = asdict(self)
+        unasked = [k for k in ("metric", "value", "lost") if row[k] is None]
+        uncompared = ("agreement", "sqnr_db", "compared") if not self.compared else ()
+        return {k: v for k, v in row.items() if k not in (*unasked, *uncompared)}
 
     def to_json(self) -> str:
         """The row as one line of JSON."""
         return json.dumps(self.to_dict())
 
 
-@dataclass(frozen=True, slots=True)
-class FileInfo:
-    """What a file says of itself in its metadata; None where it says nothing."""
-
-    normalize: str | None = None
-    input: tuple[int, int, int] | None = None
-    classes: int | None = None
-    data: str | None = None
-
-
-def file_info(path: Path, loaded: runtime.Session | None = None) -> FileInfo:
-    """Read the policy that travels in a model file; a foreign file only tells its input size.
-
-    Args:
-        path: the file.
-        loaded: its session, where there is one already.
-
-    Raises:
-        UsageError: there is no such file.
-        ExportError: the runtime cannot load it.
-        DataError: it does not take images.
-    """
-    loaded = loaded or runtime.session(path)
-    takes = runtime.model_input(loaded)
-    size = (takes.channels, takes.height, takes.width) if takes.height and takes.width else None
-    try:
-        policy = from_metadata(runtime.metadata(loaded), str(path))
-    except PolicyError as error:  # of a later mpq, perhaps: it can be measured all the same
-        logger.warning("%s", error)
-        policy = None
-    if policy is None:
-        return FileInfo(input=size)
-    if policy.model is None:
-        return FileInfo(input=size, data=policy.data.name)
-    model = policy.model
-    return FileInfo(model.normalize, size or model.input, model.classes, policy.data.name)
-
-
 def bench(
     files: Sequence[Path],
     *,
-    images: Array | None,
+    images: Samples | None,
     labels: Array | None = None,
     float_file: Path | None = None,
     normalize: Normalization | None = None,
+    outputs: Mapping[str, str] | None = None,
     timing: Timing | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> list[BenchRow]:
@@ -161,11 +135,13 @@ def bench(
 
     Args:
         files: ONNX files; the float file becomes the first row, named here or not.
-        images: uint8 `[n, H, W, 3]`; None measures latency, size and memory only.
-        labels: int64 `[n]`, or None.
+        images: uint8 `[n, H, W, C]`, or arrays by name of input; None measures latency, size and
+            memory only.
+        labels: int64 `[n]`, of classifiers; None: agreement with the float file is measured.
         float_file: what `ratio_to_float` refers to.
         normalize: for every file that takes floats. None: what each file says of itself, else what
             another of the files says.
+        outputs: kinds of the float file's outputs by name, where there are no labels.
         timing: how latency is measured; None: one thread, one image, 200 rounds.
         progress: called with what is being measured.
 
@@ -179,6 +155,9 @@ def bench(
     say = progress or (lambda _: None)
     scales = _normalizations(paths, normalize)
     top1s = [_measure_top1(p, images, labels, scales[p], say) for p in paths]
+    near: dict[Path, Agreement] = {}
+    if images is not None and labels is None and float_file:
+        near = agreements(scales, paths[0], images, outputs or {}, say)
     say("latency")
     runners = [runner(p, threads=threads, batch=batch) for p in paths]
     times = 1e3 * interleave(runners, runs=timing.runs)
@@ -187,12 +166,15 @@ def bench(
             file=str(path),
             bytes=file_bytes(path),
             top1=top1,
-            n=0 if top1 is None or images is None else len(images),
+            n=0 if top1 is None or images is None else length(images),
             latency_ms=Latency(*(round(float(v), 4) for v in np.percentile(t, (50, 10, 90)))),
             ratio_to_float=round(float(np.median(times[0] / t)), 3) if float_file else None,
             threads=threads,
             batch=batch,
             peak_mb=peak_mb(path, batch=batch, threads=threads),
+            agreement=near[path].percent if path in near else None,
+            sqnr_db=near[path].sqnr_db if path in near else None,
+            compared=length(images) if path in near else 0,
         )
         for path, top1, t in zip(paths, top1s, times, strict=True)
     ]
@@ -231,27 +213,30 @@ def interleave(
     return times[:, warmup:]
 
 
-def top1(path: Path, images: Array, labels: Array, normalize: Normalization | None) -> float:
-    """Percent of `images` (uint8 `[n, H, W, 3]`) that a model file puts in the class of `labels`.
+def top1(path: Path, images: Samples, labels: Array, normalize: Normalization | None) -> float:
+    """Percent of `images` that a model file puts in the class of `labels`.
+
+    Args:
+        path: the file.
+        images: uint8 `[n, H, W, C]`, or arrays by name of input.
+        labels: `[n]`.
+        normalize: of images.
 
     Raises:
         DataError: no normalization for a file that takes floats, or other images than it takes.
     """
-    loaded = runtime.session(path)
-    takes = runtime.model_input(loaded)
-    hits = 0
-    for start in range(0, len(images), _CHUNK):
-        part: Array = images[start : start + _CHUNK]
-        if not takes.integer:
-            part = _normalized(part, normalize, path)
-        logits = runtime.run(loaded, part)
+    loaded, hits = runtime.session(path), 0
+    for start in range(0, len(labels), _CHUNK):
+        part = rows(images, slice(start, start + _CHUNK))
+        found = runtime.answers(loaded, feed_of(loaded, part, normalize, path))
+        logits = next(iter(found.values())).reshape(length(part), -1)
         if labels.max() >= logits.shape[1]:
             raise DataError(
                 f"{path} tells {logits.shape[1]} classes apart, but the data set has labels up to "
                 f"{labels.max()}. Name the data it was trained on with --data."
             )
         hits += int((logits.argmax(1) == labels[start : start + _CHUNK]).sum())
-    return 100 * hits / len(images)
+    return 100 * hits / len(labels)
 
 
 def file_bytes(path: Path) -> int:
@@ -302,18 +287,9 @@ def _normalizations(
     return {p: normalize or (Normalization.parse(t) if t else other) for p, t in given.items()}
 
 
-def _normalized(images: Array, normalize: Normalization | None, path: Path) -> Array:
-    if normalize is None:
-        raise DataError(
-            f"{path} takes normalized images but does not say how. Name it with "
-            f"--normalize imagenet|cifar10|cifar100|none|m,m,m/s,s,s."
-        )
-    return normalize.apply(images)
-
-
 def _measure_top1(
     path: Path,
-    images: Array | None,
+    images: Samples | None,
     labels: Array | None,
     normalize: Normalization | None,
     say: Callable[[str], None],

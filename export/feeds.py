@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpq.errors import DataError
+from mpq.inputs import DTYPES, InputSpec
 
 Array = NDArray[Any]
 Feed: TypeAlias = "Array | Mapping[str, Array] | Sequence[Array]"
@@ -56,6 +57,18 @@ def takes_images(loaded: Any) -> bool:
     """Whether a session takes one batch of images and nothing else."""
     inputs = loaded.get_inputs()
     return len(inputs) == 1 and len(inputs[0].shape) == 4 and inputs[0].type in _IMAGES
+
+
+def specs_of(loaded: Any, *, side: int = 224) -> dict[str, InputSpec] | None:
+    """The inputs of a session by name; `side` stands in for free sizes. None of other types."""
+    found: dict[str, InputSpec] = {}
+    for one in loaded.get_inputs():
+        kind = next((k for k in DTYPES if k == _TYPES.get(one.type)), None)
+        if kind is None or not one.shape:
+            return None
+        sizes = tuple(n if isinstance(n, int) else side for n in one.shape[1:])
+        found[str(one.name)] = InputSpec(sizes, kind)
+    return found
 
 
 def model_input(loaded: Any) -> ModelInput:

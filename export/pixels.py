@@ -29,19 +29,20 @@ ALL = np.arange(256, dtype=np.uint8)
 
 @dataclass(frozen=True, slots=True)
 class PixelInput:
-    """An input of raw RGB images.
+    """An input of raw images.
 
     Args:
         normalize: what training did to them.
-        channels_last: `[N, H, W, 3]` as image libraries give them; otherwise `[N, 3, H, W]`.
+        channels_last: `[N, H, W, C]` as image libraries give them; otherwise `[N, C, H, W]`.
     """
 
     normalize: Normalization
     channels_last: bool = True
 
     def pixels(self, x: Array) -> NDArray[np.uint8]:
-        """The pixels `[N, H, W, 3]` of normalized images `[N, 3, H, W]`, exactly."""
-        mean, std = (np.array(v)[:, None, None] for v in (self.normalize.mean, self.normalize.std))
+        """The pixels `[N, H, W, C]` of normalized images `[N, C, H, W]`, exactly."""
+        each = self.normalize.of(x.shape[1])
+        mean, std = (np.array(v)[:, None, None] for v in (each.mean, each.std))
         p = np.rint((x.astype(np.float64) * std + mean) * 255).clip(0, 255).astype(np.uint8)
         return np.ascontiguousarray(p.transpose(0, 2, 3, 1))
 
@@ -50,23 +51,23 @@ def take_pixels(model: ir.Model, how: PixelInput) -> None:
     """Make the input of a placed model raw images, in place.
 
     Raises:
-        ExportError: the model does not take RGB images.
+        ExportError: the model does not take images.
+        DataError: the normalization is for images of other channels.
     """
     old, *others = model.graph.inputs
     shape = old.shape
-    if others or shape is None or len(shape) != 4 or shape[1] != 3:
+    if others or shape is None or len(shape) != 4 or not isinstance(shape[1], int):
         got = ", ".join(str(value.shape) for value in model.graph.inputs)
-        raise ExportError(
-            f"--input uint8 needs a network of RGB images [N, 3, H, W]. Got input {got}."
-        )
+        raise ExportError(f"--input uint8 needs a network of images [N, C, H, W]. Got input {got}.")
     n, c, h, w = shape
+    each = how.normalize.of(shape[1])
     order = ir.Shape([n, h, w, c] if how.channels_last else [n, c, h, w])
     new = ir.val("pixels", ir.DataType.UINT8, order)
     write, value = Writer(model.graph, model.graph[0]), new
     if how.channels_last:
         value = write.node("Transpose", value, perm=[0, 3, 1, 2])
     value = write.node("Cast", value, to=ir.DataType.FLOAT)
-    for op, operand in _arithmetic(how.normalize, _quantizer(old)):
+    for op, operand in _arithmetic(each, _quantizer(old)):
         value = write.node(op, value, write.constant(operand.reshape(-1, 1, 1)))
     take_over(old, value)
     model.graph.inputs[0] = new
@@ -81,7 +82,7 @@ def _arithmetic(how: Normalization, quantizer: Grid | None) -> list[tuple[str, A
     plain = [("Div", np.full(1, 255, np.float32)), ("Sub", mean), ("Div", std)]
     if quantizer is None:
         return plain
-    p = np.broadcast_to(ALL.astype(np.float32)[:, None], (256, 3))
+    p = np.broadcast_to(ALL.astype(np.float32)[:, None], (256, len(mean)))
     asked = ((p / np.float32(255)) - mean) / std
     given = p * factor + offset
     same = _integers(asked, quantizer) == _integers(given, quantizer)

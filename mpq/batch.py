@@ -14,10 +14,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from mpq.calls import Inputs, count, leaves
+from mpq.data.batches import INPUTS, LABELS
 from mpq.errors import DataError
-
-INPUTS = ("pixel_values", "image", "images", "img", "x", "input", "inputs")
-LABELS = ("labels", "label", "target", "targets", "y", "class")
 
 
 def inputs_of(batch: Any) -> Inputs:

@@ -13,7 +13,7 @@ the keys of a dict, and dotted paths below (`boxes.0`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeAlias
 
 import torch
@@ -51,6 +51,11 @@ def count(inputs: Inputs) -> int:
 def take(inputs: Inputs, rows: slice | Tensor) -> Any:
     """Some of the samples, as a tree of the same kind."""
     return pytree.tree_map_only(Tensor, lambda t: t[rows] if t.ndim else t, inputs)
+
+
+def to_device(inputs: Inputs, device: str | torch.device) -> Any:
+    """The same inputs on a device."""
+    return pytree.tree_map_only(Tensor, lambda t: t.to(device), inputs)
 
 
 def split(inputs: Inputs, batch: int) -> list[Any]:
@@ -114,6 +119,36 @@ def leaves(answer: Any, root: str = "output", kind: type = Tensor) -> dict[str, 
         kind: of the leaves; nodes, for the answer of a graph as it is written.
     """
     return dict(_walk("" if isinstance(answer, dict) else root, answer, kind))
+
+
+def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """The inputs whose tensors have these names: what `leaves` takes apart.
+
+    Names are those of arguments, or paths below them; parts that are numbered become a tuple.
+    """
+    tree: dict[str, Any] = {}
+    for name, value in flat.items():
+        *above, last = name.split(".")
+        place = tree
+        for part in above:
+            place = place.setdefault(part, {})
+        place[last] = value
+    return {name: _numbered(value) for name, value in tree.items()}
+
+
+def refill(tree: Any, tensors: Iterable[Any]) -> Any:
+    """A tree of the same kind with other tensors, in the order of `leaves`."""
+    rest = iter(tensors)
+    return pytree.tree_map_only(Tensor, lambda _: next(rest), tree)
+
+
+def _numbered(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    parts = {name: _numbered(part) for name, part in value.items()}
+    if list(parts) == [str(i) for i in range(len(parts))]:
+        return tuple(parts.values())
+    return parts
 
 
 def described(inputs: Any) -> str:

@@ -24,8 +24,10 @@ from mpq import limits
 from mpq._torchfile import load_safe, save_atomic
 from mpq.capture.network import Network
 from mpq.errors import CheckpointError, UsageError
+from mpq.inputs import InputSpecs, Shape
 from mpq.policy import ModelInfo
 from mpq.userimport import trusting
+from mpq.zoo.builder import stated_inputs
 from mpq.zoo.detection import recognize, recognize_module
 from mpq.zoo.fitting import Recognized
 from mpq.zoo.parts import NESTS, Part, choose, levels, states, told
@@ -59,15 +61,26 @@ class Reading:
         classes: number of outputs that the caller expects; None: what the weights have.
         weights: `ema`, `raw`, or the name of a part of the file; None: averaged weights where there
             are some, else the others.
-        input: `(C, H, W)` or `(H, W)` of its images; None: what the network is meant for.
+        input: `(C, H, W)` or `(H, W)` of its images, or its inputs by name (`mpq.inputs`); None:
+            what the network is meant for.
         trust_pickle: run the code inside the file if it has some.
     """
 
     arch: str | None = None
     classes: int | None = None
     weights: str | None = None
-    input: tuple[int, ...] | None = None
+    input: Shape | None = None
     trust_pickle: bool = False
+
+    @property
+    def size(self) -> tuple[int, ...] | None:
+        """Of images, where it is given."""
+        return self.input if isinstance(self.input, tuple) else None
+
+    @property
+    def inputs(self) -> InputSpecs | None:
+        """By name, where they are given."""
+        return None if isinstance(self.input, tuple) else self.input
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +108,7 @@ def load_model(
     arch: str | None = None,
     classes: int | None = None,
     weights: str | None = None,
-    input: tuple[int, ...] | None = None,
+    input: Shape | None = None,
     trust_pickle: bool = False,
 ) -> Loaded:
     """Load a network.
@@ -109,7 +122,8 @@ def load_model(
         classes: number of outputs that the caller expects; default: what the weights have.
         weights: `ema`, `raw`, or the name of a part of the file; None: averaged weights where there
             are some, else the others.
-        input: `(C, H, W)` or `(H, W)` of its images; None: what the network is meant for.
+        input: `(C, H, W)` or `(H, W)` of its images, or its inputs by name (`mpq.inputs`); None:
+            what the network is meant for.
         trust_pickle: run the code inside the file if it has some (a pickled module).
 
     Raises:
@@ -136,6 +150,8 @@ def open_model(path: Path, how: Reading) -> Loaded:
 def loaded_from(content: Any, path: Path, how: Reading) -> Loaded:
     """`open_model` of a file that has been read: what `load_safe` gave for `path`."""
     saved = _saved_info(content, path)
+    if saved and how.input is None:
+        how = replace(how, input=saved.inputs)
     parts = [Part("", content["state"])] if saved else states(content)
     _check_parts(parts, content, path)
     try:
@@ -165,8 +181,12 @@ def _loaded(found: Recognized, path: Path, how: Reading) -> Loaded:
             f"the network in {path} must have {how.classes} classes. Its last layer has "
             f"{found.classes} outputs instead. Give the data set that it was trained on."
         )
-    state = found.network.state_dict()
+    state, call, inputs = found.network.state_dict(), found.call, how.inputs
     _check_finite(state, path)
+    if how.input is None and call is None and found.arch in (how.arch, str(path)):
+        inputs = stated_inputs(found.arch)
+    if inputs and call is None:
+        call = Network.of_specs(found.network, inputs)
     info = ModelInfo(
         arch=found.arch,
         classes=found.classes,
@@ -175,8 +195,9 @@ def _loaded(found: Recognized, path: Path, how: Reading) -> Loaded:
         checkpoint=str(path) if path.exists() else "",
         sha256=weights_hash(state),
         weights=how.weights,
+        inputs=None if inputs is None else dict(inputs),
     )
-    return Loaded(found.network, info, call=found.call)
+    return Loaded(found.network, info, call=call)
 
 
 def save_model(
@@ -242,10 +263,10 @@ def _recognized(parts: Sequence[Part], saved: ModelInfo | None, how: Reading) ->
         fits = next(levels(parts, how.weights))
         part = choose(fits)
         assert part.module is not None
-        found = recognize_module(part.module, how.arch, size=how.input)
+        found = recognize_module(part.module, how.arch, size=how.size)
         return replace(found, told=told(part, fits))
     arch = how.arch or (saved.arch if saved else None)
-    size = how.input or (saved.input if saved else None)
+    size = how.size or (saved.input if saved else None)
     return recognize(parts, arch, classes=how.classes, size=size, weights=how.weights)
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+from mpq.fields import Spec
 from mpq.layers import LayerChoice, Widths
-from mpq.policy import LayerPolicy, Policy, Spec
+from mpq.policy import LayerPolicy, Policy
 from mpq.spec import activation_spec, weight_spec
 
 

@@ -173,7 +173,7 @@ def _check_shape(name: str, kind: OutputKind, seen: Evidence) -> None:
             f"output {name} cannot be of kind {kind}: that needs logits "
             f"{form.get(kind, '[N, ..., K]')} of 2 classes or more. Got {type_} "
             f"{['N', *seen.shape[1:]]}. Try --output {name}="
-            f"{fits if fits and seen.floating else 'regression'}."
+            f"{(fits or 'regression') if seen.floating else 'exact'}."
         )
 
 

@@ -9,7 +9,7 @@ No torch here: a policy can be read where torch is absent.
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
@@ -19,32 +19,25 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    PlainSerializer,
     ValidationError,
-    WithJsonSchema,
     model_validator,
 )
 
 from mpq.errors import PolicyError, nearest
+from mpq.fields import Float, Input, Spec
 from mpq.files import write_text
 from mpq.layers import LayerChoice
 from mpq.limits import current, exceeded, read_text
-from mpq.spec import WIDTHS, QuantSpec, activation_spec, weight_spec
+from mpq.spec import QuantSpec, activation_spec, weight_spec
 from mpq.targets import get_target, this_target
 from mpq.yamltext import explain, load, one_line, section
 
 CHANNELS = 1024
 """Of an image, at most."""
-Float = Literal["float"]
 DropType = Literal["absolute", "relative"]
 OutputKind = Literal["classes", "places", "sequence", "regression", "exact", "ignored"]
 OUTPUT_KINDS: tuple[OutputKind, ...] = get_args(OutputKind)
 """What an output of a network may be (`mpq.outputs`)."""
-
-
-def _read_spec(value: object) -> object:
-    known = value == "float" or isinstance(value, QuantSpec)
-    return value if known else QuantSpec.parse(str(value))
 
 
 def _known_kind(value: object) -> object:
@@ -55,12 +48,6 @@ def _known_kind(value: object) -> object:
             f"{nearest(str(value), OUTPUT_KINDS)}"
         )
     return value
-
-
-_TEXT = f"^(float|uint8/dynamic|u?int({'|'.join(map(str, WIDTHS))})/(channel|tensor))$"
-_Schema = WithJsonSchema({"type": "string", "pattern": _TEXT})
-Spec = Annotated[QuantSpec | Float, BeforeValidator(_read_spec), PlainSerializer(str), _Schema]
-"""A number format (`int4/channel`) or `float`."""
 
 
 class _Value(BaseModel):
@@ -85,8 +72,9 @@ class ModelInfo(_Value):
 
     `arch` is a zoo or torchvision name or `package.module:factory`; `checkpoint` a path, relative
     to the policy file or to the working directory; `sha256` the hash of the weights
-    (`mpq.checkpoint.weights_hash`); `input` is `[channels, height, width]`; `weights` is what
-    `--weights` took of a file that holds several.
+    (`mpq.checkpoint.weights_hash`); `input` is `[channels, height, width]` of its images, or
+    `inputs` says by name what else it takes; `weights` is what `--weights` took of a file that
+    holds several.
     """
 
     arch: str
@@ -96,6 +84,7 @@ class ModelInfo(_Value):
     input: tuple[int, int, int] = (3, 32, 32)
     normalize: str = "none"
     weights: str | None = None
+    inputs: dict[str, Input] | None = None
 
     @model_validator(mode="after")
     def _bounded(self) -> Self:
@@ -103,7 +92,9 @@ class ModelInfo(_Value):
         channels, height, width = self.input
         if min(self.input) < 1 or channels > CHANNELS:
             raise ValueError(f"input must be [channels, height, width]. Got {list(self.input)}.")
-        for name, got in (("input_megapixels", height * width / 1e6), ("classes", self.classes)):
+        most = max((spec.values / CHANNELS for spec in (self.inputs or {}).values()), default=0)
+        pixels = max(height * width, most) / 1e6
+        for name, got in (("input_megapixels", pixels), ("classes", self.classes)):
             if got > getattr(current(), name):
                 raise ValueError(exceeded("the network", name, f"{got:g}"))
         return self
@@ -221,6 +212,10 @@ class Policy(_Value):
         """The policy with further entries, which win over those that it has."""
         return self.replace(layers=(*self.layers, *entries))
 
+    def with_outputs(self, kinds: Mapping[str, OutputKind]) -> Policy:
+        """The policy with the kinds of some outputs, which win over those that it has."""
+        return self.replace(outputs={**self.outputs, **kinds}) if kinds else self
+
     def resolve(self, names: Sequence[str]) -> dict[str, LayerChoice]:
         """The decision for each layer of a network, in the order of `names`.
 
@@ -271,6 +266,8 @@ class Policy(_Value):
         for key in ("outputs", "groups", "evidence", "result", "constraints"):
             if not data.get(key):
                 data.pop(key, None)
+        if data.get("model", {}).get("inputs"):
+            del data["model"]["input"]  # nothing takes such images
         for layer in data["layers"]:
             if not layer["reason"]:
                 del layer["reason"]

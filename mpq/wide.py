@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
-from mpq.policy import DefaultSpec, LayerPolicy, Policy, Spec
+from mpq.fields import Spec
+from mpq.policy import DefaultSpec, LayerPolicy, Policy
 from mpq.spec import ROUNDED_16, activation_spec
 
 Int16Form = Literal["fast", "exact"]

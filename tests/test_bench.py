@@ -15,7 +15,8 @@ from mpq.data import Normalization, load_arrays, open_data
 from mpq.errors import DataError, ExportError, UsageError
 from mpq.export import bench as bench_module
 from mpq.export import runtime
-from mpq.export.bench import Timing, bench, file_bytes, file_info, interleave, peak_mb, top1
+from mpq.export.bench import Timing, bench, file_bytes, interleave, peak_mb, top1
+from mpq.export.fileinfo import file_info
 from mpq.export.meta import KEY, to_metadata
 from mpq.export.peers import onnxruntime_dynamic, onnxruntime_static
 from mpq.policy import DataInfo, ModelInfo, Policy

@@ -452,7 +452,7 @@ def test_factories_give_arrays_splits_or_data_sets(factories):
     ("function", "message"),
     [
         ("planes", r"must be uint8 \[n, H, W, 3\].*Got uint8 \[40, 3, 4, 4\]"),
-        ("floats", r"must be uint8 .* Got float64 \[40, 4, 4, 1\]"),
+        ("floats", r"must be uint8 .* Got float64 \[40, 4, 4\]"),
         ("short", r"labels of the train split .* integers \[40\].*Got int64 \[39\]"),
         ("unknown", r"Got 'trian'; did you mean train"),
         ("no_train", "must give a train split. Got test"),

@@ -323,7 +323,7 @@ def test_a_program_of_two_inputs_is_analyzed_without_data(mine, capsys):
     torch.export.save(program, "pair.pt2")
     assert main(["analyze", "pair.pt2", "--data", "none"]) == 0, capsys.readouterr().err
     assert main(["analyze", "pair.pt2", *DATA.split(), "-o", "d"]) == 2
-    assert "must take one batch of images to be given digits" in capsys.readouterr().err
+    assert "must take one batch of images to be given digits. It takes" in capsys.readouterr().err
 
 
 def test_a_factory_may_bring_its_weights(mine, capsys):
@@ -373,8 +373,9 @@ def test_the_input_shape_is_as_said(mine, capsys):
     model = Policy.load("g/policy.yaml").model
     assert model is not None
     assert model.input == (1, 12, 10)
-    assert main([*argv, "--data", "digits", "--normalize", "none", "--force"]) == 2
-    assert "must take images of 3 channels, as digits has. It takes 1." in capsys.readouterr().err
+    assert main([*argv, "--data", "digits", "--normalize", "imagenet", "--force"]) == 2
+    assert "imagenet is for images of 3 channels, but these have 1" in capsys.readouterr().err
+    assert main([*argv, "--data", "digits", "--normalize", "none", "--force"]) == 0
     assert main([*argv[:-3], "1,0", "--data", "none"]) == 2
     assert "must be C,H,W or H,W or one side" in capsys.readouterr().err
 

@@ -30,6 +30,8 @@ LAYERS = {
     "mpq.threads": 0,
     "mpq.shown": 2,
     "mpq.spec": 1,
+    "mpq.inputs": 1,
+    "mpq.fields": 2,
     "mpq.verb": 0,
     "mpq.trusted": 2,
     "mpq.userimport": 2,

@@ -43,7 +43,7 @@ def test_numbers_may_have_spaces():
         ("1,2,3", "Got '1,2,3'"),
         ("1,2,3/4,5,x", "Got '1,2,3/4,5,x'"),
         ("1,2,3/4,5,6/7", "Got '1,2,3/4,5,6/7'"),
-        ("0.5/0.5", r"3 means and 3 standard deviations \(RGB\). Got 1 and 1"),
+        ("0.5,0.4/0.5", r"as many means as .* 3 means and 3 standard .* RGB. Got 2 and 1"),
         ("0,0,0/1,0,1", "standard deviations above 0"),
         ("0,0,0/1,-1,1", "standard deviations above 0"),
         ("nan,0,0/1,1,1", "must have finite means"),
@@ -73,11 +73,27 @@ def test_apply_to_nothing():
 
 
 @pytest.mark.parametrize(
-    ("shape", "dtype"), [((2, 3, 4, 4), "uint8"), ((4, 4, 3), "uint8"), ((1, 4, 4, 3), "float64")]
+    ("shape", "dtype"), [((4, 4, 3), "uint8"), ((1, 4, 4, 3), "float64"), ((2, 4, 4), "uint8")]
 )
 def test_apply_refuses_other_arrays(shape, dtype):
-    with pytest.raises(DataError, match=rf"must be uint8 \[n, H, W, 3\]. Got {dtype}"):
+    with pytest.raises(DataError, match=rf"must be uint8 \[n, H, W, C\]. Got {dtype}"):
         NAMED["none"].apply(np.zeros(shape, dtype))
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4, 5])
+def test_normalization_is_of_as_many_channels_as_images_have(channels):
+    images = np.random.default_rng(0).integers(0, 256, (2, 5, 7, channels), dtype=np.uint8)
+    planes = images.transpose(0, 3, 1, 2) / 255
+    own = ",".join(f"0.{i + 1}" for i in range(channels))
+    each = np.array([(i + 1) / 10 for i in range(channels)])[:, None, None]
+    for text, expected in (
+        (f"{own}/{own}", (planes - each) / each),
+        ("0.5/0.25", (planes - 0.5) / 0.25),
+        ("raw", planes * 255),
+    ):
+        assert np.allclose(Normalization.parse(text).apply(images), expected, atol=1e-5)
+    with pytest.raises(DataError, match=rf"imagenet is for images of 3 .* these have {channels}"):
+        NAMED["imagenet"].apply(images)
 
 
 def test_floats_are_what_the_network_takes_and_only_turned():

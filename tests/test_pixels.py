@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from mpq.data import Normalization
 from mpq.data.normalize import NAMED
-from mpq.errors import ExportError
+from mpq.errors import DataError, ExportError
 from mpq.export import runtime, to_onnx
-from mpq.export.bench import Timing, bench, file_info
+from mpq.export.bench import Timing, bench
+from mpq.export.fileinfo import file_info
 from mpq.export.lower import lower
 from mpq.export.onnx_file import serialize, verify_file
 from mpq.export.pixels import PixelInput
@@ -95,11 +96,25 @@ def test_bench_and_files_that_take_pixels(tmp_path: Path):
     assert row.top1 == 100.0
 
 
-def test_a_network_of_other_channels_is_refused(tmp_path: Path):
-    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 3)).eval()
-    graph = prepare(net, Policy.uniform(8), torch.zeros(2, 1, 12, 12))
-    calibrate(graph, torch.randn(2, 1, 12, 12), method="minmax")
-    with pytest.raises(ExportError, match=r"--input uint8 needs a network of RGB images"):
+@pytest.mark.parametrize("channels", [1, 4, 5])
+def test_pixels_have_the_channels_of_the_network(tmp_path: Path, channels: int):
+    net = nn.Sequential(nn.Conv2d(channels, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 3)).eval()
+    graph = prepare(net, Policy.uniform(8), torch.zeros(2, channels, 12, 10))
+    images = torch.randint(0, 256, (8, channels, 12, 10)).float() / 255 * 2 - 1
+    calibrate(graph, images, method="minmax")
+    path = tmp_path / "m.onnx"
+    with pytest.raises(DataError, match=rf"is for images of 3 channels, .* have {channels}"):
+        to_onnx(graph, path, pixels=PixelInput(CIFAR))
+    to_onnx(graph, path, images=images, pixels=PixelInput(Normalization.parse("0.5/0.5")))
+    raw = np.zeros((1, 12, 10, channels), np.uint8)
+    assert runtime.run(runtime.session(path), raw).shape == (1, 5 * 8 * 6)
+
+
+def test_pixels_are_of_images(tmp_path: Path):
+    graph = prepare(nn.Sequential(nn.Conv1d(1, 4, 3), nn.ReLU(), nn.Conv1d(4, 5, 3)).eval(),
+                    Policy.uniform(8), torch.zeros(2, 1, 12))  # fmt: skip
+    calibrate(graph, torch.randn(2, 1, 12), method="minmax")
+    with pytest.raises(ExportError, match=r"--input uint8 needs a network of images"):
         to_onnx(graph, tmp_path / "m.onnx", pixels=PixelInput(CIFAR))
 
 

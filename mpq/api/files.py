@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor, from_numpy
 
 from mpq import origins, rundir
+from mpq.calls import Inputs, leaves, refill
 from mpq.data import DataSource, Normalization
 from mpq.diagnose import Diagnosis
 from mpq.errors import UsageError
@@ -18,9 +19,12 @@ from mpq.export.certify import Certificate
 from mpq.export.certify import certify as judge
 from mpq.export.ends import Asked
 from mpq.export.exact import ExactReport
+from mpq.export.fileinfo import file_info
 from mpq.export.form import Int4Format
 from mpq.export.verify import VerifyReport
 from mpq.graph.ir import QuantGraph
+from mpq.inputs import InputSpec
+from mpq.pipeline.anything import gather_inputs
 from mpq.pipeline.benching import Bench, Benching, run_bench
 from mpq.pipeline.diagnosing import Result, diagnose_results, diagnose_run
 from mpq.pipeline.exporting import Exporting, PixelLayout, export_file
@@ -28,6 +32,7 @@ from mpq.pipeline.given import Data, as_batches, gather
 from mpq.pipeline.quantizing import Quantized, load_quantized
 from mpq.pipeline.verifying import exact_run, verify_run
 from mpq.pipeline.wishes import Wishes
+from mpq.policy import OutputKind
 
 
 def export(
@@ -45,6 +50,7 @@ def export(
     input_names: Sequence[str] = (),
     output_names: Sequence[str] = (),
     dynamic: Sequence[str] = (),
+    outputs: Mapping[str, OutputKind] | None = None,
     seed: int = 0,
     force: bool = False,
 ) -> ExportResult:
@@ -65,6 +71,7 @@ def export(
         output_names: of the file's outputs; empty: the network's own.
         dynamic: sizes left free, of `batch`, `length`, `depth`, `height` and `width`; empty: the
             batch.
+        outputs: kinds of outputs by name, by which the file is judged, over those it has.
         seed: of the sample.
         force: replace a file that exists.
 
@@ -94,7 +101,7 @@ def export(
         return to_onnx(
             quantized,
             path,
-            images=None if data is None else _images(data, num_verify, seed),
+            images=None if data is None else _inputs(data, num_verify, seed, quantized),
             allow_float_fallback=allow_float_fallback,
             int4_format=int4_format,
             min_runtime=min_runtime,
@@ -102,8 +109,10 @@ def export(
             **ends,
         )
     named = data if isinstance(data, str | Path) else None
-    found = _quantized(quantized, named)
-    images = None if data is None or named is not None else _images(data, num_verify, seed)
+    found = _quantized(quantized, named).judged_as(outputs or {})
+    images = None
+    if data is not None and named is None:
+        images = _inputs(data, num_verify, seed, found.graph)
     return export_file(found, Path(path), form, count=num_verify, seed=seed, images=images)
 
 
@@ -121,14 +130,16 @@ def bench(
     metric: Any = None,
     postprocess: Callable[[Any], Any] | str | None = None,
     lower_is_better: bool = False,
+    outputs: Mapping[str, OutputKind] | None = None,
     seed: int = 0,
 ) -> Bench:
     """Accuracy, latency, size and memory of ONNX files beside the float model, as `mpq bench` does.
 
     Args:
         files: ONNX files.
-        data: images and class ids to measure accuracy on. None: the data that the files name;
-            `none`: accuracy is not measured.
+        data: images and class ids to measure accuracy on, or inputs to compare the answers of the
+            files with those of the float file on. None: the data that the files name; `none`: only
+            latency, size and memory are measured.
         float_file: what speed refers to. None: `float.onnx` beside the first file.
         normalize: of pixels, where the files do not say.
         threads: threads inside an operation.
@@ -139,6 +150,7 @@ def bench(
         metric: to measure besides top-1, on the batches of `data` (`mpq.metrics.given`).
         postprocess: what is applied to the outputs before they are judged.
         lower_is_better: of a metric that does not say so itself.
+        outputs: kinds of outputs by name, over what the files say.
         seed: of the sample.
 
     Raises:
@@ -152,12 +164,15 @@ def bench(
         limit=num_test,
         seed=seed,
         wishes=Wishes(metric, lower_is_better, postprocess, as_batches(data)),
+        outputs=outputs or {},
     )
     source: Any = DataSource(None if data is None else str(data))
+    several = [_fresh(file) for file in ([files] if isinstance(files, str | Path) else files)]
     if data is not None and not isinstance(data, str | Path):
-        source = gather(data, num_test, seed)
-    several = [files] if isinstance(files, str | Path) else files
-    return run_bench([_fresh(file) for file in several], source, how)
+        takes = file_info(several[0]).inputs
+        source = (gather_inputs(data, takes, num_test, seed) if takes
+                  else gather(data, num_test, seed))  # fmt: skip
+    return run_bench(several, source, how)
 
 
 def certify(file: str | Path, *, target: str | None = None) -> Certificate:
@@ -181,6 +196,7 @@ def verify(
     data: str | Path | None = None,
     num_verify: int | None = None,
     target: str | None = None,
+    outputs: Mapping[str, OutputKind] | None = None,
     seed: int = 0,
 ) -> VerifyReport | ExactReport:
     """Whether a file answers as its network does, or as integers must, as `mpq verify` does.
@@ -192,6 +208,7 @@ def verify(
         data: images by name. None: those that the file or `quantized` name.
         num_verify: how many images. None: 1000, with `exact` 4.
         target: where to judge it, without that CPU at hand; None: on this computer.
+        outputs: kinds of outputs by name, over those that the file was judged by.
         seed: of the sample.
 
     Raises:
@@ -201,7 +218,14 @@ def verify(
         source = DataSource(None if data is None else str(data))
         return exact_run(_fresh(file), source, images=num_verify or 4, seed=seed, target=target)
     found = _quantized(quantized or origins.network_of(Path(file)), data)
-    return verify_run(found, _fresh(file), images=num_verify or 1000, seed=seed, target=target)
+    return verify_run(
+        found,
+        _fresh(file),
+        images=num_verify or 1000,
+        seed=seed,
+        target=target,
+        outputs=outputs,
+    )
 
 
 def diagnose(*results: str | Path | Result, data: str | Path | None = None) -> Diagnosis:
@@ -264,5 +288,11 @@ def _fresh(file: str | Path) -> Path:
     return path
 
 
-def _images(data: Data, count: int, seed: int) -> Tensor:
-    return from_numpy(gather(data, count, seed)[0]).permute(0, 3, 1, 2).contiguous()
+def _inputs(data: Data, count: int, seed: int, graph: QuantGraph) -> Inputs:
+    """Data given as values, as a graph is called with them."""
+    if isinstance(graph.example, Tensor) and graph.example.ndim == 4:
+        return from_numpy(gather(data, count, seed)[0]).permute(0, 3, 1, 2).contiguous()
+    takes = {name: InputSpec.of(t) for name, t in leaves(graph.example, "input").items()}
+    arrays, _ = gather_inputs(data, takes, count, seed)
+    inputs: Inputs = refill(graph.example, map(from_numpy, arrays.values()))
+    return inputs

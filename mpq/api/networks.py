@@ -7,20 +7,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from mpq.analyze.perturb import Rounding
 from mpq.analyze.score import Scoring
+from mpq.calls import Inputs
 from mpq.errors import PolicyError, UsageError
 from mpq.latency import LatencyProfile
 from mpq.metrics.given import LossFunction, loss_of
 from mpq.pipeline.analysis import Analysis
 from mpq.pipeline.analyzing import MINIMIZE, Analyzing, divided, find_policy
-from mpq.pipeline.given import Data, Wanted, as_batches, given, judged
+from mpq.pipeline.anything import Wanted
+from mpq.pipeline.given import Data, as_batches, given, judged
 from mpq.pipeline.quantizing import Quantized, run_ptq, run_qat
 from mpq.pipeline.subject import GIVEN, Subject
 from mpq.pipeline.wishes import Wishes
-from mpq.policy import Constraints, Policy
+from mpq.policy import Constraints, OutputKind, Policy
 from mpq.ptq import MEMORY_MB, Effort, Equalize, Learning, Method, PtqSettings
 from mpq.rundir import Progress, Run, silent
 from mpq.train.ensemble import Ensemble, Member, load_ensemble
@@ -41,7 +43,8 @@ def analyze(
     budget: Budget | Sequence[Budget] | None = None,
     validation: Data | None = None,
     normalize: str = "",
-    example: Tensor | None = None,
+    example: Inputs | None = None,
+    outputs: Mapping[str, OutputKind] | None = None,
     bits: Sequence[int] = (8, 4),
     act_bits: Sequence[int] = (8,),
     minimize: str = "bits",
@@ -69,7 +72,8 @@ def analyze(
         validation: images to measure on, for `max_drop` and `validate`. None: further ones of
             `data`.
         normalize: what has been done to the images, as `--normalize`.
-        example: a batch `[N, C, H, W]`, where there are no data.
+        example: a batch, where there are no data: `[N, C, H, W]`, or inputs (`mpq.calls`).
+        outputs: kinds of outputs by name, as `--output` (`mpq.outputs`); of others it is proposed.
         bits: weight widths to choose from.
         act_bits: activation widths to choose from.
         minimize: what `max_drop` makes small, and what the front is over: `bits`, `size`, `bops`,
@@ -101,7 +105,13 @@ def analyze(
     measured = MEASURED if any(one.max_drop is not None for one in limits) else 0
     wanted = Wanted(num_score, max(measured, HELD_OUT if validate else 0), seed)
     subject = given(
-        model, data, wanted, validation=validation, normalize=normalize, example=example
+        model,
+        data,
+        wanted,
+        validation=validation,
+        normalize=normalize,
+        example=example,
+        outputs=outputs,
     )
     score, wishes = divided(Wishes(metric, lower_is_better, postprocess))
     subject = judged(subject, wishes, data, validation, learn=loss is not None)
@@ -125,6 +135,7 @@ def ptq(
     *,
     validation: Data | None = None,
     normalize: str = "",
+    outputs: Mapping[str, OutputKind] | None = None,
     calibration: Method = "mse",
     effort: Effort = "good",
     equalize: Equalize = "auto",
@@ -147,6 +158,7 @@ def ptq(
         policy: widths per layer, or the analysis that found them; None: 8 bits everywhere.
         validation: images to measure on. None: further ones of `data`.
         normalize: what has been done to the images, as `--normalize`.
+        outputs: kinds of outputs by name; None: as the policy says, or what is proposed.
         calibration: how activation ranges are chosen.
         effort: `fast`, `good` or `best`.
         equalize: whether channels are rescaled between layers.
@@ -165,9 +177,9 @@ def ptq(
         DataError, GraphError: data or a network that cannot be taken.
         PolicyError: the policy does not fit the network, or was made for other weights.
     """
-    chosen = _samples(_policy(policy), num_calib)
-    wanted = Wanted(chosen.data.samples, HELD_OUT, seed)
-    subject = given(model, data, wanted, validation=validation, normalize=normalize)
+    chosen = _samples(_policy(policy), num_calib).with_outputs(outputs or {})
+    wanted, kinds = Wanted(chosen.data.samples, HELD_OUT, seed), chosen.outputs
+    subject = given(model, data, wanted, validation=validation, normalize=normalize, outputs=kinds)
     wishes = Wishes(metric, lower_is_better, postprocess)
     subject = judged(subject, wishes, data, validation)
     _check_weights(chosen, subject)
@@ -195,6 +207,7 @@ def qat(
     lower_is_better: bool = False,
     validation: Data | None = None,
     normalize: str = "",
+    outputs: Mapping[str, OutputKind] | None = None,
     recipe: str | Recipe = "qat",
     epochs: int | None = None,
     settings: Mapping[str, object] | None = None,
@@ -223,6 +236,7 @@ def qat(
         lower_is_better: of a metric that does not say so itself.
         validation: images to measure on. None: a tenth of `data`, which is not trained on.
         normalize: what has been done to the images, as `--normalize`.
+        outputs: kinds of outputs by name; None: as the policy says, or what is proposed.
         recipe: its name, its file, or itself.
         epochs: instead of the recipe's.
         settings: other keys of the recipe.
@@ -237,11 +251,11 @@ def qat(
         DataError, GraphError, PolicyError: as `ptq`.
         TrainError: a loss that is not finite.
     """
-    chosen = _policy(policy)
+    chosen = _policy(policy).with_outputs(outputs or {})
     chosen = take_form(chosen, int16_form) if int16_form is not None else chosen
     streams = loss is not None and as_batches(data) is not None
-    wanted = Wanted(CALIBRATION if streams else None, 0, seed)
-    subject = given(model, data, wanted, validation=validation, normalize=normalize)
+    wanted, kinds = Wanted(CALIBRATION if streams else None, 0, seed), chosen.outputs
+    subject = given(model, data, wanted, validation=validation, normalize=normalize, outputs=kinds)
     wishes = Wishes(metric, lower_is_better, postprocess)
     subject = judged(subject, wishes, data, validation, learn=loss is not None)
     _check_weights(chosen, subject)

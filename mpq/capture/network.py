@@ -8,11 +8,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from mpq.calls import Inputs
-from mpq.errors import GraphError
+from mpq.calls import Inputs, leaves, nested, refill
+from mpq.errors import GraphError, nearest
+from mpq.inputs import InputSpec, InputSpecs
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,9 +44,17 @@ class Network:
         except TypeError as error:
             signature = f"{name}.forward{inspect.signature(self.module.forward)}"
             raise GraphError(
-                f"the example call must fit {signature}: {error}. Got {len(self.args)} positional "
-                f"arguments and keywords {list(self.kwargs)}."
+                f"the example call must fit {signature}: {error}"
+                f"{self._meant()} Got {len(self.args)} positional arguments and keywords "
+                f"{list(self.kwargs)}. Give each argument that has no default, by its name "
+                "(--input-shape NAME=SIZES:DTYPE for each)."
             ) from None
+
+    def _meant(self) -> str:
+        """The names that an unknown one may stand for."""
+        known = inspect.signature(self.module.forward).parameters
+        unknown = next((name for name in self.kwargs if name not in known), None)
+        return "." if unknown is None else nearest(unknown, known) or "."
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -99,6 +110,36 @@ class Network:
         lone = len(inputs) == 1 and not self.kwargs
         first = next(iter(inputs.values()))
         return first if lone and isinstance(first, Tensor) else inputs
+
+    @classmethod
+    def of_specs(cls, module: nn.Module, specs: InputSpecs, samples: int = 2) -> Network:
+        """A module called with noise of these inputs, by name; one without a name comes first.
+
+        Raises:
+            GraphError: they do not fit the signature.
+        """
+        tensors = {
+            name: torch.from_numpy(np.stack([spec.noise((i,)) for i in range(samples)]))
+            for name, spec in specs.items()
+        }
+        if list(tensors) == [""]:
+            return cls(module, (tensors[""],))
+        return cls(module, (), nested(tensors))
+
+    @property
+    def specs(self) -> dict[str, InputSpec]:
+        """Its tensors by name, without the batch.
+
+        Raises:
+            UsageError: a tensor of a type that no file can take.
+        """
+        return {name: InputSpec.of(t) for name, t in leaves(self.example, "input").items()}
+
+    def answer(self, inputs: Inputs) -> Any:
+        """What the module answers to other inputs, with all else as in the example."""
+        given = leaves(inputs).values()
+        args, kwargs = refill((self.args, self.kwargs), given)
+        return self.module(*args, **kwargs)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Network:
         """The same call with every tensor changed."""

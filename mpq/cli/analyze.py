@@ -11,16 +11,18 @@ import click
 from mpq import rundir
 from mpq.analyze.perturb import Rounding
 from mpq.analyze.score import METRICS, Scoring
-from mpq.cli import bundles, options, places, terminal, training
+from mpq.cli import bundles, ends, options, places, terminal, training
 from mpq.data import DataSource, Normalization
+from mpq.inputs import Shape
 from mpq.latency import LatencyProfile
 from mpq.metrics.given import LossFunction
 from mpq.pipeline.analysis import Analysis, write_analysis
 from mpq.pipeline.analyzing import MINIMIZE, Analyzing, divided, find_policy
-from mpq.pipeline.given import Wanted, with_wishes
+from mpq.pipeline.anything import Wanted
+from mpq.pipeline.given import with_wishes
 from mpq.pipeline.subject import Subject, open_checkpoint
 from mpq.pipeline.wishes import Wishes
-from mpq.policy import Constraints, Policy
+from mpq.policy import Constraints, OutputKind, Policy
 from mpq.processes import leading
 from mpq.rundir import Run
 
@@ -55,7 +57,8 @@ _metrics = click.option(
 @options.choice("--rounding", get_args(Rounding), default="nearest",
                 help="Of scored weights; feedback: as mpq ptq.")  # fmt: skip
 @options.count("--num-score", default=512, help="Training images to score on.")
-@options.input_shape
+@ends.input_shape
+@ends.outputs
 @options.path("--locked", metavar="POLICY", help="Keep the locked layers of this policy.")
 @options.count("--validate", default=0, least=0,
                help="Measure so many random policies and compare with their scores.")  # fmt: skip
@@ -82,7 +85,8 @@ def analyze(
     loss: LossFunction | None,
     rounding: Rounding,
     num_score: int,
-    input_shape: tuple[int, ...] | None,
+    input_shape: Shape | None,
+    outputs: dict[str, OutputKind],
     locked: Path | None,
     validate: int,
     rescore: bool,
@@ -103,6 +107,8 @@ def analyze(
     mpq analyze model.pth --effective-bits 4.2,4.8,6     one policy each
     mpq analyze model.pth --max-drop 0.3         fewest bits for 0.3 points
     mpq analyze model.pth --data none            weights only, no images
+    mpq analyze net.pth --model net:make --output boxes=regression
+    mpq analyze net.pth --model net:make --input-shape image=3,64,64 --input-shape ids=10:int64
     """
     folder = places.hold(rundir.resolve_out(out, checkpoint.stem))
     rundir.refuse_overwrite(folder / "policy.yaml", force)
@@ -124,6 +130,7 @@ def analyze(
         normalize=normalize,
         trust_pickle=trust_pickle,
         input_shape=input_shape,
+        outputs=outputs,
     )
     subject = with_wishes(subject, wishes, Wanted(num_score, HELD_OUT, seed))
     _introduce(checkpoint, subject)
@@ -136,8 +143,11 @@ def analyze(
 
 def _introduce(checkpoint: Path, subject: Subject) -> None:
     """Say what was opened."""
+    takes = f"{subject.info.classes} classes"
+    if subject.call is not None:
+        takes = ", ".join(f"{name} {spec}" for name, spec in subject.call.specs.items())
     terminal.say(
-        f"{checkpoint}: {subject.info.arch}, {subject.info.classes} classes, data "
+        f"{checkpoint}: {subject.info.arch}, {takes}, data "
         f"{subject.data_name}, normalization {subject.info.normalize or 'unknown'}"
     )
 
@@ -163,6 +173,9 @@ def _show(found: Analysis, folder: Path, as_json: bool) -> None:
     terminal.result(as_json, {**policies[0], "policies": policies, **extra}, *found.shown())
     if as_json:
         return
+    if found.policy.outputs:
+        terminal.say(f"outputs: {', '.join(f'{n} {k}' for n, k in found.policy.outputs.items())}; "
+                     "--output NAME=KIND sets another kind")  # fmt: skip
     if found.scores_from:
         terminal.say(f"scores from {found.scores_from}; --rescore scores anew")
     written = ", ".join(str(path) for path, _ in results)

@@ -8,11 +8,12 @@ from pathlib import Path
 import click
 
 from mpq import origins, rundir
-from mpq.cli import bundles, options, places, terminal
+from mpq.cli import bundles, ends, options, places, terminal
 from mpq.data import DataSource, Normalization
 from mpq.export.bench import BenchRow, Timing
 from mpq.pipeline.benching import Benching, float_beside, run_bench
 from mpq.pipeline.wishes import Wishes
+from mpq.policy import OutputKind
 from mpq.report.tables import bench_table
 
 
@@ -34,6 +35,7 @@ from mpq.report.tables import bench_table
 )
 @options.count("--num-test", help="Test images at most.  [default: all]")
 @bundles.wishes
+@ends.outputs
 @options.seed
 @options.as_json
 @options.out("Run folder for bench.jsonl.  [default: the run of the first file]")
@@ -48,6 +50,7 @@ def bench(
     peers: bool,
     num_test: int | None,
     wishes: Wishes,
+    outputs: dict[str, OutputKind],
     seed: int,
     as_json: bool,
     out: Path | None,
@@ -77,6 +80,7 @@ def bench(
         limit=num_test,
         seed=seed,
         wishes=wishes,
+        outputs=outputs,
     )
     with terminal.status() as tell:
         found = run_bench(paths, source, how, tell=tell, say=terminal.say)

@@ -10,7 +10,7 @@ from typing import get_args
 import click
 
 from mpq import origins, rundir
-from mpq.cli import bundles, options, places, terminal
+from mpq.cli import bundles, ends, options, places, terminal
 from mpq.data import DataSource
 from mpq.export import ExportResult
 from mpq.export.ends import Asked
@@ -23,6 +23,7 @@ from mpq.pipeline.exporting import (
     refuse_export,
 )
 from mpq.pipeline.quantizing import load_quantized
+from mpq.policy import OutputKind
 from mpq.report.grid import agreement_text, counted
 
 
@@ -45,6 +46,7 @@ from mpq.report.grid import agreement_text, counted
 @options.names("--output-names", "Of the file's outputs.  [default: the network's own]")
 @options.names("--dynamic", "Sizes left free, of batch, length, depth, height, width; the file is "
                "verified at several.  [default: batch]")  # fmt: skip
+@ends.outputs
 @options.target("The kind of CPU to certify for.")
 @bundles.source
 @options.trust_pickle
@@ -64,6 +66,7 @@ def export(
     input_names: tuple[str, ...],
     output_names: tuple[str, ...],
     dynamic: tuple[str, ...],
+    outputs: dict[str, OutputKind],
     target: str | None,
     source: DataSource,
     trust_pickle: bool,
@@ -95,7 +98,7 @@ def export(
     )
     with terminal.status() as tell:
         tell("loading")
-        found = load_quantized(path, source, trust_pickle=trust_pickle)
+        found = load_quantized(path, source, trust_pickle=trust_pickle).judged_as(outputs)
         reference = float_reference(found, path, source, trust_pickle=trust_pickle)
         tell("exporting and verifying")
         result = export_run(

@@ -212,27 +212,6 @@ threads = count("--threads", metavar="N", default=1, help="Threads to use.")
 batch = count("--batch", metavar="N", default=1, help="Images at a time.")
 
 
-def _shape(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, ...] | None:
-    if value is None:
-        return None
-    parts = [part.strip() for part in value.split(",")]
-    if not 1 <= len(parts) <= 3 or not all(p.isdecimal() and int(p) for p in parts):
-        raise click.BadParameter(
-            f"must be C,H,W or H,W or one side in pixels. Got {value!r}.", ctx, param
-        )
-    sizes = tuple(map(int, parts))
-    return sizes * 2 if len(sizes) == 1 else sizes
-
-
-# input_shape: tuple[int, ...] | None
-input_shape = click.option(
-    "--input-shape",
-    "--input-size",
-    "input_shape",
-    metavar="C,H,W",
-    callback=_shape,
-    help="Of an image, or H,W, or one side.  [default: what the network is meant for]",
-)
 # int16_form: Int16Form | None
 int16_form = choice(
     "--int16-form",

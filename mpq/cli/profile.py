@@ -12,7 +12,8 @@ import click
 
 from mpq import rundir
 from mpq.checkpoint import Reading, open_model
-from mpq.cli import options, places, terminal
+from mpq.cli import ends, options, places, terminal
+from mpq.inputs import Shape
 from mpq.pipeline.profiling import check as hold
 from mpq.pipeline.profiling import profile_module
 from mpq.report.grid import Grid, columns
@@ -24,7 +25,7 @@ from mpq.report.grid import Grid, columns
 @options.weights
 @options.trust_code
 @options.trust_pickle
-@options.input_shape
+@ends.input_shape
 @options.threads
 @options.batch
 @options.path("--check", help="Hold the prediction against this exported file.")
@@ -36,7 +37,7 @@ def profile(
     model: str | None,
     weights: str | None,
     trust_pickle: bool,
-    input_shape: tuple[int, ...] | None,
+    input_shape: Shape | None,
     threads: int,
     batch: int,
     check: Path | None,
@@ -61,6 +62,7 @@ def profile(
         found = profile_module(
             loaded.module,
             loaded.info.input,
+            call=loaded.call,
             threads=threads,
             batch=batch,
             again=force,

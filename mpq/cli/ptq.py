@@ -7,15 +7,16 @@ from pathlib import Path
 import click
 
 from mpq import rundir
-from mpq.cli import bundles, options, places, terminal
+from mpq.cli import bundles, ends, options, places, terminal
 from mpq.data import DataSource
+from mpq.pipeline.anything import Wanted
 from mpq.pipeline.evaluating import measured
-from mpq.pipeline.given import Wanted, with_wishes
+from mpq.pipeline.given import with_wishes
 from mpq.pipeline.guard import check_start
 from mpq.pipeline.quantizing import begin_policy, check_policy_file, run_ptq, save_quantized
 from mpq.pipeline.subject import policy_subject
 from mpq.pipeline.wishes import Wishes
-from mpq.policy import Policy
+from mpq.policy import OutputKind, Policy
 from mpq.ptq import (
     EFFORTS,
     EQUALIZE,
@@ -52,6 +53,7 @@ from mpq.wide import Int16Form
               help="Linear layers that read floats (after norms, attention, GELU) take their "
               "range at run time: for transformers.")  # fmt: skip
 @options.int16_form
+@ends.outputs
 @options.seed
 @options.trust_pickle
 @options.as_json
@@ -70,6 +72,7 @@ def ptq(
     memory_mb: int,
     dynamic: bool,
     int16_form: Int16Form | None,
+    outputs: dict[str, OutputKind],
     seed: int,
     trust_pickle: bool,
     as_json: bool,
@@ -94,6 +97,7 @@ def ptq(
     check_policy_file(path, folder, force=force or resume)
     if num_calib:
         policy = policy.replace(data=policy.data.replace(samples=num_calib))
+    policy = policy.with_outputs(outputs)
     subject = policy_subject(policy, path, source, weights=True, trust_pickle=trust_pickle)
     subject = with_wishes(subject, wishes, Wanted(policy.data.samples or 512, seed=seed))
     if effort == "best":

@@ -8,16 +8,17 @@ from pathlib import Path
 import click
 
 from mpq import rundir
-from mpq.cli import bundles, options, places, terminal, training
+from mpq.cli import bundles, ends, options, places, terminal, training
 from mpq.data import DataSource
 from mpq.metrics.given import LossFunction
+from mpq.pipeline.anything import Wanted
 from mpq.pipeline.evaluating import measured
-from mpq.pipeline.given import Wanted, with_wishes
+from mpq.pipeline.given import with_wishes
 from mpq.pipeline.guard import check_start
 from mpq.pipeline.quantizing import begin_policy, check_policy_file, run_qat, save_quantized
 from mpq.pipeline.subject import policy_subject
 from mpq.pipeline.wishes import Wishes
-from mpq.policy import Policy
+from mpq.policy import OutputKind, Policy
 from mpq.processes import leading
 from mpq.rundir import Run
 from mpq.train.plan import TrainingPlan
@@ -38,6 +39,7 @@ from mpq.wide import Int16Form, take_form
 @training.settings
 @options.seed
 @options.int16_form
+@ends.outputs
 @training.compiling
 @training.device
 @options.trust_pickle
@@ -59,6 +61,7 @@ def qat(
     settings: tuple[str, ...],
     seed: int,
     int16_form: Int16Form | None,
+    outputs: dict[str, OutputKind],
     compiling: bool,
     device: str,
     trust_pickle: bool,
@@ -85,6 +88,7 @@ def qat(
     check_policy_file(path, folder, force=force or resume)
     chosen = training.recipe_from(recipe, epochs, settings, compiling=compiling)
     training.check_plan(chosen, device=device, teacher=teacher, unlabelled=source.unlabelled)
+    policy = policy.with_outputs(outputs)
     subject = policy_subject(policy, path, source, weights=True, trust_pickle=trust_pickle)
     subject = with_wishes(subject, wishes, Wanted(None, seed=seed))
     guide = training.load_teacher(teacher, teacher_normalize, teacher_model)

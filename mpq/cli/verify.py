@@ -8,13 +8,14 @@ from pathlib import Path
 import click
 
 from mpq import origins, rundir
-from mpq.cli import bundles, options, places, terminal
+from mpq.cli import bundles, ends, options, places, terminal
 from mpq.data import DataSource
 from mpq.errors import ExportError, UsageError
 from mpq.export.certify import saturating_here
 from mpq.export.exact import ExactReport
 from mpq.pipeline.quantizing import load_quantized
 from mpq.pipeline.verifying import exact_run, verify_run
+from mpq.policy import OutputKind
 from mpq.report.tables import exact_table, verify_table
 
 
@@ -25,6 +26,7 @@ from mpq.report.tables import exact_table, verify_table
 @options.origin
 @options.count("--num-verify", help="Test images.  [default: 1000, with --exact 4]")
 @options.target("Where to judge it, without that CPU at hand.")
+@ends.outputs
 @bundles.source
 @options.trust_pickle
 @options.seed
@@ -35,6 +37,7 @@ def verify(
     origin: str | None,
     num_verify: int | None,
     target: str | None,
+    outputs: dict[str, OutputKind],
     source: DataSource,
     trust_pickle: bool,
     seed: int,
@@ -71,7 +74,14 @@ def verify(
             tell("loading")
             found = load_quantized(network, source, trust_pickle=trust_pickle)
             tell("comparing")
-            checked = verify_run(found, path, images=num_verify or 1000, seed=seed, target=target)
+            checked = verify_run(
+                found,
+                path,
+                images=num_verify or 1000,
+                seed=seed,
+                target=target,
+                outputs=outputs,
+            )
         _tell(path, "verify.json", checked.to_json(), as_json)
         if checked.failures():
             raise ExportError(

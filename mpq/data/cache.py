@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpq.data.containers import Container
-from mpq.data.dataset import Images, Labels, Split, Subset
+from mpq.data.dataset import Labels, Samples, Split, Subset
 from mpq.data.folders import Entry, FolderSplit
 from mpq.errors import DataError
 from mpq.files import atomic_file, sweep
@@ -31,8 +31,8 @@ FORMAT = 1
 MEMORY_SHARE = 0.8
 
 
-def load_arrays(split: Split) -> tuple[Images, Labels]:
-    """All images `[n, H, W, 3]` uint8 and labels `[n]` int64 of a split.
+def load_arrays(split: Split) -> tuple[Samples, Labels]:
+    """All images `[n, H, W, C]` uint8 and labels `[n]` int64 of a split.
 
     Subsets of one parent (train and validation) share the parent's cache file.
 
@@ -43,8 +43,8 @@ def load_arrays(split: Split) -> tuple[Images, Labels]:
     if isinstance(split, Subset):
         parent, indices = split.parent, split.indices
     if not isinstance(parent, FolderSplit):
-        return parent.read(indices), split.labels
-    _check_memory(len(indices), parent.size)
+        return parent.read(indices), split.labels  # arrays by name of what is no image
+    _check_memory(len(indices), (*parent.size, parent.channels))
     cached = _cached(parent)
     images = parent.read(indices) if cached is None else cached[indices]
     return np.asarray(images), split.labels
@@ -80,10 +80,10 @@ def clear() -> None:
         path.unlink(missing_ok=True)
 
 
-def _check_memory(count: int, size: tuple[int, int]) -> None:
+def _check_memory(count: int, size: tuple[int, int, int]) -> None:
     if not hasattr(os, "sysconf"):
         return
-    need = count * size[0] * size[1] * 3
+    need = count * size[0] * size[1] * size[2]
     have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if need > MEMORY_SHARE * have:
         raise DataError(
@@ -113,7 +113,7 @@ def _readable(path: Path, split: FolderSplit) -> bool:
     except (ValueError, EOFError) as error:
         logger.warning("%s is damaged and is written again: %s", path, error)
         return False
-    return bool(images.dtype == np.uint8 and images.shape == (len(split), *split.size, 3))
+    return bool(images.dtype == np.uint8 and images.shape == _shape(split))
 
 
 def _write(path: Path, split: FolderSplit) -> None:
@@ -124,7 +124,7 @@ def _write(path: Path, split: FolderSplit) -> None:
     header = {
         "descr": np.lib.format.dtype_to_descr(np.dtype(np.uint8)),
         "fortran_order": False,
-        "shape": (len(split), *split.size, 3),
+        "shape": _shape(split),
     }
     with atomic_file(path) as file:
         np.lib.format.write_array_header_1_0(file, header)
@@ -134,6 +134,10 @@ def _write(path: Path, split: FolderSplit) -> None:
     trim(path)
 
 
+def _shape(split: FolderSplit) -> tuple[int, int, int, int]:
+    return (len(split), *split.size, split.channels)
+
+
 def _key(split: FolderSplit) -> str:
     members: dict[Container, list[Entry]] = {}
     for entry in split.entries:
@@ -141,7 +145,8 @@ def _key(split: FolderSplit) -> str:
     stamps = [
         container.stamp([entry.name for entry in entries]) for container, entries in members.items()
     ]
-    digest = hashlib.sha256(json.dumps([FORMAT, split.size, stamps]).encode())
+    form = split.size if split.channels == 3 else (*split.size, split.channels)
+    digest = hashlib.sha256(json.dumps([FORMAT, form, stamps]).encode())
     for entry in split.entries:
         digest.update(entry.name.encode(errors="surrogateescape") + b"\n")
     return digest.hexdigest()[:24]

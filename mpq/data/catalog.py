@@ -9,22 +9,24 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mpq.data.arrays import is_array_file, noise_splits, open_arrays
 from mpq.data.cifar import CIFAR, batches_in, open_batches, open_cifar_images
 from mpq.data.containers import Folder
 from mpq.data.dataset import DataSet, Split
 from mpq.data.digits import open_digits
 from mpq.data.factory import open_factory
-from mpq.data.folders import archive_name, open_folders
+from mpq.data.folders import DEFAULT_SIZE, archive_name, open_folders
 from mpq.data.splits import Splits, divide
 from mpq.errors import DataError, nearest
+from mpq.inputs import InputSpec, InputSpecs
 from mpq.trusted import is_name
 
 logger = logging.getLogger(__name__)
 
 FORMS = (
     "digits, cifar10, cifar100, a folder or zip archive of CLASS/IMAGE or SPLIT/CLASS/IMAGE (or of "
-    "images alone, which then have no labels), NAME "
-    "for archives NAME-train-*.zip and NAME-test.zip, package.module:factory, or none"
+    "images alone, which then have no labels), NAME for archives NAME-train-*.zip and "
+    "NAME-test.zip, a .npy or .npz file, package.module:factory, noise, or none"
 )
 USUAL_PLACES = ("data", ".", "~/.cache/torch", "~/.cache/torch/datasets", "~/data", "~/datasets")
 
@@ -33,36 +35,39 @@ def open_data(
     name: str | Path,
     *,
     root: str | Path | None = None,
-    size: tuple[int, int] | None = None,
+    size: tuple[int, ...] | None = None,
     holdout: int | None = None,
     seed: int = 0,
+    takes: InputSpecs | None = None,
 ) -> DataSet:
     """Open data by name; images are decoded later, when they are read.
 
     Args:
         name: `digits`, `cifar10`, `cifar100`, a folder, a zip archive, a pattern of archives
             (`flowers-*.zip`), a name whose archives `NAME-train-*.zip` lie in a searched folder,
-            or `package.module:factory`.
+            a `.npy` or `.npz` file, `package.module:factory`, or `noise`.
         root: where to look first; then `$MPQ_DATA` and the usual places.
-        size: height and width of the images; None keeps their own.
+        size: `(H, W)` or `(C, H, W)` of the images; None keeps their own, in RGB.
         holdout: validation images taken out of train, stratified; None takes 10 %. Data with a
             validation and a test split of their own keep them.
         seed: of the holdout.
+        takes: inputs of a network that takes more than one batch of images: only arrays, factories
+            and noise have them.
 
     Raises:
         DataError: nothing under that name, or data that are not what they must be.
     """
     text = str(name).strip()
-    if size is not None and (len(size) != 2 or min(size) < 1):
+    if size is not None and (len(size) not in (2, 3) or min(size) < 1):
         raise DataError(f"size must be height and width of at least 1. Got {size}.")
-    found = _open(text, root, size)
+    found = _open(text, root, size, takes)
     if isinstance(found, DataSet):
         return found
     return divide(found, name=text, holdout=holdout, seed=seed)
 
 
 def open_unlabelled(
-    name: str | Path, *, root: str | Path | None = None, size: tuple[int, int] | None = None
+    name: str | Path, *, root: str | Path | None = None, size: tuple[int, ...] | None = None
 ) -> Split:
     """All training images under a name of `open_data`, none held out; their labels mean nothing.
 
@@ -80,8 +85,8 @@ class DataSource:
     holdout: int | None = None
     unlabelled: str | None = None
 
-    def more(self, size: tuple[int, int]) -> Split | None:
-        """The images without labels, resized to `size`, if any are named.
+    def more(self, size: tuple[int, ...]) -> Split | None:
+        """The images without labels, in the `(C, H, W)` or `(H, W)` of `size`, if any are named.
 
         Raises:
             DataError: nothing under that name.
@@ -91,24 +96,45 @@ class DataSource:
         return open_unlabelled(self.unlabelled, root=self.root, size=size)
 
 
-def _open(name: str, root: str | Path | None, size: tuple[int, int] | None) -> Splits | DataSet:
+def _open(
+    name: str,
+    root: str | Path | None,
+    size: tuple[int, ...] | None,
+    takes: InputSpecs | None = None,
+) -> Splits | DataSet:
     if name in ("none", ""):
         raise DataError(
             f"data is {name or 'empty'!r}, but images are needed here. Name some with --data: "
             f"{FORMS.removesuffix(', or none')}."
         )
-    if name == "digits":
-        return open_digits(size)
+    if name == "noise":
+        return noise_splits(takes or {"input": InputSpec(size if size else (3, *DEFAULT_SIZE))})
     if is_name(name) and not Path(name).exists():
-        return open_factory(name, size)
+        return open_factory(name, size, takes)
+    sides, channels = _sides(size), size[0] if size and len(size) == 3 else 3
+    if name == "digits" and takes is None:
+        return open_digits(sides, channels)
     places = search_places(root)
+    paths = [] if name in (*CIFAR, "digits") else _locate(name, places)
+    if len(paths) == 1 and is_array_file(paths[0]):
+        logger.info("data %s: %s", name, paths[0])
+        return open_arrays(paths[0], size, takes)
+    if takes is not None:
+        raise DataError(
+            f"the network must take one batch of images to be given {name}. It takes "
+            f"{', '.join(takes)}. Give a .npz file with an array for each, a module:factory of "
+            "such batches, or --data noise."
+        )
     if name in CIFAR:
-        return _open_cifar(name, places, size)
-    paths = _locate(name, places)
+        return _open_cifar(name, places, sides, channels)
     if not paths:
         raise DataError(_not_found(name, places))
     logger.info("data %s: %s", name, ", ".join(map(str, paths)))
-    return _open_paths(paths, size)
+    return _open_paths(paths, sides, channels)
+
+
+def _sides(size: tuple[int, ...] | None) -> tuple[int, int] | None:
+    return None if size is None else (size[-2], size[-1])
 
 
 def search_places(root: str | Path | None) -> list[Path]:
@@ -124,29 +150,31 @@ def search_places(root: str | Path | None) -> list[Path]:
     return [Path(place).expanduser() for place in given] + [p for p in usual if p.is_dir()]
 
 
-def _open_cifar(name: str, places: Sequence[Path], size: tuple[int, int] | None) -> Splits:
+def _open_cifar(
+    name: str, places: Sequence[Path], size: tuple[int, int] | None, channels: int
+) -> Splits:
     batches = CIFAR[name]
     for place in places:
         below = place / name
         for folder in (place / batches.folder, place, below / batches.folder, below):
             if batches_in(folder) is batches:
                 logger.info("data %s: %s", name, folder)
-                return open_batches(folder, batches, size)
+                return open_batches(folder, batches, size, channels)
         paths = _archives_in(_named(name, place))
         if paths:
             logger.info("data %s: %s", name, ", ".join(map(str, paths)))
-            return open_cifar_images(name, paths, size)
+            return open_cifar_images(name, paths, size, channels)
     raise DataError(
         f"data {name} is not there. Looked for {batches.folder}/, {name}/, {name}.zip and "
         f"{name}-train-*.zip in {_list(places)}. Name its folder with --data-root or $MPQ_DATA."
     )
 
 
-def _open_paths(paths: Sequence[Path], size: tuple[int, int] | None) -> Splits:
+def _open_paths(paths: Sequence[Path], size: tuple[int, int] | None, channels: int) -> Splits:
     batches = batches_in(paths[0]) if len(paths) == 1 else None
     if batches is not None:
-        return open_batches(paths[0], batches, size)
-    return open_folders(_archives_in(paths), size)
+        return open_batches(paths[0], batches, size, channels)
+    return open_folders(_archives_in(paths), size, channels=channels)
 
 
 def _archives_in(paths: Sequence[Path]) -> Sequence[Path]:
@@ -206,7 +234,7 @@ def _not_found(name: str, places: Sequence[Path]) -> str:
             f"data {name} does not exist{nearest(expanded.name, siblings) or '.'} "
             f"Also looked in {_list(places)}. Data must be {FORMS}."
         )
-    known = sorted({"digits", "cifar10", "cifar100", "none", *_names_in(places)})
+    known = sorted({"digits", "cifar10", "cifar100", "noise", "none", *_names_in(places)})
     return (
         f"data must be {FORMS}. Got {name!r}{nearest(name, known) or '.'} Looked in "
         f"{_list(places)}; --data-root or $MPQ_DATA names another folder."

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from mpq.data.dataset import ArraySplit
 from mpq.data.folders import Entry, open_folders
+from mpq.data.images import as_channels
 from mpq.data.splits import Splits
 from mpq.errors import DataError
 
@@ -71,7 +72,9 @@ def batches_in(path: Path) -> Batches | None:
     return next((b for b in CIFAR.values() if (path / b.meta).is_file()), None)
 
 
-def open_batches(path: Path, batches: Batches, size: tuple[int, int] | None) -> Splits:
+def open_batches(
+    path: Path, batches: Batches, size: tuple[int, int] | None, channels: int = 3
+) -> Splits:
     """Data of an official python folder.
 
     Raises:
@@ -83,21 +86,23 @@ def open_batches(path: Path, batches: Batches, size: tuple[int, int] | None) -> 
     splits = []
     for files in (batches.train, batches.test):
         parts = [_read_batch(path / file, batches) for file in files]
-        images = np.concatenate([part[0] for part in parts])
+        images = as_channels(np.concatenate([p[0] for p in parts]), channels, of=str(path))
         labels = np.concatenate([part[1] for part in parts])
         splits.append(ArraySplit(images, labels, size or SIZE))
     classes = tuple(map(str, names))
     return Splits(classes, splits[0], None, splits[1], size or SIZE)
 
 
-def open_cifar_images(name: str, paths: Sequence[Path], size: tuple[int, int] | None) -> Splits:
+def open_cifar_images(
+    name: str, paths: Sequence[Path], size: tuple[int, int] | None, channels: int = 3
+) -> Splits:
     """Data of image folders or archives, checked to be the data set of that name.
 
     Raises:
         DataError: as `open_folders`; another number of classes; no test split.
     """
     order = _official_order(paths[0].parent / f"{name}-order.csv.gz")
-    found = open_folders(paths, size or SIZE, order=order)
+    found = open_folders(paths, size or SIZE, channels=channels, order=order)
     expected = CIFAR[name].classes
     places = ", ".join(map(str, paths))
     if len(found.classes) != expected:

@@ -1,26 +1,41 @@
-"""What a split and a data set are, and the two splits that need no files: arrays and subsets."""
+"""What a split and a data set are, and the splits that need no files: arrays, noise, subsets."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mpq.data.images import fit_array
 from mpq.errors import DataError
+from mpq.inputs import InputSpecs
 
 Images = NDArray[np.uint8]
-"""RGB images `[n, H, W, 3]`, 0..255. Data given as values may be floats `[n, H, W, C]` instead."""
+"""Images `[n, H, W, C]`, 0..255. Data given as values may be floats instead."""
+Samples: TypeAlias = Any
+"""`Images`; or, of a network that takes anything else, arrays `[n, ...]` by name of input."""
 Labels = NDArray[np.int64]
 """Class ids `[n]`, 0..classes-1."""
 Indices = Sequence[int] | NDArray[Any]
 
 
+def length(samples: Samples) -> int:
+    """How many samples there are."""
+    return len(samples if isinstance(samples, np.ndarray) else next(iter(samples.values())))
+
+
+def rows(samples: Samples, part: slice) -> Samples:
+    """Some of the samples."""
+    if isinstance(samples, np.ndarray):
+        return samples[part]
+    return {name: array[part] for name, array in samples.items()}
+
+
 class Split(Protocol):
-    """A labelled split that decodes only the images it is asked for."""
+    """A labelled split that decodes only the images (or other samples) it is asked for."""
 
     @property
     def labels(self) -> Labels:
@@ -28,8 +43,8 @@ class Split(Protocol):
 
     def __len__(self) -> int: ...
 
-    def read(self, indices: Indices) -> Images:
-        """The images of these indices, `[len(indices), H, W, 3]`, in the order asked for."""
+    def read(self, indices: Indices) -> Samples:
+        """The images of these indices, `[len(indices), H, W, C]`, in the order asked for."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +59,8 @@ class DataSet:
         validation: images to choose by; may be empty.
         test: images to report on; empty where there are very few.
         size: height and width of every image.
+        pixels: whether they are images, to be normalized; else arrays by name of input, as the
+            network takes them, and `size` means nothing.
 
     Raises:
         DataError: a single class, labels outside of the classes, a size below 1.
@@ -55,6 +72,7 @@ class DataSet:
     validation: Split
     test: Split
     size: tuple[int, int]
+    pixels: bool = True
 
     def __post_init__(self) -> None:
         if len(self.classes) == 1:
@@ -131,7 +149,7 @@ class ArraySplit:
     """A split held in memory.
 
     Args:
-        images: `[n, h, w, 3]` uint8.
+        images: `[n, h, w, C]` uint8.
         labels: `[n]` int64.
         size: height and width to give out; images of another size are resized when read.
     """
@@ -150,6 +168,59 @@ class ArraySplit:
 
 
 @dataclass(frozen=True, eq=False)
+class InputSplit:
+    """Inputs of any network, held in memory as it takes them.
+
+    Args:
+        inputs: arrays `[n, ...]` by name of input.
+        labels: `[n]` int64.
+    """
+
+    inputs: Mapping[str, NDArray[Any]]
+    labels: Labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def read(self, indices: Indices) -> Samples:
+        """See `Split.read`."""
+        chosen = as_indices(indices, len(self))
+        return {name: array[chosen] for name, array in self.inputs.items()}
+
+
+@dataclass(frozen=True, eq=False)
+class NoiseSplit:
+    """Noise in place of inputs, each sample the same whenever it is read.
+
+    Args:
+        specs: the inputs by name.
+        count: how many samples.
+        seed: of the noise.
+    """
+
+    specs: InputSpecs
+    count: int
+    seed: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    @property
+    def labels(self) -> Labels:
+        """They mean nothing."""
+        return np.zeros(self.count, np.int64)
+
+    def read(self, indices: Indices) -> Samples:
+        """See `Split.read`."""
+        chosen = as_indices(indices, len(self)).tolist()
+        named = enumerate(self.specs.items())
+        return {
+            name: np.stack([spec.noise((self.seed, i, at)) for at in chosen])
+            for i, (name, spec) in named
+        }
+
+
+@dataclass(frozen=True, eq=False)
 class Subset:
     """Some images of another split, in the order of `indices`; made by `subset`."""
 
@@ -164,7 +235,7 @@ class Subset:
     def __len__(self) -> int:
         return len(self.indices)
 
-    def read(self, indices: Indices) -> Images:
+    def read(self, indices: Indices) -> Samples:
         """See `Split.read`."""
         return self.parent.read(self.indices[as_indices(indices, len(self))])
 

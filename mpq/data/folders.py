@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from mpq.data.containers import Container, open_container
 from mpq.data.dataset import Images, Indices, Labels, as_indices
-from mpq.data.images import decode, probe_size
+from mpq.data.images import decode, mode_of, probe_size
 from mpq.data.splits import Splits
 from mpq.errors import DataError
 
@@ -57,11 +57,13 @@ class FolderSplit:
         entries: the files, in order.
         labels: `[n]` int64.
         size: height and width to decode to.
+        channels: to decode to, 1, 3 or 4.
     """
 
     entries: Sequence[Entry]
     labels: Labels
     size: tuple[int, int]
+    channels: int = 3
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -73,10 +75,11 @@ class FolderSplit:
             DataError: a file is damaged; the message names it.
         """
         chosen: NDArray[np.int64] = as_indices(indices, len(self))
-        out = np.empty((len(chosen), *self.size, 3), np.uint8)
+        out = np.empty((len(chosen), *self.size, self.channels), np.uint8)
         for row, index in enumerate(chosen):
             entry = self.entries[index]
-            out[row] = decode(entry.container.read(entry.name), self.size, where=_where(entry))
+            data, where = entry.container.read(entry.name), _where(entry)
+            out[row] = decode(data, self.size, where=where, channels=self.channels)
         return out
 
 
@@ -84,6 +87,7 @@ def open_folders(
     paths: Sequence[Path],
     size: tuple[int, int] | None,
     *,
+    channels: int = 3,
     order: Callable[[Entry], Any] | None = None,
 ) -> Splits:
     """Data of one folder or archive, or of several archives together; unlabelled without classes.
@@ -91,11 +95,13 @@ def open_folders(
     Args:
         paths: folders or zip archives.
         size: height and width; None takes the images' own, or 224x224 where they differ.
+        channels: 1, 3 or 4: grey, RGB or RGBA.
         order: sort key of the images within a split; by class and name otherwise.
 
     Raises:
-        DataError: no images, an image twice, classes that differ between splits.
+        DataError: no images, an image twice, classes that differ between splits, other channels.
     """
+    mode_of(channels)
     gathered: dict[str, list[Entry]] = {}
     for path in paths:
         for entry in list_entries(open_container(path)):
@@ -109,7 +115,7 @@ def open_folders(
         _check(split, entries, ids, paths)
         entries.sort(key=order or _by_name)
         labels = np.array([ids[entry.label] for entry in entries], np.int64)
-        splits[split] = FolderSplit(entries, labels, size)
+        splits[split] = FolderSplit(entries, labels, size, channels)
     found = splits.get
     labelled = tuple(classes) if len(classes) > 1 else ()
     return Splits(labelled, splits["train"], found("validation"), found("test"), size)

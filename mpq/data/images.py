@@ -1,4 +1,4 @@
-"""Bytes of an image file to RGB pixels of the wanted size."""
+"""Bytes of an image file to pixels of the wanted size and channels."""
 
 from __future__ import annotations
 
@@ -50,25 +50,80 @@ def fit(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 
 
 def fit_array(images: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
-    """`fit` for each of `[n, h, w, 3]`, giving `[n, H, W, 3]`."""
-    out = np.empty((len(images), *size, 3), np.uint8)
+    """`fit` for each of `[n, h, w, C]`, giving `[n, H, W, C]`."""
+    out = np.empty((len(images), *size, images.shape[-1]), np.uint8)
     for i, image in enumerate(images):
-        out[i] = np.asarray(fit(Image.fromarray(image), size))
+        if images.shape[-1] in (3, 4):
+            out[i] = np.asarray(fit(Image.fromarray(image), size))
+        else:
+            for channel in range(images.shape[-1]):
+                out[i, ..., channel] = np.asarray(fit(Image.fromarray(image[..., channel]), size))
     return out
 
 
-def decode(data: bytes, size: tuple[int, int], *, where: str) -> NDArray[np.uint8]:
-    """Pixels `[H, W, 3]` of an encoded image; `where` names it in the error.
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+"""Pillow's name for the pixels of an image, by their channels."""
+
+
+def mode_of(channels: int) -> str:
+    """The mode to decode to.
 
     Raises:
-        DataError: the bytes are no complete image.
+        DataError: files of images do not have so many channels.
     """
+    if channels not in MODES:
+        raise DataError(
+            f"files of images give 1, 3 or 4 channels (grey, RGB, RGBA), but the network takes "
+            f"{channels}. Give uint8 arrays [n, H, W, {channels}] in a .npy or .npz file, or from "
+            "module:factory."
+        )
+    return MODES[channels]
+
+
+def as_channels(images: NDArray[np.uint8], channels: int, *, of: str) -> NDArray[np.uint8]:
+    """Images `[n, H, W, C]` with other channels, as `decode` converts grey, RGB and RGBA.
+
+    Raises:
+        DataError: neither has as many as images have; `of` names the data.
+    """
+    own = images.shape[-1]
+    if own == channels:
+        return images
+    if own not in MODES or channels not in MODES:
+        raise DataError(
+            f"images of {of} have {own} channels, but the network takes {channels}. Give images of "
+            "as many, or --input-shape C,H,W."
+        )
+    if (own, channels) == (1, 3):
+        return np.repeat(images, 3, axis=-1)
+    planes = images[..., 0] if own == 1 else images
+    made = [np.asarray(Image.fromarray(x).convert(MODES[channels])) for x in planes]
+    return np.stack(made).reshape(*images.shape[:3], channels)
+
+
+def decode(
+    data: bytes, size: tuple[int, int], *, where: str, channels: int = 3
+) -> NDArray[np.uint8]:
+    """Pixels `[H, W, C]` of an encoded image; `where` names it in the error.
+
+    Raises:
+        DataError: the bytes are no complete image, or images have no such channels.
+    """
+    mode = mode_of(channels)
     try:
         with Image.open(io.BytesIO(data)) as image:
             _check_pixels(image, where)
-            return np.asarray(fit(image.convert("RGB"), size))
+            found = np.asarray(fit(_eight_bits(image).convert(mode), size))
+            return found.reshape(*found.shape[:2], channels)
     except _BROKEN as error:
         raise DataError(_broken(where, data, error)) from error
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Of 16-bit grey the upper half, where Pillow would turn all above 255 white."""
+    if not image.mode.startswith("I;16"):
+        return image
+    return Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
 
 
 def _check_pixels(image: Image.Image, where: str) -> None:

@@ -34,6 +34,7 @@ class Splits:
     validation: Split | None
     test: Split | None
     size: tuple[int, int]
+    pixels: bool = True
 
 
 def divide(found: Splits, *, name: str, holdout: int | None, seed: int) -> DataSet:
@@ -63,7 +64,7 @@ def divide(found: Splits, *, name: str, holdout: int | None, seed: int) -> DataS
         train, validation = subset(train, rest), subset(train, held)
     elif holdout is not None:
         logger.warning("data %s bring their own validation split: holdout is not used", name)
-    return DataSet(name, found.classes, train, validation, test, found.size)
+    return DataSet(name, found.classes, train, validation, test, found.size, found.pixels)
 
 
 def sample_indices(split: Split, count: int, seed: int) -> NDArray[np.int64]:

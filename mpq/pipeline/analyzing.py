@@ -20,7 +20,7 @@ from mpq.analyze.search import Search, candidates
 from mpq.analyze.validate import Judged, Simulator, Validation
 from mpq.analyze.validate import validate as measure_scores
 from mpq.batch import inputs_of, joined, moved, rows
-from mpq.calls import Inputs, count
+from mpq.calls import Inputs, count, to_device
 from mpq.data import sample_indices
 from mpq.diagnose.tensors import measure
 from mpq.errors import DataError, PolicyError, UsageError
@@ -161,9 +161,9 @@ class _Work:
             return replace(scoring, metric="sqnr"), None, None
         if scoring.metric not in LABELLED:
             images = self.subject.sample(samples, seed, "scoring")
-            return scoring, images.to(self.run.device), None
+            return scoring, to_device(images, self.run.device), None
         images, labels = self.subject.labelled(self.subject.data.train, samples, seed)
-        return scoring, images.to(self.run.device), labels
+        return scoring, to_device(images, self.run.device), labels
 
     def _batch(self, samples: int) -> Any:
         """What the user's loss takes, of so many images: batches of their own, or labelled images.
@@ -232,7 +232,7 @@ class _Work:
         )
         judged = self._judged(graph)
         return measure_scores(
-            Simulator(noise, images.to(run.device), labels, metric=judged),
+            Simulator(noise, to_device(images, run.device), labels, metric=judged),
             search.scores,
             search.widths,
             count=self.how.validate,

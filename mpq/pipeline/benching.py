@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from mpq.data import DataSet, DataSource, Normalization, load_arrays, open_data, sample_indices
+from mpq.data.dataset import Samples
 from mpq.errors import UsageError
 from mpq.export import peers as peer_tools
-from mpq.export.bench import BenchRow, FileInfo, Timing, bench, file_info
+from mpq.export.bench import BenchRow, Timing, bench
+from mpq.export.fileinfo import FileInfo, file_info
 from mpq.files import scratch
 from mpq.pipeline.wishes import Wishes
 from mpq.shown import Shown
@@ -24,9 +27,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 Array = NDArray[Any]
-Arrays = tuple[Array, Array]
+Arrays = tuple[Samples, Array | None]
 Tell = Callable[[str], None]
 CALIBRATION = 512
+COMPARED = 500
+"""Samples that files are compared on, where there is no top-1."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -59,6 +64,7 @@ class Benching:
         limit: images at most; None: all.
         seed: of their choice.
         wishes: a metric besides top-1, and batches to measure it on.
+        outputs: kinds of outputs by name, over what the files say (`mpq.outputs`).
     """
 
     float_file: Path | None = None
@@ -68,6 +74,7 @@ class Benching:
     limit: int | None = None
     seed: int = 0
     wishes: Wishes | None = None
+    outputs: Mapping[str, str] = field(default_factory=dict)
 
 
 def run_bench(
@@ -98,10 +105,12 @@ def run_bench(
     asked = how.wishes is not None and how.wishes.metric is not None
     if isinstance(data, DataSource):
         dataset = _open(data, info, how, say)
-        images, labels = _load(dataset, how, say)
+        images, labels = _load(dataset, how, say, judged=not _chooses(info))
     else:
-        images, labels = _labelled(*data, asked=asked)
+        images, labels = data
         normalize = normalize or Normalization.parse("none")
+    if labels is not None and ((labels < 0).any() or not _chooses(info)):
+        labels = None
     made: list[Path] = []
     with ExitStack() as stack:
         if how.peers:
@@ -115,6 +124,7 @@ def run_bench(
             images=images,
             labels=labels,
             normalize=normalize,
+            outputs={**(info.outputs or {}), **how.outputs},
             timing=how.timing,
             progress=tell,
         )
@@ -131,12 +141,9 @@ def known_scale(info: FileInfo) -> Normalization | None:
     return Normalization.parse(info.normalize) if info.normalize else None
 
 
-def _labelled(images: Array, labels: Array, *, asked: bool) -> tuple[Array, Array | None]:
-    if (labels < 0).any() and asked:
-        return images, None
-    if (labels < 0).any():
-        raise UsageError("every image must come with its class id, which accuracy needs.")
-    return images, labels
+def _chooses(info: FileInfo) -> bool:
+    """Whether the files have a top-1, as far as they say."""
+    return not info.outputs or list(info.outputs.values()) == ["classes"]
 
 
 def float_beside(path: Path) -> Path | None:
@@ -147,9 +154,10 @@ def float_beside(path: Path) -> Path | None:
 
 def _known(paths: Sequence[Path]) -> FileInfo:
     """What the files say of themselves; where one is silent, the next is asked."""
-    infos = [asdict(file_info(path)) for path in paths]
-    fields = {key: next((i[key] for i in infos if i[key] is not None), None) for key in infos[0]}
-    return FileInfo(**fields)
+    infos = [file_info(path) for path in paths]
+    told = {f.name: [getattr(info, f.name) for info in infos] for f in fields(FileInfo)}
+    return FileInfo(**{name: next((v for v in vs if v is not None), None)
+                       for name, vs in told.items()})  # fmt: skip
 
 
 def _open(source: DataSource, info: FileInfo, how: Benching, say: Tell) -> DataSet | None:
@@ -157,6 +165,8 @@ def _open(source: DataSource, info: FileInfo, how: Benching, say: Tell) -> DataS
     name = source.data or info.data
     if name is None and how.wishes is not None and how.wishes.batches is not None:
         return None
+    if info.inputs and not source.data and name in (None, "none"):
+        name = "noise"
     if name is None:
         raise UsageError(
             "the files do not say which data they were made for. Name it with --data NAME, or "
@@ -165,26 +175,33 @@ def _open(source: DataSource, info: FileInfo, how: Benching, say: Tell) -> DataS
     say(f"data: {name}")
     if name == "none":
         return None
-    return open_data(name, root=source.root, size=info.input[1:] if info.input else None)
+    return open_data(name, root=source.root, size=info.input, takes=info.inputs)
 
 
-def _load(dataset: DataSet | None, how: Benching, say: Tell) -> tuple[Array | None, Array | None]:
-    """Test images and labels; no images without labels."""
+def _load(
+    dataset: DataSet | None, how: Benching, say: Tell, *, judged: bool
+) -> tuple[Samples | None, Array | None]:
+    """Images to measure on, and labels; without these agreement with the float file is measured.
+
+    `judged`: the network is no classifier, of which labels say nothing.
+    """
     if dataset is None:
         return None, None
-    if not dataset.labelled and how.wishes is not None and how.wishes.metric is not None:
-        picked = sample_indices(dataset.compared, how.limit or len(dataset.compared), how.seed)
-        return dataset.compared.read(picked), None
-    if not dataset.labelled:
-        say("they have no labels: accuracy is not measured")
-        return None, None
-    if not len(dataset.test):
+    split = dataset.test
+    if not dataset.labelled or judged:
+        why = "the network is no classifier" if judged else "they have no labels"
+        say(f"{why}: accuracy is not measured, but agreement with the float file is")
+        split = dataset.compared
+    elif not len(split):
         say("they are too few for a test split: accuracy is not measured")
         return None, None
-    if how.limit is None or how.limit >= len(dataset.test):
-        return load_arrays(dataset.test)
-    picked = sample_indices(dataset.test, how.limit, how.seed)
-    return dataset.test.read(picked), dataset.test.labels[picked]
+    labels = dataset.labelled and not judged
+    most = how.limit if labels else how.limit or COMPARED
+    if most is None or most >= len(split):
+        images, known = load_arrays(split)
+        return images, known if labels else None
+    picked = sample_indices(split, most, how.seed)
+    return split.read(picked), split.labels[picked] if labels else None
 
 
 def _peers(
@@ -203,6 +220,8 @@ def _peers(
             "normalized with --normalize."
         )
     images = dataset.train.read(sample_indices(dataset.train, CALIBRATION, seed))
+    if not isinstance(images, np.ndarray):
+        raise UsageError("--peers needs a network of images. Leave it out with --no-peers.")
     static, dynamic = folder / "ort-static.onnx", folder / "ort-dynamic.onnx"
     return [
         peer_tools.onnxruntime_static(reference, static, normalize.apply(images)),

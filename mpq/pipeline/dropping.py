@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 
-from torch import Tensor, nn
+from torch import nn
 
 from mpq.analyze.cost import Allocation
 from mpq.analyze.explain import allocation_policy
+from mpq.calls import Inputs
 from mpq.data import sample_indices
 from mpq.graph.ir import QuantGraph
 from mpq.graph.passes import prepare
@@ -16,7 +17,6 @@ from mpq.layers import Widths
 from mpq.pipeline.evaluating import evaluation
 from mpq.pipeline.subject import Subject
 from mpq.ptq import Effort, quantize_graph
-from mpq.train.evaluate import accuracy
 
 logger = logging.getLogger(__name__)
 CALIBRATION_IMAGES = 256
@@ -41,7 +41,7 @@ class DropMeter:
     def __init__(self, subject: Subject, graph: QuantGraph, *, relative: bool = False) -> None:
         data = subject.require_data("--max-drop")
         self.subject, self.graph, self.relative = subject, graph, relative
-        self.calibration: Tensor = subject.sample(CALIBRATION_IMAGES, 0, "--max-drop")
+        self.calibration = subject.sample(CALIBRATION_IMAGES, 0, "--max-drop")
         self.intervals: dict[int, tuple[float, float]] = {}
         self.judged = evaluation(subject, graph.outputs, MEASURED_IMAGES)
         if self.judged is not None:
@@ -51,13 +51,13 @@ class DropMeter:
         source = data.validation if len(data.validation) else data.train
         picked = sample_indices(source, MEASURED_IMAGES, 0)
         self.images, self.labels = subject.read(source, picked)
-        self.right = accuracy(subject.module, self.images, self.labels, subject.normalize)
+        self.right = subject.top1(subject.module, self.images, self.labels)
 
     def drop(self, allocation: Allocation) -> float:
         """What a configuration loses, in the metric's unit or percent; negative where it gains."""
         module = quantized(self.graph, allocation.widths, self.calibration)
         if self.judged is None:
-            found = accuracy(module, self.images, self.labels, self.subject.normalize)
+            found = self.subject.top1(module, self.images, self.labels)
             logger.info("%.2f effective bits: top-1 %.2f", allocation.effective_bits, found)
             return self._scaled(self.right - found)
         lost, name = (
@@ -75,14 +75,14 @@ class DropMeter:
 
 
 def quantized(
-    graph: QuantGraph, widths: Mapping[str, Widths], images: Tensor, *, effort: Effort = "good"
+    graph: QuantGraph, widths: Mapping[str, Widths], images: Inputs, *, effort: Effort = "good"
 ) -> nn.Module:
     """A configuration of a graph in stage `float`, quantized as `mpq ptq` does.
 
     Args:
         graph: stays as it is.
         widths: of weights and input activations of each layer.
-        images: normalized calibration images `[N, C, H, W]`.
+        images: normalized calibration images `[N, C, H, W]`, or inputs.
         effort: as `mpq.ptq.quantize_graph` takes it.
     """
     prepared = prepare(graph, allocation_policy(widths))

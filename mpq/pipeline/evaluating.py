@@ -9,15 +9,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mpq.calls import call
 from mpq.data import sample_indices
+from mpq.data.dataset import Samples
 from mpq.errors import DataError
 from mpq.graph.ir import QuantGraph
 from mpq.graph.outputs import classifier
 from mpq.outputs import Output
 from mpq.pipeline.measuring import Evaluation, Held, against
+from mpq.pipeline.samples import ask
 from mpq.pipeline.subject import Subject
-from mpq.train.evaluate import accuracy, evaluating
+from mpq.train.evaluate import evaluating
 
 VALIDATION_IMAGES = 500
 
@@ -44,7 +45,7 @@ def evaluation(
 
     def answer(inputs: Any) -> Any:
         with evaluating(subject.module):
-            return call(subject.module, inputs)
+            return ask(subject.module, inputs, subject.call)
 
     kinds = {name: output.kind for name, output in outputs.items()}
     return against(judging, batches, answer, kinds)
@@ -52,7 +53,7 @@ def evaluation(
 
 def _held_out(
     subject: Subject, metric: str, count: int | None
-) -> tuple[NDArray[Any], NDArray[np.int64] | None]:
+) -> tuple[Samples, NDArray[np.int64] | None]:
     """Validation images, or training images where there are none, and their class ids if any."""
     data = subject.data
     if data is None:
@@ -89,7 +90,7 @@ def _top1(graph: QuantGraph, subject: Subject) -> dict[str, Any]:
         return {"validation_top1": None}
     picked = sample_indices(validation, VALIDATION_IMAGES, 0)
     images, labels = subject.read(validation, picked)
-    return {"validation_top1": accuracy(graph.module, images, labels, subject.normalize)}
+    return {"validation_top1": subject.top1(graph.module, images, labels)}
 
 
 def measured(metrics: Mapping[str, Any]) -> str:

@@ -7,8 +7,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from torch import Tensor
-
 from mpq import files, origins, rundir
 from mpq.calls import Inputs
 from mpq.data import DataSource, Normalization, sample_indices
@@ -203,8 +201,8 @@ def export_float(subject: Subject, path: Path, **ends: Unpack[Asked]) -> Path:
     return written
 
 
-def held_out(subject: Subject, count: int, seed: int) -> Tensor | None:
-    """A seeded sample of the images to compare on, normalized; None without data or for none."""
+def held_out(subject: Subject, count: int, seed: int) -> Inputs | None:
+    """A seeded sample of what to compare on, as `Subject.tensor`; None without data or for none."""
     if subject.data is None or count == 0:
         return None
     source = subject.data.compared

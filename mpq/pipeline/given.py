@@ -1,15 +1,15 @@
 """What a stage works on, given as values: a network, and data in any form that PyTorch users have.
 
 Data may be what `--data` names, a `DataSet`, a torch `DataLoader`, a `Dataset`, an iterable of
-batches, or a tensor. A batch is a tensor, a tuple that begins with one, or a dict; class ids that
-come with the images are their labels, anything else is not looked at. What is needed is read once
-and kept in memory, as floats that the network takes.
+batches, or a tensor. A batch is a tensor, a tuple that begins with what the network takes, or a
+dict of it; class ids that come with it are labels, anything else is not looked at. What is needed
+is read once and kept in memory, as the network takes it.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
+from torch.utils.data import DataLoader, Dataset
 
-from mpq.batch import INPUTS, LABELS
+from mpq.calls import Inputs
 from mpq.checkpoint import load_model, weights_hash
 from mpq.data import DataSet, DataSource, Normalization, open_data
+from mpq.data.batches import INPUTS, LABELS
 from mpq.data.dataset import ArraySplit
 from mpq.data.normalize import NAMED
 from mpq.errors import DataError
+from mpq.pipeline.anything import BATCH, Wanted, batches_of, called, of_any, peeked
 from mpq.pipeline.measuring import Batches, judging_of, opened
 from mpq.pipeline.subject import GIVEN, Subject, normalized, open_checkpoint
 from mpq.pipeline.wishes import Wishes
@@ -33,22 +35,6 @@ from mpq.policy import ModelInfo
 from mpq.train.evaluate import evaluating
 
 Data = str | Path | DataSet | Tensor | Dataset[Any] | Iterable[Any]
-BATCH = 64
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What is read of data given as values.
-
-    Args:
-        count: to work on; None: all there are.
-        held_out: further ones to measure on, where there are no data for that.
-        seed: of the choice among the items of a `Dataset`.
-    """
-
-    count: int | None = 512
-    held_out: int = 500
-    seed: int = 0
 
 
 def given(
@@ -58,7 +44,8 @@ def given(
     *,
     validation: Data | None = None,
     normalize: str = "",
-    example: Tensor | None = None,
+    example: Inputs | None = None,
+    outputs: Mapping[str, str] | None = None,
 ) -> Subject:
     """A network and its data as a stage takes them.
 
@@ -69,13 +56,28 @@ def given(
         validation: what is measured on. None: items of `data` that are not worked on.
         normalize: what has been done to the images, as `--normalize`; images by name are normalized
             so. Empty: unknown.
-        example: a batch `[N, C, H, W]`, needed without data.
+        example: a batch `[N, C, H, W]`, or inputs (`mpq.calls`), needed without data.
+        outputs: kinds of outputs by name; of others the kind is proposed.
 
     Raises:
         DataError: data of another form, or none where an example is needed.
         CheckpointError: a checkpoint that cannot be read.
+        GraphError: an example that does not fit the network's signature.
     """
-    info = None
+    found = _given(model, data, wanted, validation=validation, normalize=normalize, example=example)
+    return replace(found, outputs=dict(outputs or {}))
+
+
+def _given(
+    model: nn.Module | str | Path,
+    data: Data | None,
+    wanted: Wanted,
+    *,
+    validation: Data | None,
+    normalize: str,
+    example: Inputs | None,
+) -> Subject:
+    info, call = None, None
     if not isinstance(model, nn.Module):
         if data is None or isinstance(data, str | Path):
             how = Normalization.parse(normalize) if normalize else None
@@ -83,8 +85,18 @@ def given(
             return open_checkpoint(Path(model), DataSource(named), normalize=how)
         loaded, checkpoint = load_model(Path(model)), os.path.relpath(model)
         model, info = loaded.module, loaded.info.replace(checkpoint=checkpoint)
+        call = loaded.call
     if isinstance(data, str | Path | DataSet) and str(data) != "none":
         return _named(model, info, data, normalize)
+    if data is not None and not isinstance(data, str | Path):
+        first, data = peeked(data, wanted.seed)
+        first = first if example is None else example
+        call = call or (None if first is None else called(model, first))
+    elif example is not None:
+        call = call or called(model, example)
+    if call is not None:
+        return of_any(call, info, data, validation, wanted)
+    assert example is None or isinstance(example, Tensor)
     read = None
     if data is not None and not isinstance(data, str | Path):
         read = _read(data, validation, wanted)
@@ -214,7 +226,7 @@ def gather(data: Any, count: int | None, seed: int) -> Arrays:
         DataError: no items, or no images `[N, C, H, W]` of floats.
     """
     images, labels, found = [], [], 0
-    for batch in _batches(data, count, seed):
+    for batch in batches_of(data, count, seed):
         one, of = _parts(batch)
         images.append(one)
         labels.append(of)
@@ -228,26 +240,6 @@ def gather(data: Any, count: int | None, seed: int) -> Arrays:
         )
     planes = torch.cat(images)[:count].permute(0, 2, 3, 1)
     return np.ascontiguousarray(planes.numpy(), np.float32), torch.cat(labels)[:count].numpy()
-
-
-def _batches(data: Any, count: int | None, seed: int) -> Iterator[Any]:
-    """Batches of data in any form."""
-    if isinstance(data, Tensor):
-        return iter([data])
-    if isinstance(data, IterableDataset):
-        return iter(DataLoader(data, batch_size=BATCH))
-    if isinstance(data, Dataset):
-        total = len(data)  # type: ignore[arg-type]
-        order = torch.randperm(total, generator=torch.Generator().manual_seed(seed)).tolist()
-        picked = order if count is None else order[:count]
-        chunks = (picked[i : i + BATCH] for i in range(0, len(picked), BATCH))
-        return (default_collate([data[i] for i in chunk]) for chunk in chunks)
-    if isinstance(data, Iterable):
-        return iter(data)
-    raise DataError(
-        "data must be a DataLoader, a Dataset, an iterable of batches, a tensor, or a name as "
-        f"--data takes it. Got {type(data).__name__}."
-    )
 
 
 def _parts(batch: Any) -> tuple[Tensor, Tensor]:

@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from mpq.batch import described, inputs_of, moved
-from mpq.calls import call, formed, leaves
+from mpq.calls import Inputs, call, formed, leaves
 from mpq.data import Normalization
+from mpq.data.dataset import Samples, length, rows
 from mpq.errors import DataError, UsageError
 from mpq.metrics.builtin import agreement, kinds_of
 from mpq.metrics.given import Decode, decoded_by, metric_of
@@ -106,15 +107,16 @@ def batches_of(name: str) -> Batches:
 class Held:
     """Held-out images and class ids as batches; tuples of an input and, where known, labels."""
 
-    images: NDArray[Any]
+    images: Samples
     labels: NDArray[np.int64] | None
-    prepare: Callable[[NDArray[Any]], Tensor]
+    prepare: Callable[[Samples], Inputs]
 
     def __iter__(self) -> Iterator[Any]:
-        pixels = self.images.shape[1] * self.images.shape[2]
+        images = isinstance(self.images, np.ndarray)
+        pixels = self.images.shape[1] * self.images.shape[2] if images else 1
         step = max(1, min(BATCH, CACHED_PIXELS // pixels))
-        for at in range(0, len(self.images), step):
-            inputs = self.prepare(self.images[at : at + step])
+        for at in range(0, length(self.images), step):
+            inputs = self.prepare(rows(self.images, slice(at, at + step)))
             if self.labels is None:
                 yield (inputs,)
             else:

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from mpq.capture.network import Network
 from mpq.data.cache import cache_folder, trim
 from mpq.errors import PolicyError, UsageError
 from mpq.export import runtime
@@ -49,6 +50,7 @@ def profile_module(
     module: nn.Module,
     size: tuple[int, int, int],
     *,
+    call: Network | None = None,
     threads: int = 1,
     batch: int = 1,
     again: bool = False,
@@ -60,6 +62,7 @@ def profile_module(
     Args:
         module: the float network.
         size: channels, height and width of an image.
+        call: an example call, of a network that takes anything else.
         threads: threads inside an operation.
         batch: images at a time.
         again: measure even if there is one.
@@ -70,7 +73,7 @@ def profile_module(
         GraphError: the network cannot be traced.
         ExportError: it cannot be exported.
     """
-    graph = to_float(module, torch.zeros(2, *size))
+    graph = to_float(module, call or torch.zeros(2, *size))
     path = cache_folder() / f"profile-{_key(graph, size, threads, batch)}.json"
     if path.is_file() and not again:
         try:

@@ -12,12 +12,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from mpq import files, origins, rundir
+from mpq.calls import count
 from mpq.data import DataSource
 from mpq.errors import CheckpointError, UsageError
 from mpq.graph.annotate import make_dynamic
 from mpq.graph.ir import QuantGraph
 from mpq.graph.norms import absorb_norms, attach_norms
+from mpq.graph.outputs import stated
 from mpq.graph.passes import prepare
+from mpq.outputs import settle as settle_outputs
 from mpq.pipeline.evaluating import measured, validate
 from mpq.pipeline.subject import Subject, policy_subject, settle
 from mpq.pipeline.teaching import LossFunction, lessons
@@ -65,6 +68,15 @@ class Quantized(Shown):
     def module(self) -> nn.Module:
         """The network itself, to be called or trained on."""
         return self.graph.module
+
+    def judged_as(self, kinds: Mapping[str, str]) -> Quantized:
+        """The same, some of its outputs being of other kinds; raises as `mpq.outputs.settle`."""
+        if not kinds:
+            return self
+        graph = self.graph.copy()
+        graph.outputs = settle_outputs(graph.outputs, kinds)
+        graph.policy = self.policy.replace(outputs=stated(graph.outputs))
+        return replace(self, graph=graph)
 
     def to_json(self) -> dict[str, Any]:
         """What was measured on the way."""
@@ -137,7 +149,7 @@ def run_ptq(
         "stage": "ptq",
         "calibration": settings.method,
         "effort": settings.effort,
-        "images": len(images),
+        "images": count(images),
         "seed": run.seed,
         "equalized": sum(not pair.reason for pair in pairs),
         "dynamic": sum(c.dynamic for c in policy.resolve(list(floats.layers)).values()),

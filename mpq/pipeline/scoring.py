@@ -37,7 +37,7 @@ def scores_of(
 
     Args:
         graph: in stage `float`.
-        images: normalized; None for data-free scores.
+        images: normalized, or inputs; None for data-free scores.
         labels: of the images, for the metrics that compare with them; for a loss the whole batch.
         how: how to score.
         run: its `sensitivity.json` is looked into before the cache; without a folder nothing is

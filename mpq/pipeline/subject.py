@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from mpq import zoo
+from mpq.calls import Inputs
 from mpq.capture.network import Network
 from mpq.checkpoint import Loaded, Reading, open_model
 from mpq.data import (
@@ -23,17 +24,18 @@ from mpq.data import (
     open_data,
     sample_indices,
 )
-from mpq.data.dataset import Split
+from mpq.data.dataset import Labels, Samples, Split
 from mpq.data.normalize import NAMED
-from mpq.errors import CheckpointError, DataError, PolicyError
+from mpq.errors import DataError, PolicyError
 from mpq.graph.ir import QuantGraph
 from mpq.graph.passes import to_float
+from mpq.inputs import Shape
+from mpq.pipeline.loading import example_call, load_architecture, load_weights
 from mpq.pipeline.measuring import Batches, Judging
 from mpq.pipeline.proposing import propose_normalization
+from mpq.pipeline.samples import as_inputs, logits_of
 from mpq.policy import ModelInfo, Policy
-from mpq.train.evaluate import predict
-from mpq.trusted import is_name
-from mpq.zoo.whole import is_whole
+from mpq.train.evaluate import accuracy, predict, top1
 
 logger = logging.getLogger(__name__)
 _NEUTRAL = NAMED["none"]
@@ -48,11 +50,13 @@ class Subject:
     Where the images of `data` have no labels, what the network itself answers stands in for them:
     accuracy is then agreement with the network before it was changed. `unlabelled` are more images
     to train on, of which only teachers speak. `call` is an example call, of a network that takes
-    anything but one batch of images. `judging` is how answers are judged, where top-1 will not do,
-    and `batches` are the user's own, to learn from by a loss of theirs.
+    anything but one batch of images; its data are arrays by name of input. `outputs` are the kinds
+    of outputs that were given by name (`mpq.outputs`); others are proposed. `judging`
+    is how answers are judged, where top-1 will not do, and `batches` are the user's own, to learn
+    from by a loss of theirs.
 
     Raises:
-        DataError: the network does not take images of three channels, and there are data.
+        DataError: images, of a network that takes something else.
     """
 
     module: nn.Module
@@ -64,18 +68,14 @@ class Subject:
     call: Network | None = None
     judging: Judging | None = None
     batches: Batches | None = None
+    outputs: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.data is not None and self.call is not None:
+        if self.data is not None and self.data.pixels and self.call is not None:
             raise DataError(
-                f"{self.info.arch} must take one batch of images to be given {self.data_name}. Its "
-                f"example call has {list(self.call.inputs)}. Give --data none."
-            )
-        if self.data is not None and self.data_name != GIVEN and self.info.input[0] != 3:
-            raise DataError(
-                f"{self.info.arch} must take images of 3 channels, as {self.data_name} has. It "
-                f"takes {self.info.input[0]}. Give --data none, or a factory whose network takes "
-                "RGB and converts it in its first step (`x.mean(1, keepdim=True)` for grey)."
+                f"{self.info.arch} must take one batch of images to be given {self.data_name}. It "
+                f"takes {', '.join(self.call.specs)}. Give a .npz file with an array for each, a "
+                "module:factory of such batches, or --data noise."
             )
 
     def graph(self) -> QuantGraph:
@@ -83,8 +83,10 @@ class Subject:
 
         Raises:
             GraphError: the network cannot be traced.
+            UsageError: an output or a kind that there is not.
         """
-        return to_float(self.module, self.call or torch.zeros(2, *self.info.input))
+        example = self.call or torch.zeros(2, *self.info.input)
+        return to_float(self.module, example, self.outputs)
 
     def require_data(self, purpose: str) -> DataSet:
         """The data set.
@@ -95,11 +97,11 @@ class Subject:
         if self.data is None:
             raise DataError(
                 f"{purpose} needs images, but --data is none. Name a data set with --data: "
-                "digits, cifar10, cifar100, a folder, a zip, or module:factory."
+                "digits, cifar10, cifar100, a folder, a zip, a .npz, module:factory, or noise."
             )
         return self.data
 
-    def held_out(self) -> tuple[NDArray[np.uint8], NDArray[np.int64]] | None:
+    def held_out(self) -> tuple[Samples, Labels] | None:
         """Images and labels to choose by, or None where training takes all there are.
 
         Raises:
@@ -108,7 +110,7 @@ class Subject:
         split = self.require_data("validation").validation
         return self.arrays(split) if len(split) else None
 
-    def learned(self) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    def learned(self) -> tuple[Samples, Labels]:
         """Images and labels to train on; -1 where there is no label.
 
         Raises:
@@ -120,26 +122,38 @@ class Subject:
         more, _ = load_arrays(self.unlabelled)
         return np.concatenate([images, more]), np.concatenate([labels, np.full(len(more), -1)])
 
-    def arrays(self, split: Split) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    def arrays(self, split: Split) -> tuple[Samples, Labels]:
         """All images and labels of a split of the data."""
         images, labels = load_arrays(split)
         return images, self._labels(images, labels)
 
-    def read(
-        self, split: Split, picked: NDArray[np.int64]
-    ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    def read(self, split: Split, picked: NDArray[np.int64]) -> tuple[Samples, Labels]:
         """Some images and labels of a split of the data."""
         images = split.read(picked)
         return images, self._labels(images, split.labels[picked])
 
-    def _labels(self, images: NDArray[np.uint8], labels: NDArray[np.int64]) -> NDArray[np.int64]:
+    def _labels(self, images: Samples, labels: Labels) -> Labels:
         if self.data is None or self.data.labelled:
             return labels
-        answered: NDArray[np.int64] = predict(self.module, images, self.normalize).argmax(1).numpy()
+        if isinstance(images, np.ndarray):
+            logits = predict(self.module, images, self.normalize)
+        else:
+            logits = logits_of(self.module, self.tensor(images), self.call)
+        answered: Labels = logits.argmax(1).numpy()
         return answered
 
-    def sample(self, count: int, seed: int, purpose: str) -> Tensor:
-        """A seeded sample of the training split, normalized `[count, C, H, W]`.
+    def top1(self, module: nn.Module, images: Samples, labels: Labels) -> float:
+        """Percent of samples, as `read` gives them, that a module puts into their class.
+
+        Raises:
+            DataError: it is no classifier.
+        """
+        if isinstance(images, np.ndarray):
+            return accuracy(module, images, labels, self.normalize)
+        return top1(logits_of(module, self.tensor(images), self.call), labels)
+
+    def sample(self, count: int, seed: int, purpose: str) -> Inputs:
+        """A seeded sample of the training split, as `tensor` gives it.
 
         Raises:
             DataError: there are no data.
@@ -147,14 +161,14 @@ class Subject:
         train = self.require_data(purpose).train
         return self.tensor(train.read(sample_indices(train, count, seed)))
 
-    def labelled(self, split: Split, count: int, seed: int) -> tuple[Tensor, Tensor]:
-        """A seeded sample of a split: normalized `[count, C, H, W]`, and labels `[count]`."""
+    def labelled(self, split: Split, count: int, seed: int) -> tuple[Inputs, Tensor]:
+        """A seeded sample of a split, as `tensor` gives it, and labels `[count]`."""
         images, labels = self.read(split, sample_indices(split, count, seed))
         return self.tensor(images), torch.from_numpy(labels)
 
-    def tensor(self, images: NDArray[np.uint8]) -> Tensor:
-        """Normalized float images `[N, C, H, W]` of uint8 `[N, H, W, C]`."""
-        return torch.from_numpy(self.normalize.apply(images))
+    def tensor(self, images: Samples) -> Inputs:
+        """Inputs as the network takes them: images normalized `[N, C, H, W]`, others as is."""
+        return as_inputs(images, self.normalize, self.call)
 
 
 def open_checkpoint(
@@ -165,7 +179,8 @@ def open_checkpoint(
     weights: str | None = None,
     normalize: Normalization | None = None,
     trust_pickle: bool = False,
-    input_shape: tuple[int, ...] | None = None,
+    input_shape: Shape | None = None,
+    outputs: Mapping[str, str] | None = None,
 ) -> Subject:
     """Open a checkpoint with its data.
 
@@ -176,7 +191,9 @@ def open_checkpoint(
         weights: which of several in the file, as `mpq.checkpoint.Reading`.
         normalize: how images are normalized; None: as the file says, else what is proposed.
         trust_pickle: run the code inside the file if it has some.
-        input_shape: `(C, H, W)` or `(H, W)` of the images; None: what the network is meant for.
+        input_shape: `(C, H, W)` or `(H, W)` of the images, or inputs by name (`mpq.inputs`); None:
+            what the network is meant for.
+        outputs: kinds of outputs by name; of others the kind is proposed.
 
     Raises:
         CheckpointError: the file cannot be read or matched.
@@ -184,7 +201,8 @@ def open_checkpoint(
         UsageError: the normalization is neither known nor can be proposed.
     """
     reading = Reading(arch, None, weights, input_shape, trust_pickle)
-    return subject_of(open_model(path, reading), path, source, normalize=normalize)
+    found = subject_of(open_model(path, reading), path, source, normalize=normalize)
+    return replace(found, outputs=dict(outputs or {}))
 
 
 def subject_of(
@@ -195,7 +213,7 @@ def subject_of(
     normalize: Normalization | None = None,
 ) -> Subject:
     """What was read from a checkpoint, with its data. Raises as `open_checkpoint`."""
-    name = source.data or loaded.data
+    name = source.data or loaded.data or ("noise" if loaded.call else "")
     if not name:
         raise DataError(
             f"{path} does not say which data it was trained on. Name them with --data (digits, "
@@ -203,11 +221,11 @@ def subject_of(
             "--data none: scores are then the SQNR of the weights alone."
         )
     info = loaded.info
-    data = _data(name, source, info)
+    data = _data(name, source, loaded)
     _tell_unlabelled(data, name)
     if info.checkpoint:
         info = info.replace(checkpoint=os.path.relpath(path))
-    more = source.more(info.input[1:])
+    more = source.more(info.input)
     subject = Subject(loaded.module, info, data, name, _NEUTRAL, more, loaded.call)
     return normalized(subject, normalize)
 
@@ -217,24 +235,30 @@ def normalized(subject: Subject, normalize: Normalization | None) -> Subject:
     if normalize is None and subject.info.normalize:
         normalize = Normalization.parse(subject.info.normalize)
     if normalize is None:
-        if subject.data is None:
+        if subject.data is None or not subject.data.pixels:
             return subject  # it stays unknown until data are there to propose it
         normalize = propose_normalization(subject.module, subject.info, subject.data)
     info = subject.info.replace(normalize=str(normalize))
     return replace(subject, normalize=normalize, info=info)
 
 
-def _data(name: str, source: DataSource, info: ModelInfo) -> DataSet | None:
+def _data(name: str, source: DataSource, loaded: Loaded) -> DataSet | None:
     if name == "none":
         return None
-    data = open_data(name, root=source.root, size=info.input[1:], holdout=source.holdout)
+    info, takes = loaded.info, None if loaded.call is None else loaded.call.specs
+    data = open_data(name, root=source.root, size=info.input, holdout=source.holdout, takes=takes)
+    if data.labelled and not data.pixels:  # what classes arrays lack is not known
+        names = tuple(map(str, range(max(info.classes, len(data.classes)))))
+        data = replace(data, classes=names)
     if data.labelled:
         data.require_classes(info.classes)
     return data
 
 
 def _tell_unlabelled(data: DataSet | None, name: str) -> None:
-    if data is not None and not data.labelled:
+    if name == "noise":
+        logger.warning("there are no data: ranges and scores are those of noise, which is rough")
+    elif data is not None and not data.labelled:
         logger.warning(
             "data %s have no labels: right is what the network answers before it is quantized", name
         )
@@ -269,14 +293,25 @@ def policy_subject(
         raise PolicyError(
             f"{where} must name the model that it is for (key `model`). `mpq analyze` writes it."
         )
-    name = source.data or policy.data.name
     if module is not None and not weights:
-        loaded = Loaded(module, info)
+        loaded = Loaded(module, info, call=example_call(module, info))
     else:
-        load = _load_weights if weights else _load_architecture
+        load = load_weights if weights else load_architecture
         loaded = load(info, where, trust_pickle)
-    data, more = _data(name, source, info), source.more(info.input[1:])
-    subject = Subject(loaded.module, info, data, name, _NEUTRAL, more, loaded.call)
+    name = source.data or policy.data.name
+    if loaded.call is not None and not source.data and name == "none":
+        name = "noise"
+    data, more = _data(name, source, loaded), source.more(info.input)
+    subject = Subject(
+        loaded.module,
+        info,
+        data,
+        name,
+        _NEUTRAL,
+        more,
+        loaded.call,
+        outputs=dict(policy.outputs),
+    )
     if weights:
         _tell_unlabelled(subject.data, name)
     return normalized(subject, None) if weights or info.normalize else subject
@@ -286,53 +321,3 @@ def settle(policy: Policy, subject: Subject) -> Policy:
     """A policy that names the data and the normalization that were in fact used."""
     data = policy.data.replace(name=subject.data_name)
     return policy.replace(model=subject.info, data=data)
-
-
-def find_checkpoint(info: ModelInfo, policy_path: Path) -> Path:
-    """Where a policy's checkpoint lies: seen from here, from the policy, or from above it.
-
-    Raises:
-        PolicyError: the policy names none.
-        CheckpointError: it is in none of these places.
-    """
-    if not info.checkpoint:
-        raise PolicyError(f"{policy_path} must name its checkpoint (key `model.checkpoint`).")
-    # A policy in runs/NAME names its checkpoint as seen from the folder above runs.
-    places = [Path(), *policy_path.absolute().parents]
-    found = next((p / info.checkpoint for p in places if (p / info.checkpoint).exists()), None)
-    if found is None:
-        raise CheckpointError(
-            f"the checkpoint {info.checkpoint} that {policy_path} was made for does not exist "
-            f"(looked in the working directory, {policy_path.parent} and above). Put it there, or "
-            "edit model.checkpoint."
-        )
-    return found
-
-
-def _load_weights(info: ModelInfo, policy_path: Path, trust_pickle: bool) -> Loaded:
-    brought = not info.checkpoint and is_name(info.arch)
-    found = Path(info.arch) if brought else find_checkpoint(info, policy_path)
-    arch = None if brought else info.arch
-    reading = Reading(arch, info.classes, info.weights, info.input, trust_pickle)
-    loaded = open_model(found, reading)
-    digest = loaded.info.sha256
-    if info.sha256 and digest != info.sha256:
-        raise PolicyError(
-            f"{policy_path} was made for other weights than those in {found}: sha256 must be "
-            f"{info.sha256[:12]}..., got {digest[:12]}.... Run `mpq analyze {found}` again, or "
-            "remove model.sha256 from the policy to use it all the same."
-        )
-    return loaded
-
-
-def _load_architecture(info: ModelInfo, policy_path: Path, trust_pickle: bool) -> Loaded:
-    """The network that a policy was made for; its weights are of no account."""
-    if info.checkpoint:
-        try:
-            found = find_checkpoint(info, policy_path)
-        except CheckpointError:
-            found = None  # what has a name can be built without it
-        if found and (is_whole(found) or trust_pickle):
-            reading = Reading(info.arch, None, info.weights, info.input, trust_pickle)
-            return open_model(found, reading)
-    return Loaded(zoo.build(info.arch, info.classes, in_channels=info.input[0]), info)

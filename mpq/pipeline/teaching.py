@@ -7,9 +7,11 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from mpq.data import load_arrays
+from mpq.data import DataSet, load_arrays
+from mpq.data.dataset import rows
 from mpq.errors import DataError, UsageError
 from mpq.graph.ir import QuantGraph
 from mpq.graph.outputs import classifier
@@ -18,6 +20,7 @@ from mpq.pipeline.guard import check_teacher
 from mpq.pipeline.subject import Subject
 from mpq.pipeline.training import training_data
 from mpq.train.plan import Judge, TrainingData, TrainingPlan
+from mpq.train.recipe import Recipe
 from mpq.train.task import Task
 
 LossFunction = Callable[[Any, Any], Tensor]
@@ -41,13 +44,14 @@ def lessons(
     if judged is not None:
         metric = judged.metric
         plan = replace(plan, judge=Judge(metric.name, judged.value, metric.higher))
-    plain = classifier(graph.outputs) and loss is None and subject.batches is None
+    arrays = subject.batches is None and (subject.data is None or subject.data.pixels)
+    plain = classifier(graph.outputs) and loss is None and arrays
     if plain and (plan.teacher is not None or (subject.data and subject.data.labelled)):
         check_teacher(plan.teacher, subject.info)
         return plan, training_data(subject)
     task = _task(graph, subject, plan, loss)
-    data = _data(subject, task)
-    if classifier(graph.outputs) and subject.data is not None:
+    data = _data(subject, task, plan)
+    if classifier(graph.outputs) and subject.data is not None and subject.data.pixels:
         data = replace(data, validation=subject.held_out())
     return replace(plan, task=task, teacher=None, answers=None), data
 
@@ -70,11 +74,24 @@ def _task(
     return Task(kinds, member.module, loss, other, member.name)
 
 
-def _data(subject: Subject, task: Task) -> TrainingData:
+def _batches(subject: Subject, data: DataSet, recipe: Recipe) -> list[Any]:
+    """What is given as arrays by name of input, in batches with class ids where they are known."""
+    samples, labels = load_arrays(data.train)
+    found = []
+    for at in range(0, max(len(labels) - recipe.batch + 1, 1), recipe.batch):
+        part = slice(at, at + recipe.batch)
+        inputs = subject.tensor(rows(samples, part))
+        found.append((inputs, torch.from_numpy(labels[part])) if data.labelled else (inputs,))
+    return found
+
+
+def _data(subject: Subject, task: Task, plan: TrainingPlan) -> TrainingData:
     """Batches of the user's own, or all training images; classes where they are known."""
     if subject.batches is not None:
         return TrainingData(None, None, subject.normalize, subject.batches.train)
     data = subject.require_data("qat")
+    if not data.pixels:
+        return TrainingData(None, None, subject.normalize, _batches(subject, data, plan.recipe))
     images, labels = load_arrays(data.train)
     if not data.labelled:
         labels = np.full(len(images), -1)

@@ -6,7 +6,7 @@ And without that network: are its integers, in the runtime, those of the integer
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +16,17 @@ from numpy.typing import NDArray
 from mpq import origins
 from mpq.data import DataSource, Normalization, open_data, sample_indices
 from mpq.errors import DataError, UsageError
-from mpq.export import bench, foreign, runtime
+from mpq.export import foreign, runtime
 from mpq.export.exact import ExactReport, verify_exact
 from mpq.export.feeds import takes_images
+from mpq.export.fileinfo import file_info
 from mpq.export.meta import from_metadata
 from mpq.export.onnx_file import verify_file
 from mpq.export.portability import Portability, portability
 from mpq.export.verify import VerifyReport
 from mpq.pipeline.exporting import held_out
 from mpq.pipeline.quantizing import Quantized
+from mpq.policy import Policy
 from mpq.targets import get_target
 
 logger = logging.getLogger(__name__)
@@ -37,6 +39,7 @@ def verify_run(
     images: int = 1000,
     seed: int = 0,
     target: str | None = None,
+    outputs: Mapping[str, str] | None = None,
 ) -> VerifyReport:
     """Compare a file with its quantized network, as the export did.
 
@@ -46,6 +49,7 @@ def verify_run(
         images: test images (fewer if there are fewer).
         seed: of the sample.
         target: where it is to be judged; None: where its policy says.
+        outputs: kinds of outputs by name, over those that the file was judged by.
 
     Raises:
         DataError: there are no images to compare on.
@@ -55,15 +59,16 @@ def verify_run(
     if not path.is_file():
         raise UsageError(f"{path} does not exist; `mpq export` writes model.onnx.")
     found.subject.require_data("verification")
-    _check_origin(found, path)
+    policy = _check_origin(found, path)
+    judged = found.judged_as({} if policy is None else policy.outputs).judged_as(outputs or {})
     sample = held_out(found.subject, images, seed)
     if sample is None:
         raise DataError("verification needs at least one image. Got --num-verify 0.")
-    return verify_file(found.graph, path, sample, target)
+    return verify_file(judged.graph, path, sample, target)
 
 
-def _check_origin(found: Quantized, path: Path) -> None:
-    """Refuse a file that says it was made from another network.
+def _check_origin(found: Quantized, path: Path) -> Policy | None:
+    """The policy in a file; refuse one that says it was made from another network.
 
     Raises:
         UsageError: it does.
@@ -79,7 +84,7 @@ def _check_origin(found: Quantized, path: Path) -> None:
     policy = from_metadata(runtime.metadata(runtime.session(path)), str(path))
     of_file, of_network = policy and policy.model, found.policy.model
     if of_file is None or of_network is None:
-        return
+        return policy
     keys = ("arch", "classes", "input", "sha256")
     differ = [k for k in keys if getattr(of_file, k) != getattr(of_network, k)]
     if differ:
@@ -88,6 +93,7 @@ def _check_origin(found: Quantized, path: Path) -> None:
             f"{path} was made from another network than the one it is compared with: "
             f"{', '.join(listed)}. Name the one that it was made from with --from."
         )
+    return policy
 
 
 def exact_run(
@@ -163,7 +169,7 @@ def _batch(
     path: Path, loaded: runtime.Session, source: DataSource, count: int, seed: int
 ) -> tuple[NDArray[Any], NDArray[Any] | None]:
     """Test images as the file takes them, and labels; noise and none where nothing is known."""
-    info, takes = bench.file_info(path, loaded), runtime.model_input(loaded)
+    info, takes = file_info(path, loaded), runtime.model_input(loaded)
     count = takes.batch or count
     name = source.data or info.data or "none"
     if name != "none":

@@ -17,13 +17,16 @@ EXACT_DB = 999.0
 def bench_table(rows: Sequence[Json]) -> Grid:
     """Model files side by side: `rows` are the lines of `bench.jsonl`."""
     metric = next((row["metric"] for row in rows if "metric" in row), None)
+    compared = any("agreement" in row for row in rows)
+    judged = {"agreement": 2, "sqnr_db": 1} if compared else {"top1": 2}
+    named = ("#agreement", "#dB") if compared else ("#top-1",)
     besides = () if metric is None else (f"#{metric}", "?#lost, 95 %")
-    heads = columns("file", "#bytes", "#top-1", *besides, "#ms", "?#p10..p90", "#speed", "#MB")
+    heads = columns("file", "#bytes", *named, *besides, "#ms", "?#p10..p90", "#speed", "#MB")
     body = [
         (
             row["file"],
             f"{row['bytes']:,}",
-            fixed(row["top1"], 2),
+            *(fixed(row.get(key), places) for key, places in judged.items()),
             *(() if metric is None else _judged(row)),
             fixed(row["latency_ms"]["median"], 3),
             f"{row['latency_ms']['p10']:.2f}..{row['latency_ms']['p90']:.2f}",
@@ -47,6 +50,9 @@ def _bench_note(rows: Sequence[Json]) -> str:
     threads = ", ".join(str(t) for t in sorted({r["threads"] for r in rows}))
     batch = ", ".join(str(b) for b in sorted({r["batch"] for r in rows}))
     accuracy = f"top-1 in percent of {images} images; " if images else ""
+    if compared := max((r.get("compared", 0) for r in rows), default=0):
+        accuracy = (f"agreement in percent, and dB, with the answers of the float file to "
+                    f"{compared:,} samples; ")  # fmt: skip
     return (
         f"{accuracy}ms per batch of {batch}, threads: {threads}; "
         f"speed: median over rounds of float/this; MB: peak memory of a process of its own"

@@ -36,19 +36,19 @@ def send(values: NDArray[Any], device: torch.device) -> Tensor:
 
 
 def to_unit(images: Tensor) -> Tensor:
-    """Float32 `[B, 3, H, W]` in 0..1 of uint8 `[B, H, W, 3]`; floats `[B, H, W, C]` as they are."""
+    """Float32 `[B, C, H, W]` in 0..1 of uint8 `[B, H, W, C]`; floats `[B, H, W, C]` as they are."""
     planes = images.permute(0, 3, 1, 2).contiguous()
     return planes if planes.is_floating_point() else planes.float().div_(255)
 
 
 def normalize_unit(images: Tensor, normalize: Normalization) -> Tensor:
-    """`(x - mean) / std` per channel of images `[B, 3, H, W]` in 0..1.
+    """`(x - mean) / std` per channel of images `[B, C, H, W]` in 0..1.
 
     `none` leaves images of any number of channels as they are.
     """
     if normalize == NAMED["none"]:
         return images.clone()  # a network may write into what it is given
-    mean, std = _constants(normalize, images.device)
+    mean, std = _constants(normalize.of(images.shape[1]), images.device)
     return (images - mean) / std
 
 
@@ -75,7 +75,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def predict(
     model: nn.Module, images: Images, normalize: Normalization, *, batch: int = 250
 ) -> Tensor:
-    """Logits `[n, C]`, float32 on the CPU, of images `[n, H, W, 3]`, on the model's device.
+    """Logits `[n, C]`, float32 on the CPU, of images `[n, H, W, C]`, on the model's device.
 
     Raises:
         DataError: images of another shape or type, or a network that is no classifier.
@@ -157,14 +157,13 @@ def check_images(images: Images, labels: Labels | None = None, *, partial: bool 
     """Refuse what the loop and the evaluation cannot take.
 
     Raises:
-        DataError: not uint8 `[n, H, W, 3]`, nor float32 `[n, H, W, C]` as a network takes it, with
+        DataError: not uint8 `[n, H, W, C]`, nor float32 `[n, H, W, C]` as a network takes it, with
             n >= 1; or labels that are not int `[n]`, >= 0 (or,
             with `partial`, -1).
     """
-    pixels = images.shape[-1] == 3 and images.dtype == np.uint8
-    if images.ndim != 4 or not (pixels or images.dtype == np.float32) or not len(images):
+    if images.ndim != 4 or images.dtype not in (np.uint8, np.float32) or not len(images):
         raise DataError(
-            "images must be uint8 [n, H, W, 3], or float32 [n, H, W, C] as the network takes them, "
+            "images must be uint8 [n, H, W, C], or float32 [n, H, W, C] as the network takes them, "
             "with at least one image. "
             f"Got {images.dtype} {list(images.shape)}."
         )

@@ -9,18 +9,20 @@
 A factory is called with `classes=` (or `num_classes=`) and `in_channels=` as far as its signature
 names them, and its module is looked for in the working directory first. An attribute
 `input_size = (C, H, W)` on it, if there is one, says what images it wants; else the network is
-asked, and (3, 32, 32) is assumed where it does not say either.
+asked, and (3, 32, 32) is assumed where it does not say either. Other sizes, such as `(C, L)`, are
+those of its first argument, and `input_size = {"image": (3, 64, 64), "ids": "77:int64"}` says all.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
 from mpq.errors import UsageError, nearest
+from mpq.inputs import InputSpec
 from mpq.userimport import import_callable, working_directory
 from mpq.zoo import libraries
 from mpq.zoo.architectures import ARCHITECTURES, INPUT_SIZE
@@ -83,11 +85,32 @@ def stated_size(arch: str) -> tuple[int, int, int] | None:
         side = libraries.torchvision_side(name)
         channels, height, width = 3, side, side
     else:
-        size = getattr(import_callable(arch, "--model", UsageError), "input_size", None)
-        if size is None:
+        size = _stated(arch)
+        if not isinstance(size, Sequence) or len(size) != 3:
             return None
         channels, height, width = size
     return int(channels), int(height), int(width)
+
+
+def stated_inputs(arch: str) -> dict[str, InputSpec] | None:
+    """What a factory says that its network takes; None for images, and for other architectures.
+
+    Raises:
+        UsageError: it says so in another form.
+    """
+    size = None if ":" not in arch or _split(arch)[0] else _stated(arch)
+    if size is None or (isinstance(size, Sequence) and len(size) == 3):
+        return None
+    named = size if isinstance(size, Mapping) else {"": size}
+    return {str(name): InputSpec.parse(_sizes(spec)) for name, spec in named.items()}
+
+
+def _stated(arch: str) -> Any:
+    return getattr(import_callable(arch, "--model", UsageError), "input_size", None)
+
+
+def _sizes(spec: Any) -> str:
+    return spec if isinstance(spec, str) else ",".join(map(str, spec))
 
 
 def shaped(size: tuple[int, ...] | None, otherwise: tuple[int, int, int]) -> tuple[int, int, int]:

@@ -10,19 +10,21 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from mpq._torchfile import is_exported
+from mpq.calls import described
 from mpq.capture.exported import open_exported
 from mpq.capture.network import Network
 from mpq.errors import CheckpointError, UsageError
+from mpq.inputs import Shape
 from mpq.trusted import is_name
 from mpq.zoo.architectures import INPUT_SIZE
-from mpq.zoo.builder import build, shaped, stated_size
+from mpq.zoo.builder import build, shaped, stated_inputs, stated_size
 from mpq.zoo.fitting import Recognized
 from mpq.zoo.folder import open_folder
 from mpq.zoo.libraries import NAMES, declared_input
 
 
 def open_whole(
-    path: Path, arch: str | None, classes: int | None, size: tuple[int, ...] | None
+    path: Path, arch: str | None, classes: int | None, takes: Shape | None
 ) -> Recognized | None:
     """The network under a path that is one by itself; None for a file of weights.
 
@@ -30,10 +32,12 @@ def open_whole(
         path: a folder of transformers or timm, a `.pt2` program, or `package.module:factory`.
         arch: an architecture that was named beside it.
         classes: outputs to ask a factory for; 10 if None.
-        size: `(C, H, W)` or `(H, W)` of its images; None: what it is meant for.
+        takes: `(C, H, W)` or `(H, W)` of its images, or its inputs by name; None: what it is meant
+            for.
 
     Raises:
-        CheckpointError: it cannot be read, or does not run on such images.
+        CheckpointError: it cannot be read, or does not run on such inputs.
+        GraphError: inputs that do not fit its signature.
         UsageError: a factory that fails or may not be imported; an architecture without weights.
     """
     if path.is_dir():
@@ -46,6 +50,9 @@ def open_whole(
         return None
     if arch not in (None, found.arch):
         raise UsageError(f"{path} says what it is: {found.arch}. Give it without --model {arch}.")
+    if takes and not isinstance(takes, tuple):
+        found = replace(found, call=Network.of_specs(found.network, takes))
+    size = takes if isinstance(takes, tuple) else None
     return _asked(found, path, shaped(size, found.input))
 
 
@@ -71,9 +78,10 @@ def _made(name: str, arch: str | None, classes: int | None) -> Recognized:
             f"{name} is an architecture, and its weights must come from a file: give the file, and "
             f"--model {name}. Only a factory of your own may bring its weights along."
         )
-    module = build(name, classes or 10)
+    module, inputs = build(name, classes or 10), stated_inputs(name)
+    call = Network.of_specs(module, inputs) if inputs else None
     size = stated_size(name) or declared_input(module) or (3, *INPUT_SIZE)
-    return Recognized(module, name, 1, size)
+    return Recognized(module, name, 1, size, call=call)
 
 
 @torch.no_grad()
@@ -85,7 +93,7 @@ def _asked(found: Recognized, path: Path, size: tuple[int, int, int]) -> Recogni
     except Exception as error:
         first = str(error).strip().partition("\n")[0]
         raise CheckpointError(
-            f"{path} must run on an input of {list(size)}, but fails: {first}. Give the shape that "
+            f"{path} must run on {described(call.inputs)}, but fails: {first}. Give the shape that "
             "it was made for with --input-shape; a .pt2 must be exported with a dynamic batch, "
             "dynamic_shapes=({0: torch.export.Dim.AUTO},)."
         ) from error
