@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from mpq import rundir, zoo
-from mpq.checkpoint import Reading, load_safe, loaded_from, open_model, save_model
+from mpq.checkpoint import Reading, open_model, save_model
 from mpq.data import DataSet, DataSource, Normalization, load_arrays, open_data
 from mpq.errors import DataError
 from mpq.pipeline.guard import check_teacher
@@ -18,7 +18,7 @@ from mpq.pipeline.subject import Subject, subject_of
 from mpq.policy import ModelInfo
 from mpq.processes import leading
 from mpq.rundir import Run
-from mpq.train.ensemble import Ensemble, Member, bundled, measure, member_of, save_ensemble
+from mpq.train.ensemble import Ensemble, Member, measure, member_of, read_teacher, save_ensemble
 from mpq.train.loop import FitResult, fit
 from mpq.train.plan import Hooks, TrainingData, TrainingPlan
 from mpq.train.resume import CHECKPOINT
@@ -124,18 +124,19 @@ def build_ensemble(
     members: list[Member] = []
     name, how = source.data or "", how or Reading()
     for path in paths:
-        content = load_safe(path, trust_pickle=how.trust_pickle)
-        found, known = bundled(path, content)
-        if not found:
-            subject = subject_of(loaded_from(content, path, how), path, source, normalize=normalize)
-            found = [member_of(path, subject.module, subject.info, normalize=subject.normalize)]
-            known = subject.data_name
-        members += found
+        found = read_teacher(path, how)
+        if isinstance(found, tuple):
+            ensemble, known = found
+            members += ensemble.members
+        else:
+            subject = subject_of(found, path, source, normalize=normalize)
+            info, known = subject.info, subject.data_name
+            members.append(member_of(path, subject.module, info, normalize=subject.normalize))
         name = name or known
     ensemble = Ensemble(members)
     if not name or name == "none":
         raise DataError("teachers are measured on images. Name a data set with --data.")
-    data = open_data(name, root=source.root, size=(members[0].input or (3, 32, 32))[1:])
+    data = open_data(name, root=source.root, size=members[0].input or (3, 32, 32))
     data.require_classes(members[0].classes)
     images, labels = load_arrays(data.validation)
     return measure(ensemble, images, labels), data, name

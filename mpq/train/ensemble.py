@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mpq.checkpoint import Reading, load_safe, loaded_from
+from mpq.checkpoint import Loaded, Reading, load_safe, loaded_from, open_model
 from mpq.data import Normalization
 from mpq.errors import CheckpointError, MpqError
 from mpq.policy import ModelInfo
@@ -28,7 +28,9 @@ from mpq.train.evaluate import (
     predict_units,
     top1,
 )
+from mpq.trusted import is_name
 from mpq.zoo import build
+from mpq.zoo.whole import is_whole
 
 KIND = Kind("mpq/ensemble", 1, "be an ensemble that mpq wrote.")
 
@@ -45,6 +47,8 @@ class Member:
         arch: zoo or torchvision name or `module:factory`; needed only for saving.
         classes: number of logits; needed only for saving.
         input: `(channels, height, width)`; images of another size are resized for it.
+        source: its file or folder, where that alone can build it: it must still be there when the
+            ensemble is read.
     """
 
     name: str
@@ -54,6 +58,7 @@ class Member:
     arch: str = ""
     classes: int = 0
     input: tuple[int, int, int] | None = None
+    source: str = ""
 
 
 class Ensemble(nn.Module):
@@ -139,6 +144,7 @@ def save_ensemble(path: Path, ensemble: Ensemble, *, data: str = "") -> None:
             "normalize": str(m.normalize),
             "top1": m.top1,
             "state": {k: v.detach().cpu() for k, v in m.module.state_dict().items()},
+            **({"source": m.source} if m.source else {}),
         }
         for m in ensemble.members
     ]
@@ -149,40 +155,43 @@ def load_ensemble(path: Path, *, normalize: str = "", how: Reading | None = None
     """Read an ensemble, or a single model as an ensemble of one.
 
     Args:
-        path: `ens.pth`, or any checkpoint that `mpq.checkpoint.load_model` reads.
+        path: `ens.pth`, or anything that `mpq.checkpoint.load_model` reads.
         normalize: for a single model: its normalization, if the file does not carry it.
         how: for a single model: its architecture, and what of the file is taken.
 
     Raises:
         CheckpointError: a missing, damaged or foreign file; the message names the member.
     """
-    how = how or Reading()
+    found = read_teacher(path, how or Reading())
+    return found[0] if isinstance(found, tuple) else _single(path, found, normalize)
+
+
+def read_teacher(path: Path, how: Reading) -> tuple[Ensemble, str] | Loaded:
+    """An `ens.pth` and the data it was measured on, or any other network.
+
+    Args:
+        path: a file or folder, or `package.module:factory`.
+        how: any other network is read.
+
+    Raises as `load_ensemble`.
+    """
+    if is_whole(path) or (is_name(str(path)) and not path.exists()):
+        return open_model(path, how)
     content = load_safe(path, trust_pickle=how.trust_pickle)
     if not KIND.marks(content):
-        return _single(path, content, normalize, how)
-    return _bundle(path, content)
-
-
-def bundled(path: Path, content: Any) -> tuple[Sequence[Member], str]:
-    """The members of an `ens.pth` and the data it was measured on; none if it is another file.
-
-    `content` is what `load_safe` read from `path`. Raises as `load_ensemble`.
-    """
-    if not KIND.marks(content):
-        return (), ""
-    return _bundle(path, content).members, str(content.get("data", ""))
+        return loaded_from(content, path, how)
+    return _bundle(path, content), str(content.get("data", ""))
 
 
 def _bundle(path: Path, content: dict[str, Any]) -> Ensemble:
     entries = KIND.checked(content, path).get("members")
     if not isinstance(entries, list) or not entries:
         raise CheckpointError(f"{path}: members must be a list with at least one entry.")
-    members = [_member(entry, f"{path}: member {i}") for i, entry in enumerate(entries)]
+    members = [_member(entry, path, f"{path}: member {i}") for i, entry in enumerate(entries)]
     return Ensemble(members, top1=content.get("top1"))
 
 
-def _single(path: Path, content: Any, normalize: str, how: Reading) -> Ensemble:
-    loaded = loaded_from(content, path, how)
+def _single(path: Path, loaded: Loaded, normalize: str) -> Ensemble:
     info = loaded.info
     normalize = normalize or info.normalize
     if not normalize:
@@ -212,12 +221,25 @@ def member_of(
         arch=info.arch,
         classes=info.classes,
         input=info.input,
+        source=str(path) if is_whole(path) else "",
     )
 
 
-def _member(entry: Any, where: str) -> Member:
+def _built(entry: Any, path: Path) -> nn.Module:
+    """The network of a member, by its name or from its own file."""
+    classes, size = int(entry["classes"]), tuple(entry["input"])
+    if not entry.get("source"):
+        return build(entry["arch"], classes, in_channels=size[0])
+    source = Path(entry["source"])
+    near = path.parent / source.name
+    return open_model(
+        source if source.exists() else near, Reading(None, classes, input=size)
+    ).module
+
+
+def _member(entry: Any, path: Path, where: str) -> Member:
     try:
-        module = build(entry["arch"], int(entry["classes"]), in_channels=entry["input"][0])
+        module = _built(entry, path)
         module.load_state_dict(entry["state"])
         bad = [k for k, v in module.state_dict().items() if not bool(v.isfinite().all())]
         if bad:
@@ -231,6 +253,7 @@ def _member(entry: Any, where: str) -> Member:
             arch=entry["arch"],
             classes=int(entry["classes"]),
             input=(channels, height, width),
+            source=str(entry.get("source", "")),
         )
     except (MpqError, KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
