@@ -164,7 +164,20 @@ def _export(qg: QuantGraph, free: tuple[str, ...]) -> ir.Model:
         ) from error
     assert program is not None
     common.InlinePass()(program.model)
+    _check_free(program.model, qg.inputs, axes_of(example, free))
     return program.model
+
+
+def _check_free(model: ir.Model, inputs: tuple[str, ...], axes: list[dict[int, str]]) -> None:
+    """Refuse a file that holds sizes of the example: the exporter gives in where it must."""
+    for value, name, own in zip(model.graph.inputs, inputs, axes, strict=True):
+        for dim, size in own.items():
+            if value.shape is not None and isinstance(value.shape[dim], int):
+                raise ExportError(
+                    f"the {size} of input {name} must be free but the network holds it at "
+                    f"{value.shape[dim]}: a step counts on it, such as splitting what was "
+                    "concatenated along the batch. Write that step with slices of x.shape."
+                )
 
 
 @contextlib.contextmanager

@@ -246,6 +246,13 @@ def test_norms_that_cannot_be_folded_stay():
     torch.testing.assert_close(graph.module(images()), model(images()))
 
 
+def test_a_network_that_needs_a_batch_is_refused():
+    flat = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    model = nn.Sequential(flat, nn.BatchNorm1d(4, track_running_stats=False), nn.Linear(4, 2))
+    with pytest.raises(GraphError, match=r"answer to one sample .* track_running_stats=True"):
+        to_float(model.eval(), images())
+
+
 def test_a_norm_behind_a_matrix_product_is_folded():
     model = nn.Sequential(nn.Flatten(), nn.Linear(432, 6), nn.BatchNorm1d(6)).eval()
     nn.init.normal_(model[2].running_mean, generator=torch.Generator().manual_seed(0))

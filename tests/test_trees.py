@@ -16,7 +16,7 @@ import mpq
 from mpq import Policy
 from mpq.calls import call, flat, leaves, take
 from mpq.capture.network import Network
-from mpq.errors import GraphError, UsageError
+from mpq.errors import ExportError, GraphError, UsageError
 from mpq.export import float_to_onnx, runtime, to_onnx
 from mpq.graph.ir import QuantGraph
 
@@ -50,6 +50,20 @@ class Net(nn.Module):
 class TwoInputs(Net):
     def forward(self, image: Tensor, depth: Tensor, scale: float = 1.0) -> Tensor:
         return self.pooled(self.a(image) + self.depth(depth)) * scale
+
+
+class Halves(Net):
+    """Two images through one encoder, one behind the other."""
+
+    def forward(self, image: Tensor, other: Tensor) -> Tensor:
+        first, second = torch.chunk(self.a(torch.cat([image, other])), 2)
+        return self.pooled(first + second)
+
+
+class Parts(Net):
+    def forward(self, image: Tensor, other: Tensor) -> Tensor:
+        first, second = self.a(torch.cat([image, other])).split(image.shape[0])
+        return self.pooled(first + second)
 
 
 class Optional(Net):
@@ -121,6 +135,7 @@ CASES: dict[str, tuple[nn.Module, Any, list[str], list[str]]] = {
     "keywords": (
         TwoInputs(), {"depth": DEPTH, "image": IMAGE}, ["depth", "image"], ["output"]
     ),
+    "halves": (Halves(), (IMAGE, pictures(4)[:, :3]), ["image", "other"], ["output"]),
     "left out": (Optional(), IMAGE, ["input"], ["output"]),
     "optional": (Optional(), {"image": IMAGE, "depth": DEPTH}, ["image", "depth"], ["output"]),
     "nested": (
@@ -295,6 +310,11 @@ def test_sizes_that_the_example_decided_cannot_be_free(
         to_onnx(graph, tmp_path / "m.onnx", images=IMAGE, dynamic=["height", "width"])
     assert not (tmp_path / "m.onnx").exists()
     assert to_onnx(graph, tmp_path / "m.onnx", images=IMAGE).verification is not None
+
+
+def test_a_batch_that_the_network_holds_is_refused(tmp_path: Path):
+    with pytest.raises(ExportError, match=r"batch of input image must be free .* holds it at 2"):
+        float_to_onnx(mpq.to_float(Parts(), (IMAGE[:2], IMAGE[2:4])), tmp_path / "m.onnx")
 
 
 def test_a_network_of_one_size_has_no_free_sizes(tmp_path: Path):

@@ -2,7 +2,8 @@
 
 Nothing works in place; dropout and identity go; functional convolutions and matrix products of
 parameters become modules; a module that is called several times gets one copy per call (sharing its
-parameters), so that a node and a module path are the same thing; global means become
+parameters), so that a node and a module path are the same thing; halves of a batch become slices;
+global means become
 `AdaptiveAvgPool2d(1)`, the form for which a runtime has an integer kernel; average pooling in ceil
 mode counts as runtimes do; gated activations become
 gate and product.
@@ -11,6 +12,7 @@ gate and product.
 from __future__ import annotations
 
 import copy
+import operator
 from collections import Counter
 from typing import cast
 
@@ -33,6 +35,7 @@ def normalize(qg: QuantGraph) -> int:
         _positional_inputs,
         _drop_identities,
         functional_layers,
+        _halves_of_a_batch,
         _split_shared,
         _global_means,
         ceil_pools,
@@ -65,6 +68,34 @@ def _drop_identities(qg: QuantGraph) -> int:
             qg.module.graph.erase_node(node)
             count += 1
     return count
+
+
+def _halves_of_a_batch(qg: QuantGraph) -> int:
+    """`chunk(x, 2, 0)` parts what was concatenated along the batch: by slices, at any batch size.
+
+    The exporter holds chunks at the sizes of the example.
+    """
+    graph, count = qg.module.graph, 0
+    for node in list(graph.nodes):
+        if node.target not in (torch.chunk, "chunk") or _chunked(node) != (2, 0):
+            continue
+        if any(user.target is not operator.getitem for user in node.users):
+            continue
+        with graph.inserting_before(node):
+            size = graph.call_method("size", (node.args[0], 0))
+            half = graph.call_function(operator.floordiv, (size, 2))
+            for user in list(node.users):
+                rows = slice(half, None) if user.args[1] in (1, -1) else slice(None, half)
+                user.args = (node.args[0], rows)
+        graph.erase_node(node)
+        count += 1
+    return count
+
+
+def _chunked(node: fx.Node) -> tuple[object, object]:
+    """Number of chunks, and their dimension."""
+    given = dict(zip(("chunks", "dim"), node.args[1:], strict=False)) | dict(node.kwargs)
+    return given.get("chunks"), given.get("dim", 0)
 
 
 def _split_shared(qg: QuantGraph) -> int:

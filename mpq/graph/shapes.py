@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from mpq.calls import arguments, described, take
+from mpq.calls import arguments, call, described, take
 from mpq.errors import GraphError
 from mpq.graph.ir import QuantGraph
 
@@ -23,9 +23,25 @@ def run_example(qg: QuantGraph, interpreter: fx.Interpreter) -> Any:
             return interpreter.run(*arguments(qg.module, take(qg.example, slice(1))))
     except Exception as error:
         shapes, why = described(qg.example), str(error).partition("\n")[0]
+        if _runs(qg):
+            raise GraphError(
+                f"the model must answer to one sample but runs on several only: {why}. A norm that "
+                "takes the statistics of the batch in eval mode too needs running ones: build it "
+                "with track_running_stats=True, and train."
+            ) from error
         raise GraphError(
             f"the model must run on {shapes} but fails: {why}. Give the shape that it was made for."
         ) from error
+
+
+@torch.no_grad()
+def _runs(qg: QuantGraph) -> bool:
+    """Whether the graph runs on the whole example."""
+    try:
+        call(qg.module, qg.example)
+    except Exception:
+        return False
+    return True
 
 
 def shapes(qg: QuantGraph) -> dict[str, torch.Size]:
