@@ -298,7 +298,7 @@ def _type(value: dict[str, Any]) -> str:
         return f"always {value['const']}"
     if value.get("type") == "array":
         inner = value.get("items") or value.get("prefixItems", [{}])[0]
-        return f"a list, each {_type(inner)}"
+        return f"a list: {_type(inner)}"
     if "pattern" in value:
         return "a number format"
     names = {"string": "text", "boolean": "true or false", "object": "a mapping",
