@@ -25,10 +25,13 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from coverage_table import group_of, rows, table
 from networks import NETWORKS
 from torch import Tensor, nn
 
@@ -38,7 +41,7 @@ from mpq.calls import Inputs, leaves, take
 from mpq.capture.capture import capture
 from mpq.capture.network import Network
 from mpq.errors import MpqError
-from mpq.export import runtime, to_onnx
+from mpq.export import to_onnx
 from mpq.graph.ir import QuantGraph
 from mpq.hooks import hooked
 from mpq.outputs import settle
@@ -46,18 +49,19 @@ from mpq.pipeline.sizing import sized
 from mpq.quant.operation import LAYERS
 
 IMAGES, VERIFIED = 8, 4
-EFFECTIVE_BITS = 6.0
+EFFECTIVE_BITS = 6
 SHIFT = 0.3
 """Mean of the batch norms' shifts: most values pass the ReLU, as in trained networks."""
 Row = dict[str, Any]
 
 
-def network(name: str) -> Network:
+def network(name: str, noise: Callable[..., Tensor] = torch.rand) -> Network:
     """A network in eval mode on noise, whose batch norms hold the statistics of what they see."""
     torch.manual_seed(0)
     made = NETWORKS[name]()
     made.module.eval()
-    made = made.map(_more) if _runs(made.map(_more)) else made
+    more = made.map(partial(_more, noise=noise))
+    made = more if _runs(more) else made
     for parameter in made.module.parameters():
         if parameter.is_floating_point() and parameter.min() == parameter.max():
             parameter.data += 0.02 * torch.randn_like(parameter)  # zeros and ones, before training
@@ -84,18 +88,34 @@ def _runs(made: Network) -> bool:
     return True
 
 
-def _more(tensor: Tensor) -> Tensor:
+def _more(tensor: Tensor, noise: Callable[..., Tensor]) -> Tensor:
     """As many samples as are looked at, of noise where that has a meaning."""
     if tensor.is_floating_point():
-        return torch.rand(IMAGES, *tensor.shape[1:])
+        return noise(IMAGES, *tensor.shape[1:])
     return tensor[torch.arange(IMAGES) % len(tensor)]
 
 
+def _coarse(*shape: int) -> Tensor:
+    """Noise of a few large patches: pictures differ more than their pixels do."""
+    if len(shape) != 4:
+        return torch.rand(*shape)
+    patches = nn.functional.interpolate(torch.rand(*shape[:2], 5, 5), shape[2:], mode="bilinear")
+    return 0.8 * patches + 0.2 * torch.rand(*shape)
+
+
 def measure(name: str, path: Path) -> Row:
-    """The line of one network: as far as it comes, and what stops it."""
+    """The line of one network; on coarse noise where it amplifies single steps on white noise."""
+    row = _measured(name, path, torch.rand)
+    if "no layer alone" in row.get("reason", ""):
+        row = _measured(name, path, _coarse) | {"noise": "coarse"}
+    return row
+
+
+def _measured(name: str, path: Path, noise: Callable[..., Tensor]) -> Row:
+    """As far as a network comes, and what stops it."""
     begin, row = time.process_time(), {"network": name, "captured": False, "verified": False}
     try:
-        made = network(name)
+        made = network(name, noise)
         row["params"] = sum(p.numel() for p in made.module.parameters())
         _through(made, path, row)
     except ImportError as error:
@@ -176,7 +196,7 @@ def _export(graph: QuantGraph, path: Path, images: Inputs, row: Row) -> None:
     except MpqError as error:
         if "does not answer" not in str(error):
             raise
-        row["reason"] = str(error)[:400]
+        row["reason"] = str(error)[:600]
         made = to_onnx(graph, path)
     row["written"] = made.bytes
     row["integer"] = sum(layer.integer for layer in made.certificate.layers)
@@ -201,12 +221,6 @@ def by_size(names: list[str], sizes: Path) -> list[str]:
             known[name] = 20_000_000
     sizes.write_text(json.dumps(known))
     return sorted(names, key=lambda name: known[name])
-
-
-def rows(out: Path) -> dict[str, Row]:
-    """What is measured, the last of each network."""
-    lines = out.read_text().splitlines() if out.is_file() else []
-    return {row["network"]: row for row in map(json.loads, lines)}
 
 
 def run_all(
@@ -252,104 +266,7 @@ def _in_a_process(name: str, limits: dict[str, float], more: Any) -> Row:
     return row | {"reason": f"status {done.returncode}: {last[:300]}"}
 
 
-# -- table -----------------------------------------------------------------------------------------
-
-_HEAD = f"""# From any network to a verified file
-
-Networks with random weights on noise: captured, scored, {EFFECTIVE_BITS:g} effective bits of 8
-and 4, min-max ranges, rounding to nearest, one ONNX file that is certified and verified. Made by
-`benchmarks/coverage.py`, which goes on where it stopped; networks with the fewest parameters come
-first. Groups that are not in `benchmarks/networks.py` were given with `--more`.
-
-*Captured*: nothing of it was left unopened. *Verified*: file and simulation agree on {VERIFIED}
-inputs, with the runtime's optimizations and without, and no layer alone is more than a step off.
-*All integer*: every layer that the target can run as integers does. *Within 1 %*: bytes of the
-file, predicted before it was quantized and written in the end. Maps and sequences of logits are
-compared as quantities, as untrained ones choose nothing but ties.
-"""
-
-
-def table(out: Path) -> str:
-    """The rows as Markdown: a line a group, what did not come through, a line a network."""
-    found = {n: row for n, row in rows(out).items() if "missing" not in row}
-    groups: dict[str, list[Row]] = {}
-    for name, row in found.items():
-        groups.setdefault(group_of(name), []).append(row)
-    of = {group: sum(group_of(n) == group for n in NETWORKS) for group in groups}
-    absent = [name for name in NETWORKS if name not in found]
-    lines = [
-        f"{_HEAD}\nonnxruntime {runtime.version()}, torch {torch.__version__}.\n",
-        "| group | networks | measured | captured | verified | all integer | within 1 % |",
-        "|---" * 7 + "|",
-        *(_group(group, max(of[group], len(own)), own) for group, own in groups.items()),
-        _group("all", sum(of.values()), list(found.values())),
-        "\n## What did not come through\n",
-        *(_complaints(found[name]) for name in sorted(found) if _wrong(found[name])),
-        f"\nNot measured: {', '.join(absent) or 'none'}.",
-        "\n## Network by network\n",
-        "*Agree*: equal choices, or SQNR in dB where there is no choice. *Step*: the most that a "
-        "layer alone is off.\n",
-        "| network | millions | integer | agree | step | predicted | written | off |",
-        "|---" * 8 + "|",
-        *(_line(found[name]) for name in sorted(found)),
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def _group(name: str, count: int, own: list[Row]) -> str:
-    through = [r for r in own if "written" in r]
-    kept = (
-        len(own),
-        sum(r["captured"] for r in own),
-        sum(r["verified"] for r in own),
-        sum(r["integer"] >= r["could"] for r in through),
-        sum(abs(_off(r)) <= 0.01 for r in through),
-    )
-    return f"| {name} | {count} | {' | '.join(map(str, kept))} |"
-
-
-def _wrong(row: Row) -> list[str]:
-    """What is short of the whole way, in words."""
-    words = [_short(row.get("reason", ""))] if not (row["captured"] and row["verified"]) else []
-    if row.get("islands"):
-        words += [
-            f"`{path}` is kept as it is: {_short(why)}" for path, why in row["islands"].items()
-        ]
-    if "written" in row and row["integer"] < row["could"]:
-        words.append(f"{row['integer']} of {row['could']} layers run as integers")
-    if "written" in row and abs(_off(row)) > 0.01:
-        words.append(f"bytes are {_off(row):+.1%} off")
-    return words
-
-
-def _complaints(row: Row) -> str:
-    return f"- {row['network']}: {'; '.join(_wrong(row))}"
-
-
-def _short(text: str) -> str:
-    """A reason without the folders of this computer, in a line."""
-    words = [w.rpartition("/")[2] if w.startswith("/") else w for w in text.split()]
-    return " ".join(words)[:300]
-
-
-def _off(row: Row) -> float:
-    return float(row["predicted"] / row["written"] - 1)
-
-
-def _line(row: Row) -> str:
-    begin = f"| {row['network']} | {row.get('params', 0) / 1e6:.2f} | "
-    if "written" not in row:
-        return f"{begin}- | - | - | - | - | - |"
-    agree = "-" if row.get("sqnr_db") is None else f"{row['sqnr_db']:.0f} dB"
-    agree = agree if row["agreement"] is None else f"{row['agreement']:.0%}"
-    sizes = f"{row['predicted']:,} | {row['written']:,} | {_off(row):+.1%}"
-    step = row.get("own_step", "-")
-    return f"{begin}{row['integer']} of {row['could']} | {agree} | {step} | {sizes} |"
-
-
-def group_of(name: str) -> str:
-    """The part of a name before the colon."""
-    return name.partition(":")[0]
+# -- command ---------------------------------------------------------------------------------------
 
 
 def _add(path: str | None) -> None:
@@ -376,7 +293,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             print(json.dumps(measure(args.measure, Path(folder) / "model.onnx")))
     elif args.table:
-        print(table(args.out), end="")
+        print(table(rows(args.out), list(NETWORKS)), end="")
     else:
         limits = {"limit": args.limit, "minutes": args.minutes, "memory_gb": args.memory_gb}
         run_all(args.out, args.only, again=args.again, limits=limits, more=args.more)

@@ -215,12 +215,10 @@ def _inside(proto: onnx.ModelProto, layers: list[onnx.NodeProto], cpu: Target) -
         return {}
     # A policy that names no target was for the computer that made the file, which may be another.
     named = "target" in policy.model_fields_set
-    names = [node.name for node in layers]
+    names, constants = [node.name for node in layers], constant_roots(proto.graph)
     choices = policy.resolve(names) if named else policy.choices(names)
-    return {
-        node.name: _Asked(choices[node.name], cpu.support(choices[node.name], operation_of(node)))
-        for node in layers
-    }
+    operations = {node.name: operation_of(node, constants) for node in layers}
+    return {n: _Asked(choices[n], cpu.support(choices[n], operations[n])) for n in names}
 
 
 def _row(

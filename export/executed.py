@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Container
 from dataclasses import dataclass
 
 import onnx
@@ -66,10 +67,11 @@ def constant_roots(graph: onnx.GraphProto) -> dict[str, onnx.TensorProto]:
     return roots
 
 
-def operation_of(node: onnx.NodeProto) -> Operation:
+def operation_of(node: onnx.NodeProto, constants: Container[str] = ()) -> Operation:
     """What a matrix node computes, as `Target.support` asks for it."""
+    constant = all(name in constants for name in node.input if name)
     if "Conv" not in node.op_type:
-        return Operation("linear")
+        return Operation("linear", constant=constant)
     attributes = {a.name: a for a in node.attribute}
     steps = {name: max(attributes[name].ints, default=1) if name in attributes else 1
              for name in ("strides", "dilations")}  # fmt: skip
@@ -78,6 +80,7 @@ def operation_of(node: onnx.NodeProto) -> Operation:
         grouped="group" in attributes and attributes["group"].i > 1,
         strided=steps["strides"] > 1,
         dilated=steps["dilations"] > 1,
+        constant=constant,
     )
 
 

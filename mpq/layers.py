@@ -42,12 +42,14 @@ class Operation:
         grouped: whether channels are apart in groups.
         strided: whether it steps by more than one anywhere.
         dilated: whether its kernel's positions are further apart than one anywhere.
+        constant: whether it reads no input of the network, so that a runtime computes it at load.
     """
 
     kind: LayerKind
     grouped: bool = False
     strided: bool = False
     dilated: bool = False
+    constant: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +68,7 @@ class LayerInfo:
         grouped: as of `Operation`, like the following.
         strided: see there.
         dilated: see there.
+        constant: see there.
     """
 
     name: str
@@ -79,11 +82,12 @@ class LayerInfo:
     grouped: bool = False
     strided: bool = False
     dilated: bool = False
+    constant: bool = False
 
     @property
     def operation(self) -> Operation:
         """What it computes, without its sizes."""
-        return Operation(self.kind, self.grouped, self.strided, self.dilated)
+        return Operation(self.kind, self.grouped, self.strided, self.dilated, self.constant)
 
     @property
     def params(self) -> int:

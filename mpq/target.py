@@ -186,6 +186,8 @@ class Target:
         if activation is None or activation > widest:
             known = f"{widest} bits or fewer"
             return f"the input is not quantized to {known}, so no integer kernel applies"
+        if operation is not None and operation.constant:
+            return "it reads no input of the network: the runtime computes it once, at load"
         gaps = (gap for gap in self.gaps if operation is not None and gap.covers(operation))
         return next((gap.reason for gap in gaps), "")
 

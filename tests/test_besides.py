@@ -118,6 +118,33 @@ def test_tables_places_and_products_of_activations_are_named(
     assert certify(tmp_path / "model.onnx").integer_macs_fraction == made.integer_macs_fraction
 
 
+class Placed(nn.Module):
+    """Adds a bias by place that a small network computes from a table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Conv2d(3, 16, 3, padding=1), nn.Linear(16, 4)
+        self.first, self.last = nn.Linear(2, 8), nn.Linear(8, 16)
+        self.register_buffer("table", torch.rand(16, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = self.last(self.first(self.table).relu()).t().reshape(1, 16, 4, 4)
+        return self.head((self.body(x) + bias).relu().mean((2, 3)))
+
+
+def test_layers_that_read_no_input_stay_in_float_with_the_reason(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    images = torch.rand(4, 3, 4, 4)
+    graph = graph_of(Placed(), images)
+    assert [n for n, info in graph.layers.items() if info.constant] == ["first", "last"]
+    found = exported(graph, images, tmp_path).certificate
+    for certificate in (found, certify(tmp_path / "model.onnx")):
+        rows = {row.name: row for row in certificate.layers}
+        assert [n for n, row in rows.items() if row.integer] == ["body", "head"]
+        assert "reads no input of the network" in rows["first"].reason
+        assert not certificate.broken()
+
+
 BIG: dict[str, nn.Module] = {
     "reflect": nn.Conv2d(16, 64, 3, padding=1, padding_mode="reflect"),
     "circular": nn.Conv2d(16, 64, 3, padding=1, padding_mode="circular"),

@@ -172,6 +172,11 @@ def _layer_json(layer: LayerInfo) -> dict[str, Any]:
 
 
 def _layer(data: Mapping[str, Any]) -> LayerInfo:
-    older = {"grouped", "strided", "dilated"} - data.keys()  # than these facts of a layer
+    older = {
+        "grouped",
+        "strided",
+        "dilated",
+        "constant",
+    } - data.keys()  # than these facts of a layer
     fields = {f.name: data[f.name] for f in dataclasses.fields(LayerInfo) if f.name not in older}
     return LayerInfo(**{**fields, "weight_shape": tuple(fields["weight_shape"])})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 
 from torch import Tensor, fx, nn
 
@@ -35,9 +36,21 @@ def describe(qg: QuantGraph) -> int:
         answer = run_example(qg, run := _Exact(qg.module))
     if not found:
         raise GraphError("the model has no Conv or Linear layer, so there is nothing to quantize.")
-    qg.layers, qg.exact = found, frozenset(run.found)
+    constant = _constant(qg.module.graph)
+    qg.layers = {n: replace(info, constant=n in constant) for n, info in found.items()}
+    qg.exact = frozenset(run.found)
     qg.outputs = find_outputs(qg, answer)
     return len(found)
+
+
+def _constant(graph: fx.Graph) -> set[str]:
+    """Paths of the modules that read no input of the network, such as one on a table of places."""
+    fed: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.op == "placeholder" or not fed.isdisjoint(node.all_input_nodes):
+            fed.add(node)
+    return {str(node.target) for node in graph.nodes if node.op == "call_module"
+            and node not in fed}  # fmt: skip
 
 
 class _Exact(fx.Interpreter):

@@ -29,6 +29,9 @@ logger = logging.getLogger(__name__)
 SHARE = 0.05
 """Of a file, besides its tensors: the averages are right to a fifth of it."""
 
+LIST_BYTES = len('"layers":[],')
+"""Of the policy in a file, once any layer differs from the default."""
+
 
 def sized(search: Search, graph: QuantGraph, policy: Callable[[Allocation], Policy]) -> Search:
     """The search, knowing what a file of the network really takes where averages are not enough.
@@ -44,8 +47,9 @@ def sized(search: Search, graph: QuantGraph, policy: Callable[[Allocation], Poli
     averages += sum(part.bytes for part in scores.besides if part.kind == GRAPH)
     if averages < SHARE * widest.bytes:
         return search
+    named = policy(widest)
     try:
-        written = file_bytes(graph, policy(widest))
+        written = file_bytes(graph, named) + (0 if named.layers else LIST_BYTES)
     except MpqError as error:  # it is the export that says so, if it comes to that
         logger.info("the size of the file is estimated: %s", error)
         return search
