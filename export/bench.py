@@ -29,6 +29,7 @@ from mpq.errors import DataError, UsageError
 from mpq.export import runtime
 from mpq.export.agreement import Agreement, agreements, feed_of
 from mpq.export.fileinfo import file_info
+from mpq.noise import interval
 
 logger = logging.getLogger(__name__)
 Array = NDArray[Any]
@@ -116,8 +117,9 @@ class BenchRow:
         return {k: v for k, v in row.items() if k not in (*unasked, *uncompared)}
 
     def to_json(self) -> str:
-        """The row as one line of JSON."""
-        return json.dumps(self.to_dict())
+        """The row as one line of JSON, with the 95 % interval of its accuracy."""
+        sure = None if self.top1 is None or not self.n else list(interval(self.top1, self.n))
+        return json.dumps({**self.to_dict(), "top1_interval": sure})
 
 
 def bench(

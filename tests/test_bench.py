@@ -123,7 +123,7 @@ def test_rows_hold_the_float_model_first_and_what_was_measured(tmp_path, digits,
     line = json.loads(rows[1].to_json())
     assert list(line) == [
         *("file", "bytes", "top1", "n", "latency_ms", "ratio_to_float", "threads", "batch"),
-        "peak_mb",
+        *("peak_mb", "top1_interval"),
     ]
     assert set(line["latency_ms"]) == {"median", "p10", "p90"}
 

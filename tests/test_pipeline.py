@@ -20,7 +20,8 @@ from mpq.checkpoint import load_safe
 from mpq.cli import main
 from mpq.data import Normalization, load_arrays, open_data
 from mpq.latency import LatencyProfile, LayerLatency
-from mpq.pipeline.quantizing import load_quantized, validate
+from mpq.pipeline.evaluating import validate
+from mpq.pipeline.quantizing import load_quantized
 from mpq.pipeline.subject import DataSource
 from mpq.pipeline.training import new_subject, run_train
 from mpq.policy import Policy
@@ -249,13 +250,15 @@ def test_the_whole_way_in_the_exact_forms(here, capsys, monkeypatch):
     assert "optimal: 4." in out
     assert "wrote runs/model/policy.yaml" in err
     names = {p.name for p in Path("runs/model").iterdir()}
-    told = {"policy.yaml", "sensitivity.json", "sensitivity.png", "pareto.png"}
+    told = {"policy.yaml", "sensitivity.json", "tensors.json", "sensitivity.png", "pareto.png"}
     assert names == {*told, "origins.json", ".policy.schema.json"}
 
     shutil.copy("runs/model/policy.yaml", "p.yaml")
     out, err = say(capsys, "qat", "--policy", "p.yaml", "--teacher", "ens.pth", *FAST)
     assert "teacher ens.pth: model, small" in err
-    assert re.search(r"^top-1 \d+\.\d\d % on the validation split, simulated$", out, re.M)
+    told = r"^top-1 \d+\.\d\d % \(95 %: .*\), float \d+\.\d\d %, on 144 held-out images$"
+    assert re.search(told, out, re.M)
+    assert re.search(r"^simulated; .* points of top-1.*chance", out, re.M)
     names = {p.name for p in Path("runs/p").iterdir()}
     assert names == {"policy.yaml", "qat.pth", "metrics.jsonl", "origins.json"}
     assert load_safe(Path("runs/p/qat.pth"))["metrics"]["teachers"] == ["model", "small"]

@@ -10,7 +10,7 @@ import click
 from mpq import rundir
 from mpq.cli import options, places, terminal
 from mpq.pipeline.demo import run_demo
-from mpq.report.tables import demo_table
+from mpq.report.trained import demo_table
 
 
 @click.command()

@@ -12,7 +12,7 @@ from mpq.cli import bundles, options, places, terminal
 from mpq.data import DataSource, Normalization
 from mpq.pipeline.training import build_ensemble, write_ensemble
 from mpq.report.grid import counted
-from mpq.report.tables import ensemble_table
+from mpq.report.trained import ensemble_table
 
 
 @click.command()
@@ -58,6 +58,6 @@ def ensemble(
     rows.append({"name": "together (mean)", "arch": "", "normalize": "", "top1": found.top1})
     members = [{k: row[k] for k in ("name", "arch", "top1")} for row in rows[:-1]]
     content = {"file": str(out), "top1": found.top1, "members": members}
-    terminal.result(as_json, content, ensemble_table(rows))
+    terminal.result(as_json, content, ensemble_table(rows, len(dataset.validation)))
     terminal.say(f"measured on {counted(len(dataset.validation), 'validation image')} of {name}")
     terminal.say(f"wrote {out}; next: mpq qat --teacher {out}")

@@ -10,7 +10,6 @@ from mpq import rundir
 from mpq.cli import bundles, ends, options, places, terminal
 from mpq.data import DataSource
 from mpq.pipeline.anything import Wanted
-from mpq.pipeline.evaluating import measured
 from mpq.pipeline.given import with_wishes
 from mpq.pipeline.guard import check_start
 from mpq.pipeline.quantizing import begin_policy, check_policy_file, run_ptq, save_quantized
@@ -116,11 +115,6 @@ def ptq(
         found = run_ptq(policy, subject, settings, run)
     save_quantized(found, written, path, asked)
     (folder / PROGRESS).unlink(missing_ok=True)  # the run is complete
-    outcome = terminal.outcome(
-        found.metrics["validation_top1"], "a sample of the validation split, simulated"
-    )
-    if "metric" in found.metrics:
-        outcome = measured(found.metrics)
-    terminal.result(as_json, {"file": str(written), **found.metrics}, outcome)
+    terminal.result(as_json, {"file": str(written), **found.metrics}, *found.measured)
     terminal.say(f"wrote {written}; next: mpq export")
     terminal.hint(folder)

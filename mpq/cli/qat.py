@@ -12,7 +12,6 @@ from mpq.cli import bundles, ends, options, places, terminal, training
 from mpq.data import DataSource
 from mpq.metrics.given import LossFunction
 from mpq.pipeline.anything import Wanted
-from mpq.pipeline.evaluating import measured
 from mpq.pipeline.given import with_wishes
 from mpq.pipeline.guard import check_start
 from mpq.pipeline.quantizing import begin_policy, check_policy_file, run_qat, save_quantized
@@ -104,11 +103,9 @@ def qat(
     save_quantized(found, written, path, asked)
     (folder / "checkpoint.pth").unlink(missing_ok=True)  # the run is complete
     before, top1 = found.metrics["calibrated_top1"], found.metrics["validation_top1"]
-    outcome = terminal.outcome(top1, "the validation split, simulated")
-    if "metric" in found.metrics:
-        outcome = measured(found.metrics)
-    terminal.result(as_json, {"file": str(written), **found.metrics}, outcome)
+    terminal.result(as_json, {"file": str(written), **found.metrics}, *found.measured)
     if not as_json:
-        training.gain(before, top1, chosen, start="what mpq ptq gives")
+        count = found.metrics.get("validation_images", 0)
+        training.gain(before, top1, count, chosen, start="what mpq ptq gives")
     terminal.say(f"wrote {written}; next: mpq export")
     terminal.hint(folder)

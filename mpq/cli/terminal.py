@@ -115,10 +115,3 @@ def result(as_json: bool, content: object, *shown: Grid | str) -> None:
         return
     for one in shown:
         show(one) if isinstance(one, str) else stdout.print(one)
-
-
-def outcome(top1: float | None, where: str) -> str:
-    """What is said of a network's accuracy in percent."""
-    if top1 is None:
-        return "no images were held out to measure on"
-    return f"top-1 {top1:.2f} % on {where}"

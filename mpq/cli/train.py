@@ -12,6 +12,7 @@ from mpq.pipeline.guard import check_start
 from mpq.pipeline.training import initial_weights, new_subject, run_train, working_folder
 from mpq.processes import leading
 from mpq.report.grid import counted
+from mpq.report.words import NOWHERE, top1_text
 from mpq.rundir import Run
 from mpq.train.plan import TrainingPlan
 
@@ -89,8 +90,12 @@ def train(
         result = run_train(subject, plan, out, run, hooks)
     if not leading():
         return
-    outcome = terminal.outcome(result.top1, "the validation split")
-    terminal.result(as_json, {"file": str(out), "validation_top1": result.top1}, outcome)
+    count = len(subject.require_data("training").validation)
+    told = NOWHERE
+    if result.top1 is not None:
+        told = f"top-1 {top1_text(result.top1, count)} on {counted(count, 'held-out image')}"
+    content = {"validation_top1": result.top1, "validation_images": count}
+    terminal.result(as_json, {"file": str(out), **content}, told)
     if init is not None and not as_json:
-        training.gain(result.start, result.top1, chosen, start=str(init))
+        training.gain(result.start, result.top1, count, chosen, start=str(init))
     terminal.say(f"wrote {out}; next: mpq analyze {out}")

@@ -16,7 +16,9 @@ from mpq.cli import bundles, options, terminal
 from mpq.data import Normalization
 from mpq.errors import UsageError
 from mpq.metrics.given import LossFunction, loss_of
+from mpq.noise import margin
 from mpq.processes import leading
+from mpq.report.words import difference
 from mpq.train.compiled import require_compiler
 from mpq.train.ensemble import Ensemble, load_ensemble
 from mpq.train.metrics import Record
@@ -172,15 +174,17 @@ def check_plan(
         require_compiler(device)
 
 
-def gain(before: float | None, after: float | None, recipe: Recipe, *, start: str) -> None:
+def gain(
+    before: float | None, after: float | None, count: int, recipe: Recipe, *, start: str
+) -> None:
     """Say what training changed, and what to try where it did harm; top-1 in percent.
 
-    `start` names what training began with.
+    `start` names what training began with, `count` is how many images the figures are of.
     """
-    if before is None or after is None:
+    if before is None or after is None or not count:
         return
-    terminal.say(f"before training it was {before:.2f} %")
-    if after < before:
+    terminal.say(f"before training it was {before:.2f} %: {difference(after, before, count)}")
+    if before - after > margin(before, after, count):
         terminal.say(
             "so training cost accuracy: its rate is too high for this network, or it was too "
             f"short. Try --set lr={recipe.lr / 10:g}, or keep {start}"

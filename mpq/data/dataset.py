@@ -61,6 +61,8 @@ class DataSet:
         size: height and width of every image.
         pixels: whether they are images, to be normalized; else arrays by name of input, as the
             network takes them, and `size` means nothing.
+        split_off: whether `validation` is a part of the training images that the data bring, so
+            that whoever trained elsewhere may have trained on it.
 
     Raises:
         DataError: a single class, labels outside of the classes, a size below 1.
@@ -73,6 +75,7 @@ class DataSet:
     test: Split
     size: tuple[int, int]
     pixels: bool = True
+    split_off: bool = False
 
     def __post_init__(self) -> None:
         if len(self.classes) == 1:

@@ -53,6 +53,7 @@ def divide(found: Splits, *, name: str, holdout: int | None, seed: int) -> DataS
         count = round(TEST_SHARE * len(train))
         held, rest = stratified(train.labels, count, TEST_SEED)
         train, test = subset(train, rest), subset(train, held)
+    split_off = validation is None
     if validation is None:
         count = round(HOLDOUT_SHARE * len(train)) if holdout is None else holdout
         if not 0 <= count < len(train):
@@ -64,7 +65,9 @@ def divide(found: Splits, *, name: str, holdout: int | None, seed: int) -> DataS
         train, validation = subset(train, rest), subset(train, held)
     elif holdout is not None:
         logger.warning("data %s bring their own validation split: holdout is not used", name)
-    return DataSet(name, found.classes, train, validation, test, found.size, found.pixels)
+    return DataSet(
+        name, found.classes, train, validation, test, found.size, found.pixels, split_off
+    )
 
 
 def sample_indices(split: Split, count: int, seed: int) -> NDArray[np.int64]:

@@ -76,7 +76,7 @@ def _measured(facts: Facts, order: list[str], lost: float, noise: float) -> Find
         f"images: {lost:.2f} points lost, of which chance explains {noise:.2f}"
     )
     if where:
-        evidence += "; half of the predicted cost lies in these layers"
+        evidence += "; half of the predicted cost lies in what is named here"
     return Finding("accuracy", tuple(where), "accuracy is lost", evidence, *_next_budget(facts))
 
 

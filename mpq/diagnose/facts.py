@@ -115,8 +115,7 @@ class Facts:
     @property
     def unit(self) -> str:
         """Of scores and their sums."""
-        metric = "" if self.sensitivity is None else self.sensitivity["metric"]
-        return "nats" if metric in NATS else f"units of {metric}"
+        return score_unit("" if self.sensitivity is None else self.sensitivity["metric"])
 
     @property
     def in_nats(self) -> bool:
@@ -126,6 +125,13 @@ class Facts:
     def row(self, name: str) -> Json | None:
         """What was measured of a file of the run."""
         return next((row for row in self.bench if Path(row["file"]).name == name), None)
+
+
+def score_unit(metric: str) -> str:
+    """What the scores of a metric, and the drops that they predict, are counted in."""
+    if metric in NATS:
+        return "nats"
+    return "noise over signal" if metric == "sqnr" else f"units of {metric}"
 
 
 def _content(path: Path) -> Any:

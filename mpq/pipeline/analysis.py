@@ -156,7 +156,11 @@ def _said(policy: Policy) -> str:
     result = policy.result
     if result is None:
         return "no result"
-    drop = "" if result.measured_drop is None else f", measured drop {result.measured_drop:.2f}"
+    relative = policy.constraints.drop_type == "relative"
+    kind = "% of float's top-1" if relative else "points of top-1"
+    drop = (
+        "" if result.measured_drop is None else f", measured drop {result.measured_drop:.2f} {kind}"
+    )
     return (
         f"{result.status}: {result.effective_bits:.2f} effective bits, "
         f"{result.weight_bytes:,} bytes of weights, file of about {result.predicted_bytes:,}{drop}"

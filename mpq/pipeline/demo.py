@@ -49,6 +49,7 @@ class DemoRow:
         ratio: times faster than the float file.
         agreement: share of test images with the class of the simulation; None for float.
         integer: share of the MACs that integer kernels execute; None for float.
+        n: test images that `top1` was measured on.
     """
 
     name: str
@@ -58,6 +59,7 @@ class DemoRow:
     ratio: float
     agreement: float | None
     integer: float | None
+    n: int
 
 
 @dataclass(frozen=True)
@@ -183,6 +185,7 @@ def _measure(made: list[_Made], subject: Subject) -> list[DemoRow]:
                 ratio=row.ratio_to_float or 0.0,
                 agreement=m.agreement,
                 integer=m.integer,
+                n=row.n,
             )
         )
     return rows

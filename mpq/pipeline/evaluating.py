@@ -13,14 +13,12 @@ from mpq.data import sample_indices
 from mpq.data.dataset import Samples
 from mpq.errors import DataError
 from mpq.graph.ir import QuantGraph
-from mpq.graph.outputs import classifier
 from mpq.outputs import Output
+from mpq.pipeline.accuracies import VALIDATION_IMAGES, top1_of
 from mpq.pipeline.measuring import Evaluation, Held, against
 from mpq.pipeline.samples import ask
 from mpq.pipeline.subject import Subject
 from mpq.train.evaluate import evaluating
-
-VALIDATION_IMAGES = 500
 
 
 def evaluation(
@@ -73,32 +71,12 @@ def validate(graph: QuantGraph, subject: Subject) -> dict[str, Any]:
     """
     judged = evaluation(subject, graph.outputs, VALIDATION_IMAGES)
     if judged is None:
-        return _top1(graph, subject)
+        return top1_of(graph, subject)
     before, after = (judged.parts(network) for network in (subject.module, graph.module))
     lost, value = judged.lost(before, after), judged.metric.value
-    return _top1(graph, subject) | {
+    return top1_of(graph, subject) | {
         "metric": judged.metric.name,
         "value": value(after),
         "float_value": value(before),
         "lost": asdict(lost),
     }
-
-
-def _top1(graph: QuantGraph, subject: Subject) -> dict[str, Any]:
-    validation = subject.require_data("validation").validation
-    if not len(validation) or not classifier(graph.outputs):
-        return {"validation_top1": None}
-    picked = sample_indices(validation, VALIDATION_IMAGES, 0)
-    images, labels = subject.read(validation, picked)
-    return {"validation_top1": subject.top1(graph.module, images, labels)}
-
-
-def measured(metrics: Mapping[str, Any]) -> str:
-    """The metric that was asked for, in words."""
-    said = f"{metrics['metric']} {metrics['value']:.4g} on held-out batches, simulated"
-    if (lost := metrics.get("lost")) is not None:
-        said += (
-            f"; {metrics['float_value']:.4g} before: lost {lost['value']:.3g} "
-            f"(95 %: {lost['low']:.3g} to {lost['high']:.3g})"
-        )
-    return said

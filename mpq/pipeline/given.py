@@ -198,6 +198,7 @@ class _Read:
 
     train: Arrays
     measured: Arrays
+    split_off: bool = False
 
     def data_set(self, classes: int) -> DataSet:
         """As the stages take it; without labels unless all images have one."""
@@ -206,7 +207,7 @@ class _Read:
         size = self.train[0].shape[1], self.train[0].shape[2]
         train, measured = (ArraySplit(*arrays, size) for arrays in both)
         names = tuple(map(str, range(classes))) if labelled else ()
-        return DataSet(GIVEN, names, train, measured, measured, size)
+        return DataSet(GIVEN, names, train, measured, measured, size, split_off=self.split_off)
 
 
 def _read(data: Any, validation: Any, wanted: Wanted) -> _Read:
@@ -216,7 +217,7 @@ def _read(data: Any, validation: Any, wanted: Wanted) -> _Read:
     both = None if wanted.count is None else wanted.count + wanted.held_out
     images, labels = gather(data, both, wanted.seed)
     cut = wanted.count or round(0.9 * len(images)) or 1
-    return _Read((images[:cut], labels[:cut]), (images[cut:], labels[cut:]))
+    return _Read((images[:cut], labels[:cut]), (images[cut:], labels[cut:]), split_off=True)
 
 
 def gather(data: Any, count: int | None, seed: int) -> Arrays:

@@ -21,12 +21,14 @@ from mpq.graph.norms import absorb_norms, attach_norms
 from mpq.graph.outputs import stated
 from mpq.graph.passes import prepare
 from mpq.outputs import settle as settle_outputs
-from mpq.pipeline.evaluating import measured, validate
+from mpq.pipeline.accuracies import held_out
+from mpq.pipeline.evaluating import validate
 from mpq.pipeline.subject import Subject, policy_subject, settle
 from mpq.pipeline.teaching import LossFunction, lessons
 from mpq.policy import Policy
 from mpq.ptq import FinishedBlocks, PtqSettings, equalize, quantize_graph
 from mpq.ptq.blockwise import PROGRESS
+from mpq.report.words import measured
 from mpq.rundir import Run
 from mpq.saved import Kind
 from mpq.shown import Shown
@@ -87,12 +89,12 @@ class Quantized(Shown):
         choices = self.policy.choices(list(self.graph.layers)).values()
         widths = Counter(f"W{c.weight_bits or 32}A{c.activation_bits or 32}" for c in choices)
         layers = ", ".join(f"{n} layers {name}" for name, n in widths.most_common())
-        top1 = self.metrics.get("validation_top1")
-        held = "not measured" if top1 is None else f"{top1:.2f} % on held-out images, simulated"
-        said = f"{self.metrics['stage']}, top-1 {held}"
-        if "metric" in self.metrics:
-            said = f"{self.metrics['stage']}, {measured(self.metrics)}"
-        return [f"{self.subject.info.arch}: {layers}", said]
+        return [f"{self.subject.info.arch}, {self.metrics['stage']}: {layers}", *self.measured]
+
+    @property
+    def measured(self) -> list[str]:
+        """Its accuracy beside float's, in lines."""
+        return measured(self.metrics)
 
     def save(self, path: str | Path) -> Path:
         """Write policy, state and metrics, as `ptq.pth` of a run has them.
@@ -213,6 +215,7 @@ def run_qat(
         "seed": run.seed,
         "calibrated_top1": None if recipe.progressive_epochs else result.start,  # at other widths
         "validation_top1": result.top1,
+        **held_out(result.top1, subject),
         "teachers": [] if plan.teacher is None else list(plan.teacher.names),
     }
     if plan.task is not None:

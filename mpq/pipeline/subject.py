@@ -53,7 +53,8 @@ class Subject:
     anything but one batch of images; its data are arrays by name of input. `outputs` are the kinds
     of outputs that were given by name (`mpq.outputs`); others are proposed. `judging`
     is how answers are judged, where top-1 will not do, and `batches` are the user's own, to learn
-    from by a loss of theirs.
+    from by a loss of theirs. `trained_on` names the data whose held-out images it was trained
+    without; empty: nobody knows.
 
     Raises:
         DataError: images, of a network that takes something else.
@@ -69,6 +70,7 @@ class Subject:
     judging: Judging | None = None
     batches: Batches | None = None
     outputs: Mapping[str, str] = field(default_factory=dict)
+    trained_on: str = ""
 
     def __post_init__(self) -> None:
         if self.data is not None and self.data.pixels and self.call is not None:
@@ -87,6 +89,12 @@ class Subject:
         """
         example = self.call or torch.zeros(2, *self.info.input)
         return to_float(self.module, example, self.outputs)
+
+    @property
+    def seen(self) -> bool:
+        """Whether the network may have been trained on the images that are held out of `data`."""
+        data = self.data
+        return data is not None and data.split_off and self.trained_on != self.data_name
 
     def require_data(self, purpose: str) -> DataSet:
         """The data set.
@@ -226,7 +234,9 @@ def subject_of(
     if info.checkpoint:
         info = info.replace(checkpoint=os.path.relpath(path))
     more = source.more(info.input)
-    subject = Subject(loaded.module, info, data, name, _NEUTRAL, more, loaded.call)
+    subject = Subject(
+        loaded.module, info, data, name, _NEUTRAL, more, loaded.call, trained_on=loaded.data or ""
+    )
     return normalized(subject, normalize)
 
 
@@ -311,6 +321,7 @@ def policy_subject(
         more,
         loaded.call,
         outputs=dict(policy.outputs),
+        trained_on=loaded.data or "",
     )
     if weights:
         _tell_unlabelled(subject.data, name)

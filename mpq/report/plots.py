@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from mpq.diagnose.facts import score_unit
 from mpq.report.tables import PARTS, SWEEPS, chosen_indices, swept
 
 Json = Mapping[str, Any]
@@ -122,7 +123,7 @@ def pareto_plot(sensitivity: Json) -> Figure:
         spot = costs[index], drops[index]
         _mark_chosen(axis, spot, front[index], name, _LINES[(place + 1) % len(_LINES)])
     axis.set_xlabel(label)
-    axis.set_ylabel("predicted drop")
+    axis.set_ylabel(f"predicted drop, {score_unit(sensitivity['metric'])}")
     clean(axis, legend="upper right")
     return figure
 
@@ -151,7 +152,7 @@ def validation_plot(validation: Json) -> Figure:
         axis.set_yscale("log")
     rho = "-" if validation["rho"] is None else f"{validation['rho']:.3f}"
     axis.set_title(f"{validation['metric']}: Spearman's rho {rho}", fontsize=10)
-    axis.set_xlabel("predicted drop")
+    axis.set_xlabel(f"predicted drop, {score_unit(validation['metric'])}")
     axis.set_ylabel(f"measured divergence, nats ({validation['images']} images)")
     clean(axis)
     return figure

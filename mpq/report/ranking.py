@@ -8,6 +8,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from mpq.noise import margin
 from mpq.report.grid import Grid, columns, fixed, short, tiny
 from mpq.report.plots import STYLES, clean, shortened
 
@@ -42,9 +43,19 @@ def rank_table(rows: Sequence[Json]) -> Grid:
     images = ", ".join(f"{n:,}" for n in sorted({row["images"] for row in rows}))
     note = (
         f"top-1 of the float network in percent of {images} validation images and what is lost of "
-        "it, in points; per bit: for each effective bit below 8; kB, GBitOps: of the mixed policy"
+        "it, in points; per bit: for each effective bit below 8; kB, GBitOps: of the mixed policy; "
+        f"{_chance(rows)}"
     )
     return Grid("Networks by how well they take low precision", heads, tuple(body), note)
+
+
+def _chance(rows: Sequence[Json]) -> str:
+    """Points below which a loss may be chance, and who loses more than that."""
+    noise = max((margin(row["top1"], row["top1"], row["images"]) for row in rows), default=0.0)
+    lost = [_short(row["name"]) for row in rows
+            if max(form["drop"] or 0.0 for form in row["forms"].values()) > noise]  # fmt: skip
+    told = f"chance explains {noise:.2f} points"
+    return f"{told}; beyond it lose {', '.join(lost)}" if lost else f"{told}: no loss is beyond it"
 
 
 def _change(drop: float | None) -> str:

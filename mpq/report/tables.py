@@ -6,7 +6,9 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from mpq.diagnose.facts import score_unit
 from mpq.report.grid import TOP1, Grid, agreement_text, columns, counted, fixed, short, tiny
+from mpq.report.words import chance, meaning
 
 Json = Mapping[str, Any]
 PARTS = {"weight": "W", "activation": "A"}
@@ -49,7 +51,7 @@ def _bench_note(rows: Sequence[Json]) -> str:
     images = ", ".join(f"{n:,}" for n in sorted({r["n"] for r in rows}) if n)
     threads = ", ".join(str(t) for t in sorted({r["threads"] for r in rows}))
     batch = ", ".join(str(b) for b in sorted({r["batch"] for r in rows}))
-    accuracy = f"top-1 in percent of {images} images; " if images else ""
+    accuracy = f"top-1 in percent of {images} images, {chance(rows)}; " if images else ""
     if compared := max((r.get("compared", 0) for r in rows), default=0):
         accuracy = (f"agreement in percent, and dB, with the answers of the float file to "
                     f"{compared:,} samples; ")  # fmt: skip
@@ -57,34 +59,6 @@ def _bench_note(rows: Sequence[Json]) -> str:
         f"{accuracy}ms per batch of {batch}, threads: {threads}; "
         f"speed: median over rounds of float/this; MB: peak memory of a process of its own"
     )
-
-
-def demo_table(rows: Sequence[Json]) -> Grid:
-    """Configurations: `rows` have name, top1, bytes, ratio, agreement and integer (or None)."""
-    heads = columns("configuration", "#top-1", "#bytes", "#speed", "#agreement", "#integer")
-    body = [
-        (
-            row["name"],
-            fixed(row["top1"], 2),
-            f"{row['bytes']:,}",
-            f"{row['ratio']:.2f}x",
-            "-" if row["agreement"] is None else f"{row['agreement']:.2%}",
-            "-" if row["integer"] is None else f"{row['integer']:.1%}",
-        )
-        for row in rows
-    ]
-    note = (
-        "top-1, bytes and speed (float/this, one thread, batch 1) are the file's in onnxruntime; "
-        "agreement: same class as the simulation; integer: share of MACs in integer kernels"
-    )
-    return Grid("Configurations", heads, tuple(body), note)
-
-
-def ensemble_table(rows: Sequence[Json]) -> Grid:
-    """Teachers: `rows` have name, arch, normalize and top1 (percent); the last is the whole."""
-    heads = columns("teacher", "architecture", "?normalization", "#top-1")
-    body = [(row["name"], row["arch"], row["normalize"], fixed(row["top1"], 2)) for row in rows]
-    return Grid("Teachers", heads, tuple(body))
 
 
 def sensitivity_table(sensitivity: Json) -> Grid:
@@ -107,7 +81,8 @@ def sensitivity_table(sensitivity: Json) -> Grid:
         )
         for layer in sensitivity["layers"]
     ]
-    note = f"score: {sensitivity['metric']} on {sensitivity['samples']} images; higher hurts more"
+    metric, images = sensitivity["metric"], sensitivity["samples"]
+    note = f"score: {metric} on {images} images, in {score_unit(metric)}; higher hurts more"
     return Grid("Sensitivity of each layer", heads, tuple(body), note)
 
 
@@ -144,7 +119,7 @@ def configurations_table(sensitivity: Json, limit: int = 12) -> Grid:
             )
         )
     marked = frozenset(kept.index(i) for i in kept if i in picked)
-    note = f"{len(kept)} of {len(front)} configurations"
+    note = f"{len(kept)} of {len(front)} configurations; drop in {meaning(sensitivity['metric'])}"
     if bits:
         note += f"; W{bits[0]}: layers with {bits[0]}-bit weights"
     return Grid("Configurations on the Pareto front", heads, tuple(body), note, marked)
@@ -204,7 +179,8 @@ def validation_table(validation: Json, limit: int = 12) -> Grid:
     note = (
         f"Spearman's rho of prediction and divergence {fixed(validation['rho'], 3)}, and increase "
         f"of the loss {fixed(validation['rho_loss'], 3)}, over {len(policies)} random policies on "
-        f"{validation['images']} images that were not scored"
+        f"{validation['images']} images that were not scored; predicted in "
+        f"{score_unit(validation['metric'])}, divergence and loss in nats, top-1 in percent"
     )
     return Grid("Scores against measurements", heads, tuple(body), note)
 
@@ -231,7 +207,7 @@ def diff_table(rows: Sequence[Json], total: Json, names: tuple[str, str]) -> Gri
         body.append(("all layers", *bits, *sums))
     note = (
         f"a: {names[0]}, b: {names[1]}; {len(rows)} of {total['layers']} layers differ; bytes of "
-        "weights, BitOps and predicted drop: b less a"
+        "weights, BitOps and predicted drop (nats by the default metric): b less a"
     )
     return Grid("Difference of two policies", heads, tuple(body), note, frozenset({len(rows)}))
 
@@ -317,7 +293,8 @@ def portability_table(found: Json) -> Grid:
     installs = dict.fromkeys(row["install"] for row in found["rows"] if row["install"])
     note = (
         "predicted: images whose logits equal the integer reference of that CPU in every bit; same "
-        "class: as the reference of x86; speed: float/this in the same runtime, of one image on "
+        "class: as the reference of x86; top-1 in percent of these images; speed: float/this in "
+        "the same runtime, of one image on "
         "one thread; emulated CPUs have none"
     )
     note += f"; to install: {', '.join(installs)}" if installs else ""
