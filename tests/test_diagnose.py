@@ -322,6 +322,8 @@ def test_a_run_is_diagnosed_by_its_files_alone(
     assert "no run named: using runs/a\n" in run(capsys, "diagnose")[1]
     assert mpq.diagnose("runs/a").to_json() == kept
     assert Diagnosis.load("runs/a/diagnosis.json") == mpq.diagnose("runs/a")
+    Path("runs/a/diagnosis.json").unlink()  # the page asks the files, not what was said of them
+    assert "channel 2 of its input is an outlier" in mpq.report("runs/a").read_text()
     hint(Path("runs/a"))
     assert capsys.readouterr().err == "1 finding: mpq diagnose runs/a\n"
 

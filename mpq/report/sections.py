@@ -7,6 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from mpq import origins, rundir
+from mpq.diagnose import Facts
+from mpq.diagnose import findings as diagnose
+from mpq.errors import UsageError
 from mpq.noise import interval
 from mpq.report import charts, tables
 from mpq.report.commands import commands
@@ -109,21 +112,21 @@ def _worst(scores: Json, part: str) -> str:
 
 
 def findings(run: Contents) -> Section | None:
-    """Causes and remedies (`mpq diagnose`)."""
-
-    def made(found: Json) -> Section | None:
-        rows = [
-            (one["problem"], ", ".join(one["where"]) or "whole network", one["cause"],
-             one["evidence"], one["remedy"], one["gain"] or "-")
-            for one in found["findings"]
-        ]  # fmt: skip
-        if not rows:
-            return None
-        heads = columns("problem", "where", "cause", "evidence", "remedy", "gain")
-        grid = Grid("Causes and remedies", heads, tuple(rows))
-        return Section("findings", "Diagnosis", (Part.table(grid, open=True),))
-
-    return run.read("diagnosis.json", made)
+    """Causes and remedies, as `mpq diagnose` finds them in the files of the run."""
+    try:
+        found = diagnose(Facts.of(run.folder)).findings
+    except UsageError:  # the section that shows that file says what is wrong with it
+        return None
+    rows = [
+        (one.problem, ", ".join(one.where) or "whole network", one.cause, one.evidence, one.remedy,
+         one.gain or "-")
+        for one in found
+    ]  # fmt: skip
+    if not rows:
+        return None
+    heads = columns("problem", "where", "cause", "evidence", "remedy", "gain")
+    grid = Grid("Causes and remedies", heads, tuple(rows))
+    return Section("findings", "Diagnosis", (Part.table(grid, open=True),))
 
 
 def ranges(run: Contents) -> Section | None:
