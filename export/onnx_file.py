@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,9 +61,23 @@ class ExportResult(Shown):
         line = f"{self.path}: {self.bytes:,} bytes; {whole:.1%} of the MACs run as integers"
         checked = ["not verified: no images"]
         if self.verification is not None:
-            same, n = self.verification.top1_agreement, self.verification.n
-            checked = [f"same class as the simulation on {same:.2%} of {n:,} images"]
+            checked = [_checked(self.verification)]
         return [line, *checked, *self.certificate.notes, *self.certificate.shown()]
+
+
+def _checked(found: VerifyReport) -> str:
+    """How a file answers, in words: by class where it is a classifier, else output by output."""
+    if found.top1_agreement is not None:
+        return f"same class as the simulation on {found.top1_agreement:.2%} of {found.n:,} images"
+    said = []
+    for one in found.outputs:
+        if one.agreement is not None:
+            said.append(f"{one.name} {one.agreement:.2%} equal")
+        elif one.sqnr_db is not None:
+            said.append(
+                f"{one.name} {f'{one.sqnr_db:.1f} dB' if isfinite(one.sqnr_db) else 'equal'}"
+            )
+    return f"against the simulation on {found.n:,} images: {', '.join(said)}"
 
 
 def to_onnx(

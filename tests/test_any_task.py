@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -263,7 +264,8 @@ def test_ptq_and_bench_say_what_a_metric_loses(tmp_path: Path) -> None:
     assert "ptq, miou" in " ".join(map(str, found.shown()))
     for name, bits in (("a", 8), ("b", 4)):
         made = mpq.ptq(heads(), pictures(), policy(bits))
-        mpq.export(made, tmp_path / f"{name}.onnx", num_verify=0)
+        written = mpq.export(made, tmp_path / f"{name}.onnx", data=pictures(8))
+        assert re.search(r"on 8 images: cls [\d.]+% equal, boxes (equal|[\d.]+ dB)", str(written))
     rows = mpq.bench([tmp_path / "a.onnx", tmp_path / "b.onnx"], pictures(32, 1), runs=2,
                      metric="agreement").to_json()  # fmt: skip
     assert rows[0]["value"] == 100.0

@@ -99,8 +99,8 @@ def class_logits(answer: Any) -> Tensor:
     if logits is None or logits.ndim < 2 or math.prod(logits.shape[2:]) != 1:
         raise DataError(
             "top-1 needs a network that answers each image with one class: logits [N, classes] or "
-            f"[N, classes, 1, 1], and nothing else. Got {shapes}. Agreement and decibels judge "
-            "other answers: mpq verify has them."
+            f"[N, classes, 1, 1], and nothing else. Got {shapes}. Other answers are judged by "
+            "--metric agreement, or a metric of your own."
         )
     flat: Tensor = logits.flatten(1)
     return flat
