@@ -130,7 +130,7 @@ def _outputs(answer: Mapping[str, Array], kinds: Mapping[str, str]) -> dict[str,
         name: propose(name, Evidence(x.shape, x.dtype.kind == "f"), alone=len(answer) == 1)
         for name, x in answer.items()
     }
-    return settle(proposed, {name: kind for name, kind in kinds.items() if name in proposed})
+    return settle(proposed, kinds)
 
 
 def _tallies(outputs: Mapping[str, Output]) -> list[Tally]:

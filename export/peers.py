@@ -11,39 +11,30 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from mpq.errors import ExportError
-from mpq.export.runtime import (
-    arrange,
-    model_input,
-    quantize_dynamic,
-    quantize_static,
-    session,
-    version,
-)
+from mpq.export.feeds import Feed, feeds, fixed_batch, parts
+from mpq.export.runtime import quantize_dynamic, quantize_static, session, version
 
 CALIBRATION_BATCH = 32
 
 
-def onnxruntime_static(float_file: Path, out: Path, images: NDArray[np.float32]) -> Path:
+def onnxruntime_static(float_file: Path, out: Path, images: Feed) -> Path:
     """Write the static int8 form of `float_file`: QDQ, U8S8, per channel, MinMax.
 
     Args:
         float_file: a float ONNX model.
         out: the file to write.
-        images: calibration images as the model takes them, normalized float32 `[n, C, H, W]`.
+        images: calibration images as the model takes them, normalized float32 `[n, C, H, W]`, or
+            arrays in the order of its inputs.
 
     Raises:
         ExportError: the tool cannot quantize this model.
     """
-    takes = model_input(session(float_file))
-    images = arrange(images, takes)
-    step = takes.batch or CALIBRATION_BATCH
-    starts = range(0, len(images) - len(images) % step or len(images), step)
-    feeds = [{takes.name: np.ascontiguousarray(images[i : i + step])} for i in starts]
-    return _write(out, float_file, lambda part: quantize_static(float_file, part, feeds))
+    loaded = session(float_file)
+    given, step = feeds(loaded, images), fixed_batch(loaded) or CALIBRATION_BATCH
+    total = max(len(array) for array in given.values() if array.ndim)
+    batches = list(parts(given, total - total % step or total, step))
+    return _write(out, float_file, lambda part: quantize_static(float_file, part, batches))
 
 
 def onnxruntime_dynamic(float_file: Path, out: Path) -> Path:

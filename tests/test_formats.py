@@ -28,6 +28,7 @@ from mpq.errors import CheckpointError, UsageError
 from mpq.pipeline.exporting import float_reference
 from mpq.pipeline.quantizing import load_quantized
 from mpq.policy import Policy
+from mpq.train.ensemble import load_ensemble
 from mpq.userimport import trusting, working_directory
 from mpq.zoo.parts import states
 
@@ -297,6 +298,13 @@ def test_a_program_goes_all_the_way(mine, capsys):
         load_model("net.pt2", arch="resnet8")
     with pytest.raises(UsageError, match=r"--weights chooses among the parts of a checkpoint"):
         load_model("net.pt2", weights="ema")
+    argv = ["ensemble", "net.pt2", *DATA.split(), "-o", "ens.pth"]
+    assert main(argv) == 0, capsys.readouterr().err
+    with trusting("mine:net"):
+        teachers = [load_ensemble(Path(p), normalize="none") for p in ("ens.pth", "mine:net")]
+    x = torch.rand(2, 3, 8, 8)
+    assert torch.equal(teachers[0].answer(0, x), load_model("net.pt2").module(x))
+    assert [t.names for t in teachers] == [["net"], ["mine:net"]]
     policy = quantized(f"net.pt2 {DATA}", capsys)
     assert policy.model is not None
     assert (policy.model.arch, policy.model.classes, policy.model.input) == (
@@ -307,6 +315,8 @@ def test_a_program_goes_all_the_way(mine, capsys):
     Path("net.pt2").unlink()
     assert exported() == 2
     assert "pt2:net can be built from its own file only" in capsys.readouterr().err
+    with pytest.raises(CheckpointError, match=r"ens.pth: member 0 cannot be rebuilt: .*net.pt2"):
+        load_ensemble(Path("ens.pth"))
 
 
 def test_a_program_of_one_batch_size_is_refused(mine, capsys):

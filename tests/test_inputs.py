@@ -242,6 +242,8 @@ def test_two_inputs_and_a_dict_of_outputs_all_the_way(nets, capsys):
     assert "agreement with the float file" in run(
         capsys, "bench r --runs 2 --output scores=classes"
     )
+    assert "did you mean boxes" in refused(capsys, "bench r --output boxs=regression")
+    run(capsys, "verify r/model.onnx --exact --data two.npz --num-verify 2")
     (plain, row) = map(json.loads, Path("r/bench.jsonl").read_text().splitlines())
     assert "agreement" not in plain
     assert (row["top1"], row["compared"], row["sqnr_db"]) == (None, 8, None)
@@ -305,6 +307,8 @@ def test_batches_of_a_training_loop_all_the_way(nets, tmp_path):
     made = mpq.export(again, "m.onnx", data=loader, outputs={"top": "ignored"})
     assert made.verification is not None
     assert [o.kind for o in made.verification.outputs] == ["regression", "classes", "ignored"]
+    trained = mpq.qat(net, loader, found, epochs=1, settings={"batch": 16})  # taught by itself
+    assert trained.metrics["teachers"] == ["the float network"]
     (row,) = mpq.bench("m.onnx", loader, runs=2).rows
     assert (row.top1, row.compared) == (None, 0)  # there is no float file to compare with
     with pytest.raises(UsageError, match="Got output 'score'; did you mean scores"):

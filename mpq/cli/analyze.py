@@ -108,7 +108,7 @@ def analyze(
     mpq analyze model.pth --max-drop 0.3         fewest bits for 0.3 points
     mpq analyze model.pth --data none            weights only, no images
     mpq analyze net.pth --model net:make --output boxes=regression
-    mpq analyze net.pth --model net:make --input-shape image=3,64,64 --input-shape ids=10:int64
+    mpq analyze net.pth --input-shape image=3,64,64 --input-shape ids=10:int64
     """
     folder = places.hold(rundir.resolve_out(out, checkpoint.stem))
     rundir.refuse_overwrite(folder / "policy.yaml", force)

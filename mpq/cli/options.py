@@ -192,7 +192,7 @@ data = click.option(
     "--data",
     metavar="NAME",
     callback=named,
-    help="digits, cifar10, cifar100, a folder, a zip, module:factory, or none.",
+    help="digits, cifar10, cifar100, a folder, a zip, a .npz, module:factory, noise, or none.",
 )
 # data_root: Path | None
 data_root = path(

@@ -82,7 +82,7 @@ def peeked(data: Any, seed: int) -> tuple[Any, Any]:
     if isinstance(data, Tensor | Dataset) or not isinstance(data, Iterator):
         return next(iter(batches_of(data, BATCH, seed)), None), data
     first = next(data, None)
-    return first, chain([first], data)
+    return first, data if first is None else chain([first], data)
 
 
 def of_any(

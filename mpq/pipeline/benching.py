@@ -9,13 +9,13 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from mpq.data import DataSet, DataSource, Normalization, load_arrays, open_data, sample_indices
 from mpq.data.dataset import Samples
 from mpq.errors import UsageError
 from mpq.export import peers as peer_tools
+from mpq.export import runtime
 from mpq.export.bench import BenchRow, Timing, bench
 from mpq.export.fileinfo import FileInfo, file_info
 from mpq.files import scratch
@@ -102,14 +102,16 @@ def run_bench(
     reference = how.float_file or float_beside(paths[0])
     info = _known([*paths, *([reference] if reference else [])])
     dataset, normalize = None, how.normalize
+    kinds = _kinds(info, reference or paths[0]) | dict(how.outputs)
+    judged = bool(kinds) and list(kinds.values()) != ["classes"]
     asked = how.wishes is not None and how.wishes.metric is not None
     if isinstance(data, DataSource):
         dataset = _open(data, info, how, say)
-        images, labels = _load(dataset, how, say, judged=not _chooses(info))
+        images, labels = _load(dataset, how, say, judged=judged)
     else:
         images, labels = data
         normalize = normalize or Normalization.parse("none")
-    if labels is not None and ((labels < 0).any() or not _chooses(info)):
+    if labels is not None and ((labels < 0).any() or judged):
         labels = None
     made: list[Path] = []
     with ExitStack() as stack:
@@ -124,7 +126,7 @@ def run_bench(
             images=images,
             labels=labels,
             normalize=normalize,
-            outputs={**(info.outputs or {}), **how.outputs},
+            outputs=kinds,
             timing=how.timing,
             progress=tell,
         )
@@ -141,9 +143,12 @@ def known_scale(info: FileInfo) -> Normalization | None:
     return Normalization.parse(info.normalize) if info.normalize else None
 
 
-def _chooses(info: FileInfo) -> bool:
-    """Whether the files have a top-1, as far as they say."""
-    return not info.outputs or list(info.outputs.values()) == ["classes"]
+def _kinds(info: FileInfo, file: Path) -> dict[str, str]:
+    """The kinds of a file's outputs, as far as files say; it may have other names for them."""
+    names, known = [str(o.name) for o in runtime.session(file).get_outputs()], info.outputs or {}
+    if len(names) == len(known) and set(names) != set(known):
+        return dict(zip(names, known.values(), strict=True))
+    return {name: kind for name, kind in known.items() if name in names}
 
 
 def float_beside(path: Path) -> Path | None:
@@ -214,16 +219,16 @@ def _peers(
     """The int8 files that onnxruntime itself makes of the float model."""
     if reference is None:
         raise UsageError("--peers quantizes the float model. Name it with --float FILE.")
-    if dataset is None or normalize is None:
+    if dataset is None or (normalize is None and dataset.pixels):
         raise UsageError(
             "--peers calibrates on training images. Name them with --data, and how they are "
             "normalized with --normalize."
         )
     images = dataset.train.read(sample_indices(dataset.train, CALIBRATION, seed))
-    if not isinstance(images, np.ndarray):
-        raise UsageError("--peers needs a network of images. Leave it out with --no-peers.")
+    feed = list(images.values()) if normalize is None or not dataset.pixels else (
+        normalize.apply(images))  # fmt: skip
     static, dynamic = folder / "ort-static.onnx", folder / "ort-dynamic.onnx"
     return [
-        peer_tools.onnxruntime_static(reference, static, normalize.apply(images)),
+        peer_tools.onnxruntime_static(reference, static, feed),
         peer_tools.onnxruntime_dynamic(reference, dynamic),
     ]

@@ -18,7 +18,7 @@ from mpq.data import DataSource, Normalization, open_data, sample_indices
 from mpq.errors import DataError, UsageError
 from mpq.export import foreign, runtime
 from mpq.export.exact import ExactReport, verify_exact
-from mpq.export.feeds import takes_images
+from mpq.export.feeds import Feed, takes_images
 from mpq.export.fileinfo import file_info
 from mpq.export.meta import from_metadata
 from mpq.export.onnx_file import verify_file
@@ -124,8 +124,17 @@ def exact_run(
     there = None if target is None else foreign.of_target(get_target(target))
     loaded = runtime.session(path)
     if not takes_images(loaded):
-        return verify_exact(path, runtime.noise(loaded, images), there)
+        return verify_exact(path, _arrays(path, loaded, source, images, seed), there)
     return verify_exact(path, _batch(path, loaded, source, images, seed)[0], there)
+
+
+def _arrays(path: Path, loaded: runtime.Session, source: DataSource, count: int, seed: int) -> Feed:
+    """Inputs of a file that takes no images: from the data named here, else noise."""
+    takes = file_info(path, loaded).inputs
+    if source.data in (None, "none") or takes is None:
+        return runtime.noise(loaded, count)
+    split = open_data(source.data, root=source.root, takes=takes).compared
+    return list(split.read(sample_indices(split, count, seed)).values())
 
 
 def portability_run(
