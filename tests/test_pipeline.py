@@ -279,6 +279,10 @@ def test_the_whole_way_in_the_exact_forms(here, capsys, monkeypatch):
 
     out, _ = say(capsys, "report")
     assert out == "wrote runs/p/report.html\n"
+    found = json.loads(Path("runs/p/ranges.json").read_text())
+    assert found["images"] == 32
+    assert 20 < found["layers"][0]["weight"]["sqnr"] < 60
+    assert "Weights and inputs of the worst layers" in Path("runs/p/report.html").read_text()
 
 
 def test_json_output_is_json_and_nothing_else(here, capsys):

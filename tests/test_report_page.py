@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from reportdata import CONVS, NAMES, metrics, model, policy, sensitivity, write_run
+from reportdata import CONVS, NAMES, bench_rows, metrics, model, policy, sensitivity, write_run
 
 from mpq import origins
 from mpq.cli import main
@@ -15,6 +15,7 @@ from mpq.errors import PolicyError, UsageError
 from mpq.policy import Policy
 from mpq.report.compare import comparison
 from mpq.report.front import picked
+from mpq.report.headline import compared, results_table
 from mpq.report.page import page, write_page
 from mpq.report.sections import curves_of
 from mpq.report.wires import begins_float, rows
@@ -24,7 +25,7 @@ BROWSER = (
     shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 )
 TITLES = ("Accuracy, size and speed", "Pareto front", "Sensitivity and bits along the network",
-          "Weights and inputs of the worst layers", "Graph of the exported file",
+          "Diagnosis", "Weights and inputs of the worst layers", "Graph of the exported file",
           "Predicted against measured", "Training", "Certificate", "Verification", "Policy",
           "Commands that repeat it")  # fmt: skip
 
@@ -75,7 +76,8 @@ def test_the_page_shows_all_of_a_run_and_refers_to_nothing_else(written):
     for told in ("6.2 times smaller than float", "2.11 times as fast", "98.3%", "QLinearConv",
                  "top-1 91.50 % against 91.73 % in float, which is within chance",
                  "90.94 to 92.03, 10,000 images", "61.3", "Spearman&#39;s rho 1.000",
-                 "a&lt;b", "blocks[0].&lt;odd&gt;", "No peer was measured"):  # fmt: skip
+                 "a&lt;b", "blocks[0].&lt;odd&gt;", "No peer was measured",
+                 "float where integers were to be"):  # fmt: skip
         assert told in text, told
 
 
@@ -93,7 +95,7 @@ def test_every_plot_is_told_in_words(written):
 def test_a_page_of_a_part_of_a_run(run):
     only(run, "sensitivity.json", "policy.yaml")
     text = page(run)
-    assert Reader(text).heads == [TITLES[1], TITLES[2], TITLES[9], TITLES[10]]
+    assert Reader(text).heads == [TITLES[1], TITLES[2], TITLES[10], TITLES[11]]
     (run / "policy.yaml").unlink()
     assert "Download policy" not in page(run)
 
@@ -193,6 +195,18 @@ def test_curves_skip_what_is_no_number_and_have_the_teachers():
     found = curves_of(metrics())
     assert list(found) == ["loss", "top-1, percent", "learning rate", "weights of the teachers"]
     assert found["weights of the teachers"]["teacher 2"][0] == (1, 0.6)
+
+
+def test_a_metric_of_the_users_is_told_beside_float():
+    plain, model = ({**row, "top1": None, "n": 0} for row in bench_rows())
+    lost = {"value": 0.01, "low": -0.002, "high": 0.022}
+    plain |= {"metric": "mAP", "value": 0.32}
+    model |= {"metric": "mAP", "value": 0.31, "lost": lost}
+    grid = results_table([plain, model])
+    assert [c.title for c in grid.columns][3:5] == ["mAP", "lost, 95 %"]
+    assert grid.rows[1][3:5] == ("0.31", "-0.002..0.022")
+    assert compared(model, plain).startswith("160 kB, 6.2 times smaller than float")
+    assert "mAP 0.31 against 0.32 in float" in compared(model, plain)
 
 
 def test_runs_side_by_side(tmp_path):

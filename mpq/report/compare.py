@@ -11,7 +11,7 @@ from mpq.errors import UsageError
 from mpq.noise import interval
 from mpq.report import charts
 from mpq.report.contents import Contents
-from mpq.report.grid import Grid, agreement_text, columns, fixed, tiny
+from mpq.report.grid import TOP1, Grid, agreement_text, columns, fixed, tiny
 from mpq.report.headline import Json, measured, named
 from mpq.report.render import Head, Part, Plot, Section, render
 from mpq.report.tables import widths_text
@@ -74,25 +74,26 @@ def _left_out(runs: Runs) -> Section | None:
     return Section("left-out", "Left out", (Part("warnings", (reasons,)),)) if reasons else None
 
 
+FIGURES = (
+    "network", "data", "effective weight bits", "predicted drop", "top-1, percent",
+    "95 % interval", "float on the same images", "images", "bytes of the file", "speed of float",
+    "MACs that run as integers", "agreement with the simulation",
+)  # fmt: skip
+
+
 def _summary(runs: Runs) -> Section:
-    heads = columns(
-        "run", "network", "data", "#bits", "#predicted drop", "#top-1", "#95 % interval"
-    )
-    heads += columns("#float", "#images", "#bytes", "#speed", "#integer MACs", "simulation")
-    body = tuple((label, *_figures(run)) for label, run in runs.items())
-    note = (
-        "bits: effective weight bits; float: top-1 of the float model on the same images; speed: "
-        "times float; simulation: how near the file's answers are to PyTorch's"
-    )
-    grid = Grid("Runs side by side", heads, body, note)
+    figures = zip(FIGURES, *(_figures(run) for run in runs.values()), strict=True)
+    grid = Grid("Runs side by side", columns("", *(f"#{label}" for label in runs)), tuple(figures))
     return Section("summary", "In figures", (Part.table(grid, open=True),))
 
 
 def _figures(run: Contents) -> tuple[str, ...]:
+    """The figures of a run, in the order of `FIGURES`."""
     policy, rows = run.policy, measured(run)
     model, plain = named(rows, "model.onnx"), named(rows, "float.onnx")
     result = policy.result if policy else None
     integer = run.read("certificate.json", lambda c: f"{c['integer_macs_fraction']:.1%}")
+    speed = model["ratio_to_float"] if model else None
     return (
         policy.model.arch if policy and policy.model else "-",
         _data(run) or "-",
@@ -100,9 +101,9 @@ def _figures(run: Contents) -> tuple[str, ...]:
         tiny(result.predicted_drop if result else None),
         *_top1(model, plain),
         _bytes(run, model),
-        "-" if not model or model["ratio_to_float"] is None else f"{model['ratio_to_float']:.2f}x",
+        "-" if speed is None else f"{speed:.2f}x",
         integer or "-",
-        run.read("verify.json", agreement_text) or "-",
+        (run.read("verify.json", agreement_text) or "-").removeprefix(TOP1),
     )
 
 

@@ -40,7 +40,8 @@ def picked(sensitivity: Json, base: Policy, folder: Path) -> dict[str, Any]:
         widths = [widths_text(pair) for pair in point["widths"].values()]
         points.append({**_told(point, chosen.get(i, "")), "widths": widths, "lines": lines})
     names = list(front[0]["widths"]) if front else []
-    start = min(chosen, default=0)
+    first = (i for i, name in chosen.items() if name.split(", ")[0] in ("chosen", "policy.yaml"))
+    start = next(first, min(chosen, default=0))
     return {"layers": names, "points": points, "lines": list(numbers), "picked": start}
 
 

@@ -9,8 +9,9 @@ from typing import Any
 from mpq import origins
 from mpq.noise import interval, margin
 from mpq.report.contents import Contents
-from mpq.report.grid import TOP1, Grid, agreement_text, columns, counted, fixed
+from mpq.report.grid import TOP1, Grid, agreement_text, columns, counted
 from mpq.report.render import Head
+from mpq.report.tables import bench_table
 
 Json = Mapping[str, Any]
 Fact = tuple[str, str, str]
@@ -55,7 +56,7 @@ def named(rows: Sequence[Json], name: str) -> Json | None:
 def _headline(run: Contents, rows: Sequence[Json]) -> str:
     model, plain = named(rows, "model.onnx"), named(rows, "float.onnx")
     if model is not None:
-        return _compared(model, plain)
+        return compared(model, plain)
     if run.path("model.onnx"):
         return f"Exported, and not measured beside float yet: mpq bench {run.folder}/model.onnx"
     result = run.policy.result if run.policy else None
@@ -67,13 +68,15 @@ def _headline(run: Contents, rows: Sequence[Json]) -> str:
     )
 
 
-def _compared(model: Json, plain: Json | None) -> str:
+def compared(model: Json, plain: Json | None) -> str:
     """Size, speed and accuracy beside the float model's, on the same images."""
     told = [f"{model['bytes'] / 1e3:,.0f} kB"]
     if plain is not None:
         told[0] += f", {plain['bytes'] / model['bytes']:.1f} times smaller than float"
     if model["ratio_to_float"] is not None:
         told.append(f"{model['ratio_to_float']:.2f} times as fast")
+    if "metric" in model:
+        told.append(f"{model['metric']} {model['value']:.4g}{_float_value(plain)}")
     if model["top1"] is None:
         return ", ".join(told) + "."
     text = f"top-1 {model['top1']:.2f} %"
@@ -85,6 +88,12 @@ def _compared(model: Json, plain: Json | None) -> str:
         alike = ", which is within chance" if abs(lost) <= noise and lost else ""
         text += f" against {plain['top1']:.2f} % in float{alike}"
     return f"{', '.join(told)}; {text}, on {counted(model['n'], 'image')}."
+
+
+def _float_value(plain: Json | None) -> str:
+    """What the float model has by the metric that was asked for."""
+    known = plain is not None and "metric" in plain
+    return f" against {plain['value']:.4g} in float" if plain and known else ""
 
 
 def against_peers(rows: Sequence[Json]) -> str:
@@ -124,6 +133,10 @@ def _bench_facts(rows: Sequence[Json]) -> list[Fact]:
         if plain is not None and plain["top1"] is not None:
             note = f"float {plain['top1']:.2f} %; {note}"
         found.append(("top-1", f"{model['top1']:.2f} %", note))
+    if "metric" in model:
+        lost = model.get("lost")
+        note = "" if not lost else f"lost, 95 %: {lost['low']:.3g} to {lost['high']:.3g}"
+        found.append((model["metric"], f"{model['value']:.4g}", note))
     smaller = "" if plain is None else (
         f"{plain['bytes'] / model['bytes']:.1f} times smaller than float"
     )  # fmt: skip
@@ -151,32 +164,14 @@ def _verify_facts(verify: Json) -> list[Fact]:
 
 
 def results_table(rows: Sequence[Json]) -> Grid:
-    """The files of `bench.jsonl` beside float: accuracy with its interval, size and speed."""
-    plain = named(rows, "float.onnx")
-    heads = columns("file", "#top-1", "#95 % interval", "#bytes", "#of float", "#ms", "#p10..p90")
-    body = []
-    for row in rows:
+    """`bench_table` with intervals, sizes beside float, and what the files are."""
+    plain, grid, body = named(rows, "float.onnx"), bench_table(rows), []
+    for row, cells in zip(rows, grid.rows, strict=True):
         span = None if row["top1"] is None else interval(row["top1"], row["n"])
-        body.append(
-            (
-                str(NAMES.get(Path(row["file"]).name, row["file"])),
-                fixed(row["top1"], 2),
-                "-" if span is None else f"{span[0]:.2f}..{span[1]:.2f}",
-                f"{row['bytes']:,}",
-                "-" if plain is None else f"{row['bytes'] / plain['bytes']:.1%}",
-                fixed(row["latency_ms"]["median"], 3),
-                f"{row['latency_ms']['p10']:.2f}..{row['latency_ms']['p90']:.2f}",
-                "-" if row["ratio_to_float"] is None else f"{row['ratio_to_float']:.2f}x",
-                fixed(row["peak_mb"], 0),
-            )
-        )
-    images = ", ".join(f"{n:,}" for n in sorted({row["n"] for row in rows}) if n)
-    threads = ", ".join(str(t) for t in sorted({row["threads"] for row in rows}))
-    note = (
-        (f"top-1 in percent of the same {images} images; " if images else "")
-        + f"ms of one batch, threads: {threads}; speed: median over rounds of float/this; MB: peak "
-        "memory of a process of its own"
-    )
+        told = "-" if span is None else f"{span[0]:.2f}..{span[1]:.2f}"
+        size = "-" if plain is None else f"{row['bytes'] / plain['bytes']:.1%}"
+        name = str(NAMES.get(Path(row["file"]).name, row["file"]))
+        body.append((name, *cells[1:], told, size))
+    heads = (*grid.columns, *columns("#top-1, 95 %", "#size of float"))
     marked = frozenset(i for i, r in enumerate(rows) if Path(r["file"]).name == "model.onnx")
-    heads += columns("#speed", "#MB")
-    return Grid("Files side by side", heads, tuple(body), note, marked)
+    return Grid(grid.title, heads, tuple(body), grid.note, marked)

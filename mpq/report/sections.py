@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from mpq import origins, rundir
-from mpq.diagnose import Facts
-from mpq.diagnose import findings as diagnose
+from mpq.diagnose import Facts, findings
+from mpq.diagnose.finding import listed
 from mpq.errors import UsageError
 from mpq.noise import interval
 from mpq.report import charts, tables
@@ -89,14 +90,16 @@ def layers(run: Contents) -> Section | None:
     """Scores and chosen widths along the network."""
 
     def made(scores: Json) -> Section | None:
-        parts = [p for p in tables.PARTS if any(r["part"] == p for r in scores["rows"])]
+        scored = {row["part"] for row in scores["rows"] if row["score"] > 0}
+        parts = [part for part in tables.PARTS if part in scored]
         plots = [Plot(charts.scores(scores, part), _worst(scores, part)) for part in parts]
         if scores.get("chosen"):
             alt = "Chosen widths along the network; the table below has them layer by layer"
             plots.append(Plot(charts.widths(scores), alt))
         lead = (
             f"Score: what quantizing this layer alone adds to the loss ({scores['metric']}, "
-            f"{counted(scores['samples'], 'image')}); higher hurts more."
+            f"{counted(scores['samples'], 'image') if scores['samples'] else 'no images'}); "
+            "higher hurts more."
         )
         table = Part.table(tables.sensitivity_table(scores))
         shown = (Part("plot", plots=tuple(plots)), table) if plots else (table,)
@@ -111,22 +114,18 @@ def _worst(scores: Json, part: str) -> str:
     return f"Scores of the {part}s of every layer, in the order in which they run. Highest: {told}"
 
 
-def findings(run: Contents) -> Section | None:
-    """Causes and remedies, as `mpq diagnose` finds them in the files of the run."""
+def diagnosis(run: Contents) -> Section | None:
+    """Causes and remedies, as `mpq diagnose` tells them, and what is not known."""
     try:
-        found = diagnose(Facts.of(run.folder)).findings
+        found = findings(Facts.of(run.folder))
     except UsageError:  # the section that shows that file says what is wrong with it
         return None
-    rows = [
-        (one.problem, ", ".join(one.where) or "whole network", one.cause, one.evidence, one.remedy,
-         one.gain or "-")
-        for one in found
-    ]  # fmt: skip
-    if not rows:
+    told = [{**asdict(f), "where": listed(f.where) or "whole network"} for f in found.findings]
+    if not told:
         return None
-    heads = columns("problem", "where", "cause", "evidence", "remedy", "gain")
-    grid = Grid("Causes and remedies", heads, tuple(rows))
-    return Section("findings", "Diagnosis", (Part.table(grid, open=True),))
+    unknown = "; ".join(f"{name}: {command}" for name, command in found.missing.items())
+    lead = f"Not asked, since it is not there: {unknown}." if unknown else ""
+    return Section("diagnosis", "Diagnosis", (Part("findings", (told,)),), lead)
 
 
 def ranges(run: Contents) -> Section | None:
@@ -319,7 +318,7 @@ SECTIONS: tuple[Callable[[Contents], Section | None], ...] = (
     results,
     front,
     layers,
-    findings,
+    diagnosis,
     ranges,
     graph,
     validation,
