@@ -350,6 +350,18 @@ def test_stale_and_damaged_files_are_not_believed(
         mpq.diagnose()
 
 
+def test_dead_channels_of_several_layers_are_one_finding() -> None:
+    def die(net: Tiny) -> None:
+        dead_answers(net)
+        net.conv1.bias[:4] -= 100
+        net.conv3.bias[:6] -= 100
+
+    (one,) = mpq.diagnose(mpq.analyze(tiny(die), images(), num_score=64)).findings
+    assert set(one.where) == {"conv1", "conv2", "conv3"}
+    assert one.evidence.count("for all 64 images") == 2
+    assert "; and 1 more; " in one.evidence
+
+
 def test_tensors_that_nobody_looked_at_are_looked_at(tmp_path: Path) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -360,11 +372,13 @@ def test_tensors_that_nobody_looked_at_are_looked_at(tmp_path: Path) -> None:
     policy = mpq.Policy.uniform(4).replace(model=named, data=DataInfo(name="digits"))
     (tmp_path / "r").mkdir()
     policy.save(tmp_path / "r" / "policy.yaml")
-    assert mpq.diagnose(tmp_path / "r").looked_at == ("policy.yaml", "tensors.json")
+    found = mpq.diagnose(tmp_path / "r")
+    assert found.looked_at == ("policy.yaml", "tensors.json")
     kept = json.loads((tmp_path / "r" / "tensors.json").read_text())
     assert kept["images"] == 64
     assert set(kept["layers"]) == set(mpq.to_float(model, torch.zeros(1, 3, 16, 16)).layers)
-    assert json.loads((tmp_path / "r" / "origins.json").read_text())["tensors.json"]["made_from"]
+    assert not (tmp_path / "r" / "origins.json").exists()  # beside which all others were doubtful
+    assert mpq.diagnose(tmp_path / "r") == found
 
 
 def test_a_real_network_has_no_findings(mpq_data: Path) -> None:

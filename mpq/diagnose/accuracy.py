@@ -28,6 +28,8 @@ DEAD = 1 / 3
 """Part of a layer's channels that do nothing; a quarter is common after training with ReLU."""
 WORTH = 2.0
 """Times less rounding noise, from which on `mpq ptq` rescales by itself."""
+WORDS = 2
+"""Layers that evidence speaks of one by one."""
 SPREAD = 30.0
 """Times by which the ranges of a depthwise layer's channels differ."""
 
@@ -190,25 +192,31 @@ def _dead(facts: Facts, tensors: Json) -> Iterator[Finding]:
             images = facts.tensors["images"] if facts.tensors else 0
             told = f"{seen['dead']} of its {seen['channels']} outputs are 0 for all {images} images"
             found[writers[0]] = (seen["dead"] / seen["channels"], told)
-    for name, (share, told) in found.items():
-        readers = [n for n, one in tensors.items() if one["writers"] == [name]]
-        yield Finding(
-            "accuracy",
-            (name,),
-            "dead channels",
-            f"{told}; less of the network works than it has",
-            "remove them from the network: its answers stay the same",
-            _wasted(facts, [name, *readers], share),
-        )
+    if not found:
+        return
+    order = sorted(found, key=lambda name: -found[name][0])
+    readers = {n: [r for r, one in tensors.items() if one["writers"] == [n]] for n in order}
+    evidence = "; ".join(f"{name}: {found[name][1]}" for name in order[:WORDS])
+    more = f"; and {len(order) - WORDS} more" if len(order) > WORDS else ""
+    yield Finding(
+        "accuracy",
+        tuple(order),
+        "dead channels",
+        f"{evidence}{more}; less of the network works than it has",
+        "remove them from the network: its answers stay the same",
+        _wasted(facts, [([name, *readers[name]], found[name][0]) for name in order]),
+    )
 
 
-def _wasted(facts: Facts, names: list[str], share: float) -> str:
-    """What dead channels take: rows of the layer that writes them, columns of those that read."""
-    known = [facts.layers[name] for name in names if name in facts.layers]
-    bits = [facts.widths.get(layer["name"], (8, 8))[0] for layer in known]
-    size = sum(weight_bytes(x["params"], b) for x, b in zip(known, bits, strict=True))
-    macs = sum(layer["macs"] for layer in known)
-    return f"{round(size * share):,} bytes and {round(macs * share):,} MACs less" if known else ""
+def _wasted(facts: Facts, dead: list[tuple[list[str], float]]) -> str:
+    """What dead channels take: rows of the layers that write them, columns of those that read."""
+    size = macs = 0.0
+    for names, share in dead:
+        for layer in (facts.layers[name] for name in names if name in facts.layers):
+            bits = facts.widths.get(layer["name"], (8, 8))[0]
+            size += share * weight_bytes(layer["params"], bits)
+            macs += share * layer["macs"]
+    return f"{round(size):,} bytes and {round(macs):,} MACs less" if size else ""
 
 
 def _rescaled(facts: Facts, second: str) -> tuple[str, str] | None:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mpq import origins
+from mpq import files, origins
 from mpq.data import DataSource
 from mpq.diagnose import Diagnosis, Facts, findings
 from mpq.diagnose.tensors import IMAGES, measure
@@ -113,6 +113,9 @@ def _keep(folder: Path, name: str, content: dict[str, Any]) -> None:
     text = json.dumps(content, indent=1, allow_nan=False) + "\n"
     path = folder / name
     if path.is_file() and path.read_text(encoding="utf-8") == text and not origins.doubt(path):
+        return
+    if not (folder / origins.FILE).is_file():  # a run of an earlier version, which notes nothing
+        files.write_text(path, text)
         return
     there = [folder / one for one in ("policy.yaml", "model.onnx") if (folder / one).is_file()]
     sources = there[:1] if name == TENSORS else there
