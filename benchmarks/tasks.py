@@ -277,8 +277,8 @@ class Bench:
         images, held = self.unlabelled, len(self.unlabelled) // 4
         if validate:
             return mpq.analyze(self.network, images[held:], validation=images[:held],
-                               validate=validate, num_score=len(images) - held)  # fmt: skip
-        return mpq.analyze(self.network, images, num_score=len(images))
+                               validate=validate, num_calib=len(images) - held)  # fmt: skip
+        return mpq.analyze(self.network, images, num_calib=len(images))
 
     def make(self, row: str) -> Path:
         """The file of a row."""
@@ -290,7 +290,7 @@ class Bench:
         widths, _, how = row.partition(" ")
         policy = mpq.Policy.uniform(*WIDTHS[widths]) if widths in WIDTHS else self.analyze().policy
         found = self._trained(policy) if how == "qat" else self._quantized(policy, how)
-        mpq.export(found, path, num_verify=0, dynamic=self.task.free, force=True,
+        mpq.export(found, path, num_test=0, dynamic=self.task.free, force=True,
                    allow_float_fallback=True)  # fmt: skip
         return path
 

@@ -182,8 +182,10 @@ def newest_run(*needs: str) -> Path:
             return run
     found = [p for name in needs for p in RUNS.glob(f"*/{name}") if p.is_file()]
     if not found:
+        there = [name for name in needs if name != FORMER]
+        commands = " or ".join(f"`{FILES[name]}`" for name in there)
         raise UsageError(
-            f"no run under {RUNS}/ holds a {needs[-1]}. Run `{FILES[needs[-1]]}` first, or name "
+            f"no run under {RUNS}/ holds a {' or a '.join(there)}. Run {commands} first, or name "
             "the file or its run."
         )
     return max(found, key=lambda p: p.stat().st_mtime_ns).parent

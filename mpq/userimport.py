@@ -16,6 +16,7 @@ import contextlib
 import importlib
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -121,6 +122,22 @@ def working_directory() -> Iterator[None]:
         sys.meta_path.remove(finder)
 
 
+def raised(error: BaseException) -> str:
+    """What code of the user's raised, and its innermost line that is neither ours nor a library's.
+
+    Returns:
+        As in `ValueError: no such file, at mine.py:12: `open(path)``.
+    """
+    ours = (str(Path(__file__).parent), str(Path(os.__file__).parent), "<")
+    lines = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not frame.filename.startswith(ours) and "-packages" not in frame.filename
+    ]
+    place = f", at {lines[-1].filename}:{lines[-1].lineno}: `{lines[-1].line}`" if lines else ""
+    return f"{type(error).__name__}: {error}{place}"
+
+
 def import_callable(name: str, option: str, error: type[MpqError]) -> Callable[..., Any]:
     """The function or class under `package.module:function`; it is not called.
 
@@ -143,7 +160,7 @@ def import_callable(name: str, option: str, error: type[MpqError]) -> Callable[.
     except (Exception, SystemExit) as reason:  # user code may raise anything
         raise error(
             f"the module {module_name!r} of {option} {name} must be importable from the working "
-            f"directory or the environment. It raised {type(reason).__name__}: {reason}"
+            f"directory or the environment. It raised {raised(reason)}"
         ) from reason
     found: Callable[..., Any] | None = getattr(module, attribute, None)
     if not callable(found):

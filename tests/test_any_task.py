@@ -243,8 +243,8 @@ def test_max_drop_in_a_metric_of_ones_own() -> None:
 
 
 def test_scores_of_a_loss_are_the_losses_of_its_gradient() -> None:
-    one = mpq.analyze(heads(), labelled(), loss=pixel_loss, num_score=32)
-    two = mpq.analyze(heads(), labelled(), loss=lambda o, b: 2 * pixel_loss(o, b), num_score=32)
+    one = mpq.analyze(heads(), labelled(), loss=pixel_loss, num_calib=32)
+    two = mpq.analyze(heads(), labelled(), loss=lambda o, b: 2 * pixel_loss(o, b), num_calib=32)
     assert one.sensitivity.metric == "fisher of pixel_loss"
     assert one.sensitivity.key != two.sensitivity.key
     for a, b in zip(one.sensitivity.rows, two.sensitivity.rows, strict=True):
@@ -317,7 +317,7 @@ def test_the_whole_way_on_the_command_line(here: Path, capsys) -> None:
     told = json.loads(capsys.readouterr().out)
     assert told["loss"] == "mine:loss"
     assert told["value"] < told["calibrated"] * 1.02
-    assert main(["export", "q", "--num-verify", "0"]) == 0
+    assert main(["export", "q", "--num-test", "0"]) == 0
     capsys.readouterr()
     assert main(["bench", "q/model.onnx", "--runs", "2", "--json", *judge]) == 0
     row = json.loads(capsys.readouterr().out.splitlines()[-1])

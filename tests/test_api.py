@@ -22,6 +22,7 @@ from mpq.checkpoint import save_model
 from mpq.cli import COMMANDS, main
 from mpq.errors import DataError, PolicyError, UsageError
 from mpq.export import runtime
+from mpq.keys import schema
 from mpq.pipeline.given import Wanted, gather, given
 from mpq.policy import ModelInfo
 
@@ -29,8 +30,8 @@ VERBS = ("analyze", "bench", "certify", "diagnose", "export", "ptq", "qat", "rep
 OF_FILES = {
     "as_json", "force", "out", "resume", "trust_pickle", "trust_code", "data_root", "holdout",
     "unlabelled", "rescore", "checkpoint", "policy_path", "quantized", "files", "file", "run",
-    "onnx", "input_shape", "threads", "answers", "compiling", "teacher_normalize", "model",
-    "weights", "teacher_model", "batches",
+    "onnx", "named", "origin", "input_shape", "threads", "answers", "compiling",
+    "teacher_normalize", "model", "weights", "teacher_model", "batches",
 }  # fmt: skip
 """Options of commands about folders, files and processes."""
 OF_VALUES = {
@@ -159,7 +160,7 @@ def test_without_data_an_example_is_needed() -> None:
 def test_from_a_network_to_a_file_and_back(here: Path) -> None:
     model, loader = net(), form("loader")
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    found = mpq.analyze(model, loader, budget={"effective_bits": 6}, num_score=16)
+    found = mpq.analyze(model, loader, budget={"effective_bits": 6}, num_calib=16)
     assert found.policy.result is not None
     assert found.policy.result.effective_bits <= 6
     quantized = mpq.ptq(model, loader, found, num_calib=32)
@@ -173,7 +174,7 @@ def test_from_a_network_to_a_file_and_back(here: Path) -> None:
     with pytest.raises(UsageError, match=r"model\.onnx exists already"):
         mpq.export(quantized)
     data, named = values()[0], Path("named.onnx")
-    mpq.export(quantized, named, data=data, num_verify=4, output_names=["classes"])
+    mpq.export(quantized, named, data=data, num_test=4, output_names=["classes"])
     assert runtime.session(named).get_outputs()[0].name == "classes"
     named.unlink()
     checked = mpq.verify("model.onnx", quantized)
@@ -199,12 +200,12 @@ def test_grey_images_and_a_teacher_of_ones_own() -> None:
 
 def test_results_are_kept_and_shown(here: Path) -> None:
     model, loader = net(), form("loader")
-    found = mpq.analyze(model, loader, budget=[6, 5], num_score=16)
+    found = mpq.analyze(model, loader, budget=[6, 5], num_calib=16)
     back = mpq.Analysis.load(found.save("run"))
     assert back.policies == found.policies
     assert mpq.Policy.load(found.policy.save("p.yaml")) == found.policy
     named = Path("run/policy.yaml").read_text().splitlines()[0].rpartition("=")[2]
-    assert json.loads((Path("run") / named).read_text()) == mpq.Policy.model_json_schema()
+    assert json.loads((Path("run") / named).read_text()) == schema()
     assert (back.front, str(back)) == (found.front, str(found))
     assert not Path("runs").exists()
     assert "Sensitivity of each layer" in str(found)
@@ -234,7 +235,7 @@ def test_results_are_kept_and_shown(here: Path) -> None:
 
 
 def test_a_policy_of_other_weights_is_refused() -> None:
-    found = mpq.analyze(net(), form("tensor"), num_score=16)
+    found = mpq.analyze(net(), form("tensor"), num_calib=16)
     with pytest.raises(PolicyError, match=r"made for other weights.*take policy\.replace"):
         mpq.ptq(net(seed=1), form("tensor"), found)
     mpq.ptq(net(seed=1), form("tensor"), found.policy.replace(model=None))
@@ -246,8 +247,8 @@ def test_the_command_and_the_function_give_the_same(here: Path) -> None:
         model = zoo.build("resnet8", 10)
     info = ModelInfo(arch="resnet8", classes=10, input=(3, 16, 16), normalize="none")
     save_model(Path("model.pth"), model, info=info, data="digits")
-    assert main(["analyze", "model.pth", "--num-score", "32", "-o", "r"]) == 0
-    found = mpq.analyze("model.pth", num_score=32)
+    assert main(["analyze", "model.pth", "--num-calib", "32", "-o", "r"]) == 0
+    found = mpq.analyze("model.pth", num_calib=32)
     assert found.policy == mpq.Policy.load("r/policy.yaml")
     assert main(["ptq", "--policy", "r/policy.yaml", "--num-calib", "32"]) == 0
     quantized = mpq.ptq(model, "digits", found, num_calib=32, normalize="none")

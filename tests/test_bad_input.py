@@ -44,7 +44,7 @@ def project(tmp_path_factory) -> Path:
     before = Path.cwd()
     os.chdir(folder)
     try:
-        assert main(["analyze", "model.pth", "--num-score", "16"]) == 0
+        assert main(["analyze", "model.pth", "--num-calib", "16"]) == 0
         assert main(["ptq", "--effort", "fast", "--num-calib", "32"]) == 0
     finally:
         os.chdir(before)
@@ -444,7 +444,7 @@ def test_a_full_disk_behind_stdout():
 
 
 def test_budgets_out_of_reach_are_answered_with_the_range(fails):
-    argv = "analyze model.pth --num-score 16 -o a "
+    argv = "analyze model.pth --num-calib 16 -o a "
     fails(argv + "--effective-bits 3", "effective_bits must be in 4..8, got 3", "--bits")
     fails(argv + "--max-size-mb 0.01", "max_size_mb must be in 0.04", "got 0.01")
     fails(argv + "--max-bops 0.001", "max_bops must be in", "got 0.001")

@@ -178,8 +178,8 @@ def test_bench_writes_what_it_prints(here, capsys):
     assert main(["bench", "--json", "--runs", "2", "--num-test", "50"]) == 0
     out, err = capsys.readouterr()
     assert "no file named: using runs/a/model.onnx" in err
-    assert (run / "bench.jsonl").read_text() == out
-    rows = [json.loads(line) for line in out.splitlines()]
+    rows = [json.loads(line) for line in (run / "bench.jsonl").read_text().splitlines()]
+    assert json.loads(out) == {"rows": rows}
     assert [r["file"] for r in rows] == ["runs/a/float.onnx", "runs/a/model.onnx"]
     assert rows[1]["bytes"] == model.stat().st_size
     assert rows[0]["top1"] == rows[1]["top1"] > 0
@@ -201,7 +201,7 @@ def test_bench_compares_with_the_runtimes_own_int8(here, capsys):
     path = write_digits_model(here / "float.onnx", POLICY)
     argv = ["bench", str(path), "--float", str(path), "--peers", "--runs", "2", "--json"]
     assert main([*argv, "-o", "out"]) == 0
-    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    rows = json.loads(capsys.readouterr().out)["rows"]
     assert [os.path.basename(r["file"]) for r in rows] == [
         "float.onnx",
         "ort-static.onnx",
@@ -221,7 +221,7 @@ def test_report_names_the_page(here, capsys):
     run.mkdir(parents=True)
     (run / "policy.yaml").write_text("version: 1\n")
     assert main(["report", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == {"report": "runs/a/report.html"}
+    assert json.loads(capsys.readouterr().out) == {"file": "runs/a/report.html"}
     assert "<title>a - mpq</title>" in (run / "report.html").read_text()
 
 

@@ -118,7 +118,7 @@ def dead_answers(net: Tiny) -> None:
     ],
 )
 def test_a_planted_cause_is_named_and_nothing_else(plant, where, cause, evidence) -> None:
-    found = mpq.diagnose(mpq.analyze(tiny(plant), images(), num_score=64)).findings
+    found = mpq.diagnose(mpq.analyze(tiny(plant), images(), num_calib=64)).findings
     assert [one.where for one in found] == [(where,)]
     assert found[0].problem == "accuracy"
     assert cause in found[0].cause
@@ -126,7 +126,7 @@ def test_a_planted_cause_is_named_and_nothing_else(plant, where, cause, evidence
 
 
 def test_gains_are_those_of_the_scores_and_of_rescaling() -> None:
-    analysis = mpq.analyze(tiny(single_weights), images(), num_score=64)
+    analysis = mpq.analyze(tiny(single_weights), images(), num_calib=64)
     (one,) = mpq.diagnose(analysis).findings
     scores, widths = analysis.sensitivity, dict(analysis.allocation.widths)
     before = scores.predict(widths)
@@ -136,7 +136,7 @@ def test_gains_are_those_of_the_scores_and_of_rescaling() -> None:
     )
     assert one.gain.endswith("+432 bytes")
     assert "{name: conv2, weight: int8/channel, locked: true}" in one.remedy
-    (one,) = mpq.diagnose(mpq.analyze(tiny(outlier_input), images(), num_score=64)).findings
+    (one,) = mpq.diagnose(mpq.analyze(tiny(outlier_input), images(), num_calib=64)).findings
     assert "rescales the channels between conv1 and dw" in one.remedy
     graph = mpq.to_float(tiny(outlier_input), images())
     pair = equalize(graph, images(), mpq.Policy.uniform(8))[0]
@@ -145,7 +145,7 @@ def test_gains_are_those_of_the_scores_and_of_rescaling() -> None:
 
 
 def test_a_healthy_network_has_no_findings() -> None:
-    found = mpq.diagnose(mpq.analyze(tiny(), images(), num_score=64, validate=12))
+    found = mpq.diagnose(mpq.analyze(tiny(), images(), num_calib=64, validate=12))
     assert found.findings == ()
     assert str(found).startswith("nothing to report\nlooked at: policy.yaml, sensitivity.json")
     assert found.missing["bench.jsonl"] == "mpq bench"
@@ -229,7 +229,7 @@ def test_boundaries_threads_and_float_layers_do_not_get_faster() -> None:
 
 
 def test_accuracy_that_is_lost_is_told_only_beyond_chance() -> None:
-    found = mpq.analyze(tiny(), images(), num_score=64)
+    found = mpq.analyze(tiny(), images(), num_calib=64)
     told = findings(measured(found, top1=80.0, ratio_to_float=2.0)).findings
     assert (
         "top-1 80.00 %, float 90.00 % on the same 10,000 images: 10.00 points" in told[0].evidence
@@ -243,7 +243,7 @@ def test_accuracy_that_is_lost_is_told_only_beyond_chance() -> None:
 
 
 def test_what_is_measured_to_cost_nothing_is_not_blamed() -> None:
-    found = mpq.analyze(tiny(outlier_weights), images(), num_score=64)
+    found = mpq.analyze(tiny(outlier_weights), images(), num_calib=64)
     facts = measured(found, ratio_to_float=2.0)
     assert findings(Facts(tensors=found.tensors, **_known(facts))).findings == ()
     few = measured(found, ratio_to_float=2.0, n=100)  # from which nothing follows
@@ -280,7 +280,7 @@ def test_intervals_are_wilsons() -> None:
 
 
 def test_more_accuracy_lost_than_the_scores_allow() -> None:
-    found = mpq.analyze(tiny(), images(), num_score=64, budget=8.0)
+    found = mpq.analyze(tiny(), images(), num_calib=64, budget=8.0)
     told = causes(measured(found, top1=60.0, ratio_to_float=2.0), "scores")
     assert told == ["more accuracy is lost than the scores allow"]
     assert causes(measured(found, top1=89.0, ratio_to_float=2.0), "scores") == []
@@ -290,7 +290,7 @@ def test_an_untrained_network_is_told_from_a_robust_one() -> None:
     def silence(net: Tiny) -> None:
         net.fc.weight *= 1e-4
 
-    found = mpq.diagnose(mpq.analyze(tiny(silence), images(), num_score=64)).findings
+    found = mpq.diagnose(mpq.analyze(tiny(silence), images(), num_calib=64)).findings
     assert [one.cause for one in found] == [
         "the answers hardly depend on the images: is this network trained?"
     ]
@@ -306,7 +306,7 @@ def test_a_run_is_diagnosed_by_its_files_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    analysis = mpq.analyze(tiny(outlier_input), images(), num_score=64)
+    analysis = mpq.analyze(tiny(outlier_input), images(), num_calib=64)
     analysis.save("runs/a")
     out, err = run(capsys, "diagnose", "runs/a")
     assert max(map(len, out.splitlines())) <= 80
@@ -331,7 +331,7 @@ def test_a_run_is_diagnosed_by_its_files_alone(
 def test_stale_and_damaged_files_are_not_believed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    mpq.analyze(tiny(outlier_input), images(), num_score=64).save(tmp_path)
+    mpq.analyze(tiny(outlier_input), images(), num_calib=64).save(tmp_path)
     scores = tmp_path / "sensitivity.json"
     found = json.loads(scores.read_text())
     scores.write_text(json.dumps({**found, "seed": 1}))
@@ -383,6 +383,6 @@ def test_tensors_that_nobody_looked_at_are_looked_at(tmp_path: Path) -> None:
 
 def test_a_real_network_has_no_findings(mpq_data: Path) -> None:
     checkpoint = mpq_data / "checkpoints" / "resnet20-cifar10.pth"
-    found = mpq.analyze(checkpoint, "cifar10", num_score=16, normalize="imagenet")
+    found = mpq.analyze(checkpoint, "cifar10", num_calib=16, normalize="imagenet")
     assert mpq.diagnose(found).findings == ()
     assert len(found.allocation.widths) == 20

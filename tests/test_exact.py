@@ -148,9 +148,9 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
         module = subprocess.run([sys.executable, "tiny_digits.py"], check=False)
         assert module.returncode == 0
         tell = ["--model", "tiny_digits:tiny", "--data", "digits", "--normalize", "none"]
-        assert main(["analyze", "tiny.pth", *tell, "--num-score", "32"]) == 0
+        assert main(["analyze", "tiny.pth", *tell, "--num-calib", "32"]) == 0
         assert main(["ptq", "--num-calib", "32", "--effort", "fast"]) == 0
-        assert main(["export", "--num-verify", "20"]) == 0
+        assert main(["export", "--num-test", "20"]) == 0
     finally:
         os.chdir(before)
     return folder
@@ -188,7 +188,7 @@ def test_a_run_is_verified_again(here: Path, capsys: Capture) -> None:
     report = here / "runs" / "tiny" / "verify.json"
     made = json.loads(report.read_text())
     report.unlink()
-    assert main(["verify", "--num-verify", "20", "--json"]) == 0
+    assert main(["verify", "--num-test", "20", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told == made == json.loads(report.read_text())
     assert len(told["layers"]) >= 3
@@ -214,7 +214,7 @@ def test_a_changed_file_is_found_out(here: Path, capsys: Capture) -> None:
     array = onnx.numpy_helper.to_array(bias)
     bias.CopyFrom(onnx.numpy_helper.from_array(array[::-1] * 100 + 40_000, bias.name))
     onnx.save(model, path)
-    assert main(["verify", "--num-verify", "20"]) == 2
+    assert main(["verify", "--num-test", "20"]) == 2
     assert "does not answer as" in capsys.readouterr().err
     assert main(["verify", "--exact"]) == 0  # the runtime still computes what the file says
 
@@ -228,7 +228,7 @@ def test_a_file_of_another_way_is_compared_end_to_end(
     model.graph.node.append(last)
     model.graph.output[0].name = "answer"
     onnx.save(model, path)
-    assert main(["verify", str(path), "--num-verify", "20", "--json"]) == 0
+    assert main(["verify", str(path), "--num-test", "20", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["layers"] == []
     assert "was lowered in another way" in caplog.text
 
@@ -240,7 +240,7 @@ def test_exact_in_a_run_and_on_a_file_alone(here: Path, capsys: Capture) -> None
     assert kept["exact"]
     assert kept["n"] == 4
     shutil.copy(here / "runs" / "tiny" / "model.onnx", here / "alone.onnx")
-    assert main(["verify", "alone.onnx", "--exact", "--num-verify", "2", "--json"]) == 0
+    assert main(["verify", "alone.onnx", "--exact", "--num-test", "2", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["n"] == 2
     assert not (here / "exact.json").exists()
 
@@ -260,7 +260,7 @@ def test_exact_fails_where_a_kernel_differs(
         (["nowhere.onnx"], "nowhere.onnx does not exist"),
         (["alone.onnx"], "has no ptq.pth nor qat.pth. Run `mpq ptq` or `mpq qat` there first"),
         (["--exact", "--from", "x.pth"], "--exact needs nothing but the file"),
-        (["--num-verify", "0"], "0 is not in the range x>=1"),
+        (["--num-test", "0"], "0 is not in the range x>=1"),
         (["--exact", "--data", "nothing"], "nothing"),
         (["tiny.pth", "--exact"], "must be an ONNX model"),
     ],

@@ -268,7 +268,7 @@ def fast(*argv: str) -> int:
 
 def quantized(argv: str, capsys: pytest.CaptureFixture[str], *more: str) -> Policy:
     """Analyzed, quantized, and read back as `export` does; the policy."""
-    analyze = ["analyze", *argv.split(), "--num-score", "16", "-o", "r"]
+    analyze = ["analyze", *argv.split(), "--num-calib", "16", "-o", "r"]
     assert main(analyze) == 0, capsys.readouterr().err
     assert fast("ptq", "--policy", "r", *more) == 0, capsys.readouterr().err
     path, source, trust = Path("r/ptq.pth"), DataSource(), "--trust-pickle" in more
@@ -282,7 +282,7 @@ def quantized(argv: str, capsys: pytest.CaptureFixture[str], *more: str) -> Poli
 
 def exported(*more: str) -> int:
     """The exit code of an export that verifies its file."""
-    return main(["export", "r", "--num-verify", "8", *more])
+    return main(["export", "r", "--num-test", "8", *more])
 
 
 DATA = "--data digits --normalize none"
@@ -354,9 +354,7 @@ def test_a_pickled_network_goes_all_the_way(mine, capsys):
     assert policy.model.arch == "torch.nn.modules.container:Sequential"
     assert exported("--trust-pickle") == 0, capsys.readouterr().err
     assert Path("r/float.onnx").is_file()
-    assert main(["verify", "r", "--num-verify", "8", "--trust-pickle"]) == 0, (
-        capsys.readouterr().err
-    )
+    assert main(["verify", "r", "--num-test", "8", "--trust-pickle"]) == 0, capsys.readouterr().err
 
 
 def test_raw_weights_stay_raw_in_later_commands(mine, capsys):
@@ -402,7 +400,7 @@ def test_teachers_of_ones_own_kind(mine, capsys):
         "--model",
         "mine:net",
         *DATA.split(),
-        "--num-score",
+        "--num-calib",
         "16",
         "-o",
         "r",

@@ -225,7 +225,7 @@ def test_two_inputs_and_a_dict_of_outputs_all_the_way(nets, capsys):
     torch.save(nets.two().state_dict(), "two.pth")
     np.savez("two.npz", image=nets.picture, ids=nets.ids, mask=nets.mask)
     told = run(capsys, f"analyze two.pth --model some_nets:two {SHAPES} --data two.npz -o r "
-               "--output scores=classes --num-score 16")  # fmt: skip
+               "--output scores=classes --num-calib 16")  # fmt: skip
     assert "image 3,8,12, ids 6:int64, mask 6:bool" in told
     assert "outputs: boxes regression, scores classes, top exact" in told
     policy = Policy.load("r/policy.yaml")
@@ -288,7 +288,7 @@ def test_other_inputs_all_the_way(nets, capsys, make, more):
     model = "images" if channels else make
     run(capsys, f"analyze net.pth --model some_nets:{model} {more} -o r --metric sqnr")
     run(capsys, "ptq --policy r --effort fast --num-calib 16")
-    run(capsys, "export r --num-verify 16")
+    run(capsys, "export r --num-test 16")
     assert "samples" in run(capsys, "bench r --runs 2 --num-test 16")
 
 
@@ -299,7 +299,7 @@ def test_batches_of_a_training_loop_all_the_way(nets, tmp_path):
     items = [{"image": torch.tensor(nets.picture[i]), "ids": torch.tensor(nets.ids[i])}
              for i in range(40)]  # fmt: skip
     loader, net = DataLoader(items, batch_size=8), nets.two().eval()
-    found = mpq.analyze(net, loader, budget=6, num_score=16, outputs={"scores": "classes"})
+    found = mpq.analyze(net, loader, budget=6, num_calib=16, outputs={"scores": "classes"})
     quantized = mpq.ptq(net, loader, found, effort="fast", num_calib=16)
     assert quantized.policy.outputs["scores"] == "classes"
     quantized.save("q.pth")

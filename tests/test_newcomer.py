@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from mpq import origins, rundir
+from mpq.cli import COMMANDS as COMMANDS_OF_CLI
 from mpq.cli import main, places
 from mpq.data import DataSource
 from mpq.pipeline.quantizing import load_quantized
@@ -51,11 +54,11 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     try:
         train = ["train", "newcomers:tiny", "--data", "newcomers:images", "--epochs", "1"]
         assert main([*train, "-o", "model.pth"]) == 0
-        assert main(["analyze", "model.pth", *NAMED, "--num-score", "16", "-o", "runs/a"]) == 0
+        assert main(["analyze", "model.pth", *NAMED, "--num-calib", "16", "-o", "runs/a"]) == 0
         assert main(["ptq", "--num-calib", "16", "--effort", "fast"]) == 0
         assert main(["qat", "runs/a", *QAT]) == 0
-        assert main(["export", "--num-verify", "10"]) == 0
-        assert main(["analyze", "model.pth", *NAMED, "--num-score", "16", "-o", "runs/b"]) == 0
+        assert main(["export", "--num-test", "10"]) == 0
+        assert main(["analyze", "model.pth", *NAMED, "--num-calib", "16", "-o", "runs/b"]) == 0
     finally:
         os.chdir(before)
         os.environ.pop("XDG_STATE_HOME")
@@ -101,10 +104,10 @@ def test_each_stage_has_a_file_of_its_own_and_export_says_which_it_took(
     for stage, trained in (("qat", True), ("ptq", False)):
         say(capsys, "report runs/a")
         page = Path("runs/a/report.html").read_text()
-        assert ("<h2>Training</h2>" in page) == trained
+        assert ('id="training"' in page) == trained
         assert f"{stage}.pth" in page
         if trained:
-            out, err = say(capsys, "export runs/a --from ptq --num-verify 5 --force --json")
+            out, err = say(capsys, "export runs/a --from ptq --num-test 5 --force --json")
             assert json.loads(out)["from"] == "runs/a/ptq.pth"
             assert "wrote runs/a/model.onnx from runs/a/ptq.pth" in err
     assert origins.made_of(model, rundir.QUANTIZED) == "ptq.pth"
@@ -150,11 +153,30 @@ def test_a_run_of_the_version_before_is_read_with_a_warning(
     assert "runs/a/quantized.pth is as mpq 0.1 named what ptq and qat wrote" in caplog.text
 
 
+JSON = Path(__file__).parents[1] / "docs" / "json.md"
+
+
+def documented() -> dict[str, set[str]]:
+    """The keys of each command, as the page has them; it explains each of them."""
+    row = re.compile(r"^\| `([^`]+)` \| (.*) \|$", re.M)
+    commands, _, meanings = JSON.read_text().partition("| key |")
+    found = {name: set(re.findall(r"`([^`]+)`", text)) for name, text in row.findall(commands)}
+    assert {key for row in found.values() for key in row} == {k for k, _ in row.findall(meanings)}
+    assert {name.split()[0] for name in found} == COMMANDS_OF_CLI.keys() - {"completion", "schema"}
+    return found
+
+
+def keys(content: dict[str, object]) -> set[str]:
+    """The keys of an object, and of the objects in its lists."""
+    inner = (row for value in content.values() if isinstance(value, list) for row in value)
+    return content.keys() | {key for row in inner if isinstance(row, dict) for key in row}
+
+
 COMMANDS = {
     "ptq runs/a --effort fast --num-calib 16 --force": "ptq.pth",
     "qat runs/a/sensitivity.json --epochs 1 --set batch=32 --force": "qat.pth",
-    "export runs/a/policy.yaml --num-verify 5 --force": "model.onnx",
-    "verify runs/a/qat.pth --num-verify 5": "verify.json",
+    "export runs/a/policy.yaml --num-test 5 --force": "model.onnx",
+    "verify runs/a/qat.pth --num-test 5": "verify.json",
     "verify runs/a/certificate.json --exact": "exact.json",
     "certify runs/a/sensitivity.png": "",
     "bench runs/a/metrics.jsonl --runs 1 --data none": "bench.jsonl",
@@ -166,11 +188,13 @@ COMMANDS = {
 def test_every_command_takes_a_run_or_a_file_in_it(
     here: Path, capsys: Capture, command: str
 ) -> None:
-    name = COMMANDS[command]
+    name, page = COMMANDS[command], documented()
     (here / "runs" / "a" / name).unlink() if name in ("verify.json", "model.onnx") else None
-    _, err = say(capsys, command)
+    out, err = say(capsys, f"{command} --json")
     assert "no file named" not in err
     assert not name or Path("runs/a", name).is_file()
+    found, told = keys(json.loads(out)), command.split()[0] + " --exact" * ("--exact" in command)
+    assert found == page[told]
 
 
 @pytest.mark.parametrize("form", ["runs/a", "runs/a/certificate.json", "runs/a/qat.pth", ""])
@@ -192,3 +216,35 @@ def test_the_newest_run_is_named_and_does_not_move_when_an_old_one_is_looked_at(
     _, err = say(capsys, "certify")
     assert "runs/b, the run used last, has no model.onnx" in err
     assert "no file named: using runs/a/model.onnx" in err
+
+
+# -- what is said ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("command", "line"),
+    [
+        ("train broken:net --data digits -o t.pth", "broken.py:5: `return helper()`"),
+        ("train resnet8 --data broken:images -o t.pth", "broken.py:8: `raise OSError('no disk')`"),
+        ("train broken_too:net --data digits -o t.pth", "broken_too.py:1: `import no_such_thing`"),
+    ],
+)
+def test_what_fails_in_code_of_the_users_is_shown_by_its_line(
+    here: Path, capsys: Capture, command: str, line: str
+) -> None:
+    Path("broken.py").write_text(
+        "from functools import partial\n\nhelper = partial(int, 'four')\n"
+        "def net():\n    return helper()\n\ndef images():\n    raise OSError('no disk')\n"
+    )
+    Path("broken_too.py").write_text("import no_such_thing\n")
+    try:
+        assert line in fails(capsys, command)
+    finally:
+        sys.modules.pop("broken", None)
+
+
+def test_no_colours_without_a_terminal(here: Path) -> None:
+    env = {**os.environ, "TERM": "xterm-256color"}
+    argv = [sys.executable, "-m", "mpq", "diff", "runs/a", "runs/b", "-v"]
+    done = subprocess.run(argv, capture_output=True, env=env, check=True)
+    assert b"\x1b" not in done.stdout + done.stderr

@@ -43,7 +43,7 @@ def project(tmp_path_factory) -> Path:
     before = Path.cwd()
     os.chdir(folder)
     try:
-        assert main(["analyze", "model.pth", "--num-score", "64"]) == 0
+        assert main(["analyze", "model.pth", "--num-calib", "64"]) == 0
     finally:
         os.chdir(before)
     return folder
@@ -96,7 +96,7 @@ def test_training_says_what_it_gained_or_cost(here, capsys):
 
 def test_several_budgets_from_one_scoring(here, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
-    argv = ["analyze", "model.pth", "--num-score", "64", "-o", "b"]
+    argv = ["analyze", "model.pth", "--num-calib", "64", "-o", "b"]
     out, err = say(capsys, *argv, "--effective-bits", "4.5,6,7")
     assert "scores from runs/.scores/" in err  # another run of the same network
     assert "wrote b/policy.yaml, b/policy-6.yaml, b/policy-7.yaml" in err
@@ -114,11 +114,11 @@ def test_several_budgets_from_one_scoring(here, capsys, monkeypatch):
     assert told["bitops"] == budgets[2].bitops - budgets[0].bitops
     assert len(told["changes"]) > 0
 
-    again = ["analyze", "model.pth", "--num-score", "64", "-o", "b", "--force"]
+    again = ["analyze", "model.pth", "--num-calib", "64", "-o", "b", "--force"]
     assert "scores from b/sensitivity.json" in say(capsys, *again)[1]
     assert "scores from" not in say(capsys, *again, "--rescore")[1]
-    assert "scores from" not in say(capsys, *again, "--num-score", "32")[1]
-    assert "scores from" not in say(capsys, *again, "--num-score", "32", "--seed", "1")[1]
+    assert "scores from" not in say(capsys, *again, "--num-calib", "32")[1]
+    assert "scores from" not in say(capsys, *again, "--num-calib", "32", "--seed", "1")[1]
 
 
 def test_budgets_of_time_and_activations(here, capsys):
@@ -126,7 +126,7 @@ def test_budgets_of_time_and_activations(here, capsys):
     edges = dict.fromkeys(itertools.pairwise(names), 0.2)
     costs = {name: LayerLatency(1.0, 3.0) for name in names}
     LatencyProfile("cpu", "ort", 1, 1, costs, edges, 0.5).save(Path("times.json"))
-    argv = ["analyze", "model.pth", "--num-score", "64", "--bits", "16,8", "-o", "t"]
+    argv = ["analyze", "model.pth", "--num-calib", "64", "--bits", "16,8", "-o", "t"]
     assert main([*argv, "--max-latency-ms", "17"]) == 2
     assert "profile.json" in capsys.readouterr().err
     argv += ["--profile", "times.json"]
@@ -164,7 +164,7 @@ def test_images_without_labels_will_do(here, capsys, caplog):
     Path("photos").mkdir()
     for number, image in enumerate(images[:400]):
         Image.fromarray(image).save(f"photos/{number}.png")
-    argv = ["analyze", "model.pth", "--num-score", "64", "-o", "u", "--data", "photos"]
+    argv = ["analyze", "model.pth", "--num-calib", "64", "-o", "u", "--data", "photos"]
     assert as_json(capsys, *argv, "--max-drop", "50", "--minimize", "size")["measured_drop"] <= 50
     assert "data photos have no labels" in caplog.text
     assert as_json(capsys, "ptq", "--policy", "u/policy.yaml")["validation_top1"] > 80
@@ -192,7 +192,7 @@ def test_more_images_without_labels_are_learned_from_a_teacher(here, capsys):
     argv = ["train", "resnet8", "--data", "few", *more, *plan, "--set", "lr=0.1", "-o", "s.pth"]
     say(capsys, *argv)
     told = as_json(capsys, "ensemble", "s.pth", "--data", "digits", "-o", "e.pth")
-    assert told["top1"] > 60
+    assert told["validation_top1"] > 60
     argv = ["qat", "--policy", "runs/model", *more, *plan, "--data", "few", "-o", "q"]
     say(capsys, *argv)  # its own validation images are a dozen
     found = load_quantized(Path("q/qat.pth"), DataSource("digits"))
@@ -204,7 +204,7 @@ def test_more_images_without_labels_are_learned_from_a_teacher(here, capsys):
 
 
 def test_a_budget_that_is_measured(here, capsys):
-    argv = ["analyze", "model.pth", "--num-score", "64", "-o", "d", "--max-drop"]
+    argv = ["analyze", "model.pth", "--num-calib", "64", "-o", "d", "--max-drop"]
     told = as_json(capsys, *argv, "60", "--minimize", "size")
     assert told["measured_drop"] <= 60
     policy = Policy.load("d/policy.yaml")
@@ -218,7 +218,7 @@ def test_a_budget_that_is_measured(here, capsys):
 
 
 def test_scores_are_held_against_measurements(here, capsys):
-    argv = ["analyze", "model.pth", "--num-score", "64", "-o", "runs/model", "--force"]
+    argv = ["analyze", "model.pth", "--num-calib", "64", "-o", "runs/model", "--force"]
     out, _ = say(capsys, *argv, "--validate", "12")
     (rho,) = re.findall(r"against 12 measured policies: Spearman's rho (-?[\d.]+)", out)
     truth = json.loads(Path("runs/model/validation.json").read_text())
@@ -286,11 +286,11 @@ def test_the_whole_way_in_the_exact_forms(here, capsys, monkeypatch):
 
 
 def test_json_output_is_json_and_nothing_else(here, capsys):
-    assert as_json(capsys, "analyze", "model.pth", "--num-score", "32", "-o", "a")["file"] == (
+    assert as_json(capsys, "analyze", "model.pth", "--num-calib", "32", "-o", "a")["file"] == (
         "a/policy.yaml"
     )
     assert as_json(capsys, "ptq", "--effort", "fast")["stage"] == "ptq"
-    assert as_json(capsys, "export", "--num-verify", "50")["integer_macs_fraction"] == 1.0
+    assert as_json(capsys, "export", "--num-test", "50")["integer_macs_fraction"] == 1.0
     told = as_json(capsys, "ensemble", "model.pth", "model.pth", "-o", "e.pth")
     assert [m["arch"] for m in told["members"]] == ["resnet8", "resnet8"]
     told = as_json(capsys, "train", "resnet8_conv", "--data", "digits", *FAST, "-o", "s.pth")
@@ -305,11 +305,12 @@ def test_an_ensemble_joins_another_with_its_own_normalization(here, capsys):
     first, second = load_ensemble(Path("two.pth")).members
     assert str(second.normalize) == str(Normalization.parse("cifar10")) != str(first.normalize)
     # The data of the first file count, also where it is an ensemble.
-    assert as_json(capsys, "ensemble", "two.pth", "-o", "three.pth")["top1"] == told["top1"]
+    again = as_json(capsys, "ensemble", "two.pth", "-o", "three.pth")
+    assert again["validation_top1"] == told["validation_top1"]
 
 
 def test_a_command_without_input_takes_the_newest_run(here, capsys):
-    say(capsys, "analyze", "model.pth", "--num-score", "32", "-o", "elsewhere/b")
+    say(capsys, "analyze", "model.pth", "--num-calib", "32", "-o", "elsewhere/b")
     _, err = say(capsys, "ptq", "--effort", "fast")
     assert "no file named: using elsewhere/b/policy.yaml" in err
     assert Path("elsewhere/b/ptq.pth").is_file()
@@ -333,7 +334,7 @@ def test_a_policy_edited_by_hand_is_obeyed(here, capsys):
     assert str(plans["layer3.0.conv1"].choice.weight) == "int4/channel"
     assert str(plans["layer2.0.conv1"].choice.weight) == "int8/channel"
 
-    say(capsys, "analyze", "model.pth", "--num-score", "32", "--locked", "p.yaml", "-o", "l")
+    say(capsys, "analyze", "model.pth", "--num-calib", "32", "--locked", "p.yaml", "-o", "l")
     kept = Policy.load("l/policy.yaml").resolve(list(plans))
     assert kept["conv1"].weight is None
 
@@ -374,7 +375,7 @@ def test_without_data_the_weights_alone_are_scored_and_data_may_come_later(here,
     assert policy.data.samples == 0
     say(capsys, "ptq", "--data", "digits", "--effort", "fast")
     assert "taking normalization none, under which 256 training images" in caplog.text
-    told = as_json(capsys, "export", "--num-verify", "50")
+    told = as_json(capsys, "export", "--num-test", "50")
     assert told["top1_agreement"] is not None  # the data went into ptq.pth
 
 
@@ -461,13 +462,13 @@ def test_real_network(mpq_data, tmp_path, monkeypatch, capsys):
     checkpoint = mpq_data / "checkpoints" / "resnet20-cifar10.pth"
     monkeypatch.chdir(tmp_path)
     argv = ["--data", "cifar10", "--data-root", str(mpq_data)]
-    say(capsys, "analyze", str(checkpoint), *argv, "--num-score", "64", "-o", "r")
+    say(capsys, "analyze", str(checkpoint), *argv, "--num-calib", "64", "-o", "r")
     say(capsys, "ptq", "--num-calib", "256", *argv[2:])
-    say(capsys, "export", "--num-verify", "200", *argv[2:])
+    say(capsys, "export", "--num-test", "200", *argv[2:])
     certificate = json.loads(Path("r/certificate.json").read_text())
     assert {row["executed"] for row in certificate["layers"]} == {"QLinearConv", "QGemm"}
     assert certificate["integer_macs_fraction"] == 1.0
     out, _ = say(capsys, "bench", "--num-test", "500", "--runs", "2", "--json", *argv[2:])
-    row = json.loads(out.splitlines()[1])
+    row = json.loads(out)["rows"][1]
     assert row["top1"] >= 88
     assert row["bytes"] < 180_000

@@ -126,7 +126,7 @@ def test_dynamic_reaches_the_policy_the_file_and_its_certificate(here, capsys):
     assert json.loads(capsys.readouterr().out)["dynamic"] == 5
     policy = Policy.from_yaml(load_safe(Path("vit/ptq.pth"))["policy"])
     assert sum(str(e.activation) == "uint8/dynamic" for e in policy.layers) == 5
-    assert main(["export", "vit/ptq.pth", "--num-verify", "20"]) == 0
+    assert main(["export", "vit/ptq.pth", "--num-test", "20"]) == 0
     rows = json.loads(Path("vit/certificate.json").read_text())["layers"]
     executed = {r["name"]: r["executed"] for r in rows if r["asked"] == "W8A8 dynamic"}
     assert len(executed) == 5

@@ -15,7 +15,7 @@ from mpq.report.plots import png
 from mpq.report.ranking import rank_plot, rank_table
 
 QUICK = ("--data", "digits", "--epochs", "1", "--set", "batch=128", "--set", "lr=0.1")
-FEW = ("--num-calib", "32", "--num-val", "100", "--effort", "fast")
+FEW = ("--num-calib", "32", "--num-test", "100", "--effort", "fast")
 ARGV = ["rank", "resnet8", "resnet8_conv", *QUICK, *FEW, "-o", "r"]
 
 
@@ -77,7 +77,7 @@ def test_a_finished_ranking_is_kept_and_a_new_candidate_added(here, monkeypatch,
     monkeypatch.setattr(ranking, "run_ptq", quantize)
     argv = ["rank", "own.pth", "resnet8", *QUICK, *FEW, "-o", "r"]
     assert main([*argv, "--resume", "--json"]) == 0
-    told = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
+    told = {row["name"]: row for row in json.loads(capsys.readouterr().out)["rows"]}
     assert set(measured) == {"own.pth"}
     assert told["resnet8"] == before["resnet8"]
     assert told["own.pth"]["forms"] == before["resnet8_conv"]["forms"]

@@ -123,7 +123,7 @@ def test_no_folder_travels_in_a_file(tmp_path: Path):
 
 def test_the_list(capsys: pytest.CaptureFixture[str]):
     assert main(["targets", "--json"]) == 0
-    rows = json.loads(capsys.readouterr().out)
+    rows = json.loads(capsys.readouterr().out)["rows"]
     assert [row["target"] for row in rows] == list(TARGETS)
     assert {row["proven"] for row in rows} == {"reference", "runtime"}
     assert main(["targets"]) == 0

@@ -34,13 +34,15 @@ from mpq.pipeline.verifying import exact_run, verify_run
 from mpq.pipeline.wishes import Wishes
 from mpq.policy import OutputKind
 
+VERIFIED = 1000
+
 
 def export(
     quantized: Quantized | QuantGraph | str | Path,
     path: str | Path = "model.onnx",
     *,
     data: Data | None = None,
-    num_verify: int = 1000,
+    num_test: int | None = None,
     allow_float_fallback: bool = False,
     int4_format: Int4Format | None = None,
     min_runtime: str | None = None,
@@ -49,7 +51,7 @@ def export(
     target: str | None = None,
     input_names: Sequence[str] = (),
     output_names: Sequence[str] = (),
-    dynamic: Sequence[str] = (),
+    dynamic_axes: Sequence[str] = (),
     outputs: Mapping[str, OutputKind] | None = None,
     seed: int = 0,
     force: bool = False,
@@ -60,7 +62,7 @@ def export(
         quantized: what `ptq` or `qat` gave, or its file, or a run: the newest that is not stale.
         path: the file to write.
         data: images to verify on. None: those that `quantized` was measured on.
-        num_verify: how many of them.
+        num_test: how many of them. None: 1000.
         allow_float_fallback: accept layers that run in float against the policy.
         int4_format: storage of 4-bit weights; None: what `min_runtime` takes.
         min_runtime: the oldest onnxruntime that must run the file.
@@ -69,8 +71,8 @@ def export(
         target: the kind of CPU to certify for; None: that of this computer.
         input_names: of the file's inputs; empty: the network's own.
         output_names: of the file's outputs; empty: the network's own.
-        dynamic: sizes left free, of `batch`, `length`, `depth`, `height` and `width`; empty: the
-            batch.
+        dynamic_axes: sizes left free, of `batch`, `length`, `depth`, `height` and `width`; empty:
+            the batch.
         outputs: kinds of outputs by name, by which the file is judged, over those it has.
         seed: of the sample.
         force: replace a file that exists.
@@ -80,10 +82,11 @@ def export(
         UsageError: the file exists and `force` is off.
     """
     rundir.refuse_overwrite(Path(path), force)
+    count = VERIFIED if num_test is None else num_test
     ends = Asked(
         input_names=tuple(input_names),
         output_names=tuple(output_names),
-        dynamic=tuple(dynamic),
+        dynamic=tuple(dynamic_axes),
     )
     form = Exporting(
         int4_format=int4_format,
@@ -101,7 +104,7 @@ def export(
         return to_onnx(
             quantized,
             path,
-            images=None if data is None else _inputs(data, num_verify, seed, quantized),
+            images=None if data is None else _inputs(data, count, seed, quantized),
             allow_float_fallback=allow_float_fallback,
             int4_format=int4_format,
             min_runtime=min_runtime,
@@ -112,8 +115,8 @@ def export(
     found = _quantized(quantized, named).judged_as(outputs or {})
     images = None
     if data is not None and named is None:
-        images = _inputs(data, num_verify, seed, found.graph)
-    return export_file(found, Path(path), form, count=num_verify, seed=seed, images=images)
+        images = _inputs(data, count, seed, found.graph)
+    return export_file(found, Path(path), form, count=count, seed=seed, images=images)
 
 
 def bench(
@@ -194,7 +197,7 @@ def verify(
     *,
     exact: bool = False,
     data: str | Path | None = None,
-    num_verify: int | None = None,
+    num_test: int | None = None,
     target: str | None = None,
     outputs: Mapping[str, OutputKind] | None = None,
     seed: int = 0,
@@ -206,7 +209,7 @@ def verify(
         quantized: what it was made from. None: the one beside the file.
         exact: predict every integer tensor of the runtime; needs nothing but the file.
         data: images by name. None: those that the file or `quantized` name.
-        num_verify: how many images. None: 1000, with `exact` 4.
+        num_test: how many images. None: 1000, with `exact` 4.
         target: where to judge it, without that CPU at hand; None: on this computer.
         outputs: kinds of outputs by name, over those that the file was judged by.
         seed: of the sample.
@@ -216,12 +219,12 @@ def verify(
     """
     if exact:
         source = DataSource(None if data is None else str(data))
-        return exact_run(_fresh(file), source, images=num_verify or 4, seed=seed, target=target)
+        return exact_run(_fresh(file), source, images=num_test or 4, seed=seed, target=target)
     found = _quantized(quantized or origins.network_of(Path(file)), data)
     return verify_run(
         found,
         _fresh(file),
-        images=num_verify or 1000,
+        images=num_test or 1000,
         seed=seed,
         target=target,
         outputs=outputs,

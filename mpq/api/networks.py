@@ -54,7 +54,7 @@ def analyze(
     postprocess: Callable[[Any], Any] | str | None = None,
     lower_is_better: bool = False,
     rounding: Rounding = "nearest",
-    num_score: int = 512,
+    num_calib: int | None = None,
     locked: Policy | str | Path | None = None,
     validate: int = 0,
     target: str | None = None,
@@ -87,7 +87,7 @@ def analyze(
         postprocess: what is applied to the outputs before they are judged.
         lower_is_better: of a metric that does not say so itself.
         rounding: of scored weights.
-        num_score: images to score on.
+        num_calib: images to score on. None: 512.
         locked: a policy whose locked layers are kept.
         validate: random policies to measure the scores against.
         target: the kind of CPU to plan for; None: that of this computer.
@@ -103,7 +103,7 @@ def analyze(
         raise UsageError(f"minimize must be one of {', '.join(MINIMIZE)}. Got {minimize!r}.")
     limits = [_constraints(one) for one in _several(budget)]
     measured = MEASURED if any(one.max_drop is not None for one in limits) else 0
-    wanted = Wanted(num_score, max(measured, HELD_OUT if validate else 0), seed)
+    wanted = Wanted(num_calib or CALIBRATION, max(measured, HELD_OUT if validate else 0), seed)
     subject = given(
         model,
         data,
@@ -118,7 +118,7 @@ def analyze(
     own = None if loss is None else loss_of(loss)
     how = Analyzing(
         Scoring(tuple(bits), tuple(act_bits), score, seed, rounding=rounding, loss=own),
-        num_score,
+        num_calib or CALIBRATION,
         target,
         None if locked is None else _policy(locked),
         LatencyProfile.load(Path(profile)) if isinstance(profile, str | Path) else profile,

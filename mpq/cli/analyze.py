@@ -56,7 +56,7 @@ _metrics = click.option(
 @training.loss
 @options.choice("--rounding", get_args(Rounding), default="nearest",
                 help="Of scored weights; feedback: as mpq ptq.")  # fmt: skip
-@options.count("--num-score", default=512, help="Training images to score on.")
+@options.num_calib("512")
 @ends.input_shape
 @ends.outputs
 @options.path("--locked", metavar="POLICY", help="Keep the locked layers of this policy.")
@@ -84,7 +84,7 @@ def analyze(
     wishes: Wishes,
     loss: LossFunction | None,
     rounding: Rounding,
-    num_score: int,
+    num_calib: int | None,
     input_shape: Shape | None,
     outputs: dict[str, OutputKind],
     locked: Path | None,
@@ -118,7 +118,14 @@ def analyze(
     metric, wishes = divided(wishes)
     scoring = Scoring(bits, act_bits, metric, seed, rounding=rounding, loss=loss)
     how = Analyzing(
-        scoring, num_score, target, kept, profile, MINIMIZE[minimize], rescore, validate=validate
+        scoring,
+        num_calib or Analyzing.samples,
+        target,
+        kept,
+        profile,
+        MINIMIZE[minimize],
+        rescore,
+        validate=validate,
     )
     if wishes.batches is not None and source.data is None:
         source = replace(source, data="none")
@@ -132,7 +139,7 @@ def analyze(
         input_shape=input_shape,
         outputs=outputs,
     )
-    subject = with_wishes(subject, wishes, Wanted(num_score, HELD_OUT, seed))
+    subject = with_wishes(subject, wishes, Wanted(how.samples, HELD_OUT, seed))
     _introduce(checkpoint, subject)
     with terminal.bars() as tell, terminal.quiet_c():
         found = find_policy(subject, budgets, how, Run(folder, seed, device, progress=tell))

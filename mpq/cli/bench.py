@@ -33,7 +33,7 @@ from mpq.report.tables import bench_table
     show_default=True,
     help="Also onnxruntime's own static and dynamic int8 of the float model.",
 )
-@options.count("--num-test", help="Test images at most.  [default: all]")
+@options.num_test("all")
 @bundles.wishes
 @ends.outputs
 @options.seed
@@ -44,7 +44,7 @@ def bench(
     float_file: Path | None,
     source: DataSource,
     normalize: Normalization | None,
-    threads: int,
+    threads: int | None,
     batch: int,
     runs: int,
     peers: bool,
@@ -75,7 +75,7 @@ def bench(
     how = Benching(
         float_file=reference,
         normalize=normalize,
-        timing=Timing(threads, batch, runs),
+        timing=Timing(threads or 1, batch, runs),
         peers=peers and (folder / "peers" if folder else True),
         limit=num_test,
         seed=seed,
@@ -95,7 +95,8 @@ def _show(rows: Sequence[BenchRow], as_json: bool, folder: Path | None) -> None:
     text = "".join(f"{row.to_json()}\n" for row in rows)
     if folder is not None:
         origins.keep(folder, "bench.jsonl", text, "bench", [Path(row.file) for row in rows])
-    terminal.result(as_json, text.rstrip("\n"), bench_table([row.to_dict() for row in rows]))
+    shown = [row.to_dict() for row in rows]
+    terminal.result(as_json, {"rows": shown}, bench_table(shown))
     if folder is not None and not as_json:
         terminal.say(f"wrote {folder / 'bench.jsonl'}")
         terminal.hint(folder)

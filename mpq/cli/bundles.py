@@ -16,8 +16,7 @@ from mpq.pipeline.wishes import Wishes
 from mpq.policy import Constraints, DropType
 
 _BUDGETS = (
-    options.limits("--effective-bits", "Mean bits per weight; of several, each gets a policy file."
-                   "  [default: 4.8 without other limits]"),
+    options.effective_bits,
     options.limit("--max-size-mb", "Size of the file in MB (10^6 bytes)."),
     options.limit("--max-bops", "10^9 BitOps per image (MACs x weight bits x activation bits)."),
     options.limit("--max-activation-mb", "Peak of the activations alive at one time, in MB, each "

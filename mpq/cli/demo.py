@@ -31,7 +31,7 @@ def demo(seed: int, as_json: bool, force: bool, out: Path | None) -> None:
             tell = terminal.say
         rows = run_demo(folder, seed=seed, tell=tell)
     shown = [asdict(row) for row in rows]
-    terminal.result(as_json, shown, demo_table(shown))
+    terminal.result(as_json, {"rows": shown}, demo_table(shown))
     if not as_json:
         terminal.say(
             f"wrote {folder}: demo.json, policy.yaml, sensitivity.png, pareto.png and a run for "

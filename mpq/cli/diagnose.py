@@ -6,7 +6,6 @@ from pathlib import Path
 
 import click
 
-from mpq import rundir
 from mpq.cli import bundles, options, places, terminal
 from mpq.data import DataSource
 from mpq.errors import UsageError
@@ -30,12 +29,9 @@ def diagnose(run: Path | None, source: DataSource, trust_pickle: bool, as_json: 
     mpq diagnose
     mpq diagnose runs/r20 --json
     """
-    folder = places.newest("policy.yaml") if run is None else rundir.run_folder(run)
-    if run is None:
-        terminal.say(f"no run named: using {folder}")
+    folder = places.run(run)
     if not folder.is_dir():
         raise UsageError(f"{folder} does not exist. Name a run, or a file in one.")
-    rundir.tidy(folder)
     places.hold(folder)
     with terminal.status() as tell:
         tell("looking at the files of the run")

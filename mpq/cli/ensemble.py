@@ -56,8 +56,8 @@ def ensemble(
         for m in found.members
     ]
     rows.append({"name": "together (mean)", "arch": "", "normalize": "", "top1": found.top1})
-    members = [{k: row[k] for k in ("name", "arch", "top1")} for row in rows[:-1]]
-    content = {"file": str(out), "top1": found.top1, "members": members}
+    members = [{"name": m.name, "arch": m.arch, "validation_top1": m.top1} for m in found.members]
+    content = {"file": str(out), "validation_top1": found.top1, "members": members}
     terminal.result(as_json, content, ensemble_table(rows, len(dataset.validation)))
     terminal.say(f"measured on {counted(len(dataset.validation), 'validation image')} of {name}")
     terminal.say(f"wrote {out}; next: mpq qat --teacher {out}")

@@ -9,8 +9,10 @@ import click
 from mpq import threads
 
 RENAMED = {
-    "export": {"--verify": "--num-verify"},
-    "verify": {"--images": "--num-verify", "--quantized": "--from"},
+    "analyze": {"--num-score": "--num-calib"},
+    "rank": {"--num-val": "--num-test"},
+    "export": {"--verify": "--num-test", "--num-verify": "--num-test"},
+    "verify": {"--images": "--num-test", "--num-verify": "--num-test", "--quantized": "--from"},
     "bench": {"--limit": "--num-test"},
     "portability": {"--images": "--num-test"},
 }

@@ -31,7 +31,7 @@ from mpq.report.grid import agreement_text, counted
 @click.argument("run", required=False, type=options.PATH)
 @options.origin
 @click.option("--onnx", is_flag=True, expose_value=False, help="Write ONNX, the one format.")
-@options.count("--num-verify", default=1000, least=0, help="Test images to verify on.")
+@options.num_test("1000; 0: not verified")
 @click.option("--allow-float-fallback", is_flag=True,
               help="Accept layers that run in float against the policy.")  # fmt: skip
 @options.choice("--int4-format", INT4_FORMATS,
@@ -44,8 +44,8 @@ from mpq.report.grid import agreement_text, counted
 @options.choice("--layout", get_args(PixelLayout), default="nhwc", help="Of raw pixels.")
 @options.names("--input-names", "Of the file's inputs.  [default: the network's own]")
 @options.names("--output-names", "Of the file's outputs.  [default: the network's own]")
-@options.names("--dynamic", "Sizes left free, of batch, length, depth, height, width; the file is "
-               "verified at several.  [default: batch]")  # fmt: skip
+@options.names("--dynamic-axes", "Sizes left free, of batch, length, depth, height, width; the "
+               "file is verified at several.  [default: batch]")  # fmt: skip
 @ends.outputs
 @options.target("The kind of CPU to certify for.")
 @bundles.source
@@ -57,7 +57,7 @@ from mpq.report.grid import agreement_text, counted
 def export(
     run: Path | None,
     origin: str | None,
-    num_verify: int,
+    num_test: int | None,
     allow_float_fallback: bool,
     int4_format: Int4Format | None,
     min_runtime: str | None,
@@ -65,7 +65,7 @@ def export(
     layout: PixelLayout,
     input_names: tuple[str, ...],
     output_names: tuple[str, ...],
-    dynamic: tuple[str, ...],
+    dynamic_axes: tuple[str, ...],
     outputs: dict[str, OutputKind],
     target: str | None,
     source: DataSource,
@@ -94,7 +94,7 @@ def export(
         pixels=layout if kind == "uint8" else None,
         target=target,
         allow_float_fallback=allow_float_fallback,
-        ends=Asked(input_names=input_names, output_names=output_names, dynamic=dynamic),
+        ends=Asked(input_names=input_names, output_names=output_names, dynamic=dynamic_axes),
     )
     with terminal.status() as tell:
         tell("loading")
@@ -105,7 +105,7 @@ def export(
             found,
             folder,
             how,
-            images=num_verify,
+            images=1000 if num_test is None else num_test,
             seed=seed,
             reference=reference,
             force=force,

@@ -144,6 +144,18 @@ def count(
                         show_default=True, help=help)  # fmt: skip
 
 
+# num_calib: int | None
+def num_calib(default: str) -> Decorator[Any]:
+    """`--num-calib`: how many images are worked on, whatever for; the help says the default."""
+    return count("--num-calib", help=f"Images to score and calibrate on.  [default: {default}]")
+
+
+# num_test: int | None
+def num_test(default: str) -> Decorator[Any]:
+    """`--num-test`: how many images are measured or compared on; the help says the default."""
+    return count("--num-test", least=0, help=f"Images to measure on.  [default: {default}]")
+
+
 def choice(
     flag: str, known: Iterable[str], *, help: str, default: str | None = None
 ) -> Decorator[Any]:
@@ -206,8 +218,14 @@ as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON inste
 force = click.option("--force", is_flag=True, help="Replace files that exist.")
 # resume: bool
 resume = click.option("--resume", is_flag=True, help="Go on where an interrupted run stopped.")
-# threads: int
-threads = count("--threads", metavar="N", default=1, help="Threads to use.")
+# threads: int | None
+threads = count("--threads", metavar="N", help="Threads to compute with.  [default: 1]")
+# effective_bits: tuple[float, ...]
+effective_bits = limits(
+    "--effective-bits",
+    "Mean bits per weight; of several, each gets a policy file.  [default: 4.8 without other "
+    "limits]",
+)
 # batch: int
 batch = count("--batch", metavar="N", default=1, help="Images at a time.")
 

@@ -53,6 +53,20 @@ def _refuse_other(model: Path, network: Path) -> None:
         raise UsageError(f"{model} was not made from {network}. Try mpq export {network} --force.")
 
 
+def run(path: Path | None) -> Path:
+    """The run that is named, by itself or by a file in it, or the newest one, said aloud.
+
+    Raises:
+        UsageError: there is none.
+    """
+    folder = newest("policy.yaml") if path is None else rundir.run_folder(path)
+    if path is None:
+        terminal.say(f"no run named: using {folder}")
+    trust_run(folder)
+    rundir.tidy(folder)
+    return folder
+
+
 def newest(*files: str) -> Path:
     """The newest run that has one of these files; one used later that has none is named aloud.
 

@@ -25,7 +25,7 @@ from mpq.report.tables import portability_table
               help="Only runtimes whose names begin so.  [default: all]")  # fmt: skip
 @options.path("--float", "float_file",
               help="What speed is relative to.  [default: float.onnx beside FILE]")  # fmt: skip
-@options.count("--num-test", default=128, help="Test images; emulated CPUs are slow.")
+@options.num_test("128: emulated CPUs are slow")
 @bundles.source
 @options.seed
 @options.as_json
@@ -34,7 +34,7 @@ def portability(
     installed: tuple[str, ...],
     names: tuple[str, ...],
     float_file: Path | None,
-    num_test: int,
+    num_test: int | None,
     source: DataSource,
     seed: int,
     as_json: bool,
@@ -61,7 +61,13 @@ def portability(
     wanted = foreign.chosen(names)
     with terminal.status() as tell:
         report = portability_run(
-            path, source, wanted, float_file=reference, images=num_test, seed=seed, progress=tell
+            path,
+            source,
+            wanted,
+            float_file=reference,
+            images=num_test or 128,
+            seed=seed,
+            progress=tell,
         )
     text = report.to_json()
     terminal.result(as_json, text, portability_table(json.loads(text)))

@@ -45,7 +45,7 @@ from mpq.wide import Int16Form
                 "never.")  # fmt: skip
 @options.count("--iterations", default=Learning.iterations,
                help="Steps per block of --effort best.")  # fmt: skip
-@options.count("--num-calib", help="Training images to calibrate on.  [default: the policy's]")
+@options.num_calib("the policy's")
 @options.count("--memory-mb", metavar="MB", default=MEMORY_MB,
                help="Activations to hold in memory; more lie in temporary files.")  # fmt: skip
 @click.option("--dynamic", is_flag=True,

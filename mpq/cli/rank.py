@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -9,10 +10,13 @@ import click
 from mpq import rundir
 from mpq.cli import bundles, options, places, terminal, training
 from mpq.data import DataSource, Normalization
+from mpq.errors import UsageError
 from mpq.pipeline.ranking import FILE, PICTURE, Hooks, Ranking, rank
 from mpq.ptq import EFFORTS, Effort
 from mpq.report.ranking import rank_table
 from mpq.rundir import Run
+
+EPOCHS = 10
 
 
 @click.command("rank")
@@ -20,14 +24,13 @@ from mpq.rundir import Run
                 callback=options.named)  # fmt: skip
 @bundles.source
 @options.normalize
-@options.limit("--effective-bits", "Mean weight bits of the mixed policy.  [default: 4.8]")
+@options.effective_bits
 @options.choice("--effort", EFFORTS, default="good", help="As in mpq ptq.")
 @training.recipe("plain")
-@options.count("--epochs", metavar="N", default=10,
-               help="Training of candidates that are architectures.")  # fmt: skip
+@training.epochs
 @training.settings
-@options.count("--num-calib", default=512, help="Training images to score and calibrate on.")
-@options.count("--num-val", default=2000, help="Validation images to measure on.")
+@options.num_calib("512")
+@options.num_test("2000")
 @options.seed
 @training.device
 @options.as_json
@@ -38,13 +41,13 @@ def command(
     candidates: tuple[str, ...],
     source: DataSource,
     normalize: Normalization | None,
-    effective_bits: float | None,
+    effective_bits: tuple[float, ...],
     effort: Effort,
     recipe: str,
-    epochs: int,
+    epochs: int | None,
     settings: tuple[str, ...],
-    num_calib: int,
-    num_val: int,
+    num_calib: int | None,
+    num_test: int | None,
     seed: int,
     device: str,
     as_json: bool,
@@ -54,8 +57,8 @@ def command(
 ) -> None:
     """Compare networks by what 8, 4 and mixed bits cost them; write rank.json and rank.png.
 
-    A candidate is a checkpoint, or an architecture, which is trained for --epochs first. Nothing is
-    trained after quantization. An interrupted run goes on with --resume.
+    A candidate is a checkpoint, or an architecture, which is trained for --epochs (10) first, and
+    quantized without training. An interrupted run goes on with --resume.
 
     \b
     mpq rank resnet20 mobilenet_v2_cifar --data cifar10 --epochs 20
@@ -65,13 +68,13 @@ def command(
     if not resume:
         rundir.refuse_overwrite(folder / FILE, force)
     how = Ranking(
-        effective_bits=effective_bits or Ranking.effective_bits,
+        effective_bits=_single(effective_bits),
         effort=effort,
-        samples=num_calib,
-        images=num_val,
-        recipe=training.recipe_from(recipe, epochs, settings),
+        samples=num_calib or Ranking.samples,
+        images=num_test or Ranking.images,
+        recipe=training.recipe_from(recipe, epochs or EPOCHS, settings),
     )
-    with training.live(epochs) as training_hooks:
+    with training.live(epochs or EPOCHS) as training_hooks:
         rows = rank(
             candidates,
             source,
@@ -80,5 +83,12 @@ def command(
             normalize=normalize,
             hooks=Hooks(terminal.say, training_hooks),
         )
-    terminal.result(as_json, rows, rank_table(rows))
+    terminal.result(as_json, {"rows": rows}, rank_table(rows))
     terminal.say(f"wrote {folder / FILE} and {folder / PICTURE}")
+
+
+def _single(bits: Sequence[float]) -> float:
+    """The one budget of the mixed policy."""
+    if len(bits) > 1:
+        raise UsageError(f"rank compares at one budget. Got --effective-bits {bits}.")
+    return bits[0] if bits else Ranking.effective_bits

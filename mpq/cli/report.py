@@ -6,7 +6,6 @@ from pathlib import Path
 
 import click
 
-from mpq import rundir
 from mpq.cli import options, places, terminal
 from mpq.errors import UsageError
 
@@ -29,11 +28,8 @@ def report(runs: tuple[Path, ...], compare: bool, as_json: bool) -> None:
     # matplotlib and bokeh take a second to import, which `--help` need not wait for.
     from mpq.pipeline.reporting import report_run, report_runs
 
-    folders = [rundir.run_folder(run) for run in runs]
-    if not compare and len(folders) > 1:
-        raise UsageError(f"one run makes one page. Got {len(folders)}; compare them by --compare.")
-    if not folders and not compare:
-        folders = [places.newest("policy.yaml")]
-        terminal.say(f"no run named: using {folders[0]}")
+    if not compare and len(runs) > 1:
+        raise UsageError(f"one run makes one page. Got {len(runs)}; compare them by --compare.")
+    folders = [places.run(run) for run in runs or (() if compare else (None,))]
     path = report_runs(folders) if compare else report_run(folders[0])
-    terminal.result(as_json, {"report": str(path)}, f"wrote {path}")
+    terminal.result(as_json, {"file": str(path)}, f"wrote {path}")

@@ -29,7 +29,7 @@ def targets(as_json: bool) -> None:
         "integers, 16 in float. 'reference': every integer is predicted bit for bit, without that "
         "CPU at hand; 'runtime': by running it there (mpq portability)."
     )
-    terminal.result(as_json, rows, Grid("Targets", heads, tuple(map(_cells, rows)), note))
+    terminal.result(as_json, {"rows": rows}, Grid("Targets", heads, tuple(map(_cells, rows)), note))
 
 
 def _cells(row: dict[str, str]) -> tuple[str, ...]:

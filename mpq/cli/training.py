@@ -220,7 +220,8 @@ def live(epochs: int) -> Iterator[Hooks]:
     with terminal.bars() as tell:
 
         def on_step(epoch: int, step: int, steps: int, loss: float) -> None:
-            tell("training", step + 1, steps, f"epoch {epoch + 1}/{epochs}  loss {loss:.3f}")
+            done, all_of_them = epoch * steps + step + 1, epochs * steps  # for the time left
+            tell("training", done, all_of_them, f"epoch {epoch + 1}/{epochs}  loss {loss:.3f}")
 
         def on_epoch(record: Record) -> None:
             val = record.get("val_top1")

@@ -24,7 +24,7 @@ from mpq.report.tables import exact_table, verify_table
 @click.option("--exact", is_flag=True,
               help="Predict every integer tensor of the runtime, bit for bit.")  # fmt: skip
 @options.origin
-@options.count("--num-verify", help="Test images.  [default: 1000, with --exact 4]")
+@options.num_test("1000, with --exact 4")
 @options.target("Where to judge it, without that CPU at hand.")
 @ends.outputs
 @bundles.source
@@ -35,7 +35,7 @@ def verify(
     file: Path | None,
     exact: bool,
     origin: str | None,
-    num_verify: int | None,
+    num_test: int | None,
     target: str | None,
     outputs: dict[str, OutputKind],
     source: DataSource,
@@ -65,7 +65,7 @@ def verify(
     if exact:
         if origin is not None:
             raise UsageError("--exact needs nothing but the file. Give it without --from.")
-        report = _exact(path, source, num_verify or 4, seed, target)
+        report = _exact(path, source, num_test or 4, seed, target)
         _tell(path, "exact.json", report.to_json(), as_json)
         _refuse_inexact(path, report)
     else:
@@ -77,7 +77,7 @@ def verify(
             checked = verify_run(
                 found,
                 path,
-                images=num_verify or 1000,
+                images=num_test or 1000,
                 seed=seed,
                 target=target,
                 outputs=outputs,

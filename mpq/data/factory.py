@@ -20,7 +20,7 @@ from mpq.data.folders import SPLITS
 from mpq.data.splits import Splits
 from mpq.errors import DataError, nearest
 from mpq.inputs import InputSpecs
-from mpq.userimport import import_callable, working_directory
+from mpq.userimport import import_callable, raised, working_directory
 
 
 def open_factory(
@@ -94,7 +94,7 @@ def _call(name: str) -> Any:
         with working_directory():
             return factory()
     except (Exception, SystemExit) as error:  # the user's code can fail in any way
-        raise DataError(f"data {name} failed with {type(error).__name__}: {error}") from error
+        raise DataError(f"data {name} failed with {raised(error)}") from error
 
 
 def _check_pair(pair: Any, where: str) -> Named:

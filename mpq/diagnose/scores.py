@@ -72,7 +72,7 @@ def _disordered(facts: Facts, validation: Json) -> Iterator[Finding]:
     metric = facts.sensitivity["metric"] if facts.sensitivity else ""
     remedy = "mpq analyze --metric kl --rescore --validate 50 --force: each candidate is measured"
     if metric == "kl":
-        remedy = "more images (--num-score), or mpq analyze --max-drop, which measures as it goes"
+        remedy = "more images (--num-calib), or mpq analyze --max-drop, which measures as it goes"
     gain = f"rho {rho:.2f} to {mended:.2f} with the score of {layer} set right" if layer else ""
     yield Finding(
         "scores", (layer,) if layer else (), "the scores order policies wrongly", evidence, remedy,

@@ -63,7 +63,7 @@ def verify_run(
     judged = found.judged_as({} if policy is None else policy.outputs).judged_as(outputs or {})
     sample = held_out(found.subject, images, seed)
     if sample is None:
-        raise DataError("verification needs at least one image. Got --num-verify 0.")
+        raise DataError("verification needs at least one image. Got --num-test 0.")
     return verify_file(judged.graph, path, sample, target)
 
 

@@ -51,7 +51,7 @@ def _analyze(run: Contents, policy: Policy) -> str:
         if bits:
             words += [option, ",".join(str(b) for b in sorted(bits, reverse=True))]
     if scores and scores["samples"]:
-        words += ["--metric", scores["metric"], "--num-score", str(scores["samples"])]
+        words += ["--metric", scores["metric"], "--num-calib", str(scores["samples"])]
         words += ["--seed", str(scores["seed"])]
     for name, value in policy.constraints.model_dump(exclude_none=True).items():
         words += [LIMITS[name], f"{value:g}"] if name in LIMITS else []

@@ -23,7 +23,7 @@ from torch import nn
 
 from mpq.errors import UsageError, nearest
 from mpq.inputs import InputSpec
-from mpq.userimport import import_callable, working_directory
+from mpq.userimport import import_callable, raised, working_directory
 from mpq.zoo import libraries
 from mpq.zoo.architectures import ARCHITECTURES, INPUT_SIZE
 
@@ -148,7 +148,7 @@ def _from_factory(arch: str, classes: int, in_channels: int) -> nn.Module:
         given = ", ".join(f"{k}={v}" for k, v in options.items())
         raise UsageError(
             f"the factory {arch} must build a network when called as {arch.split(':')[1]}"
-            f"({given}). It raised {type(error).__name__}: {error}"
+            f"({given}). It raised {raised(error)}"
         ) from error
     if not isinstance(network, nn.Module):
         raise UsageError(

@@ -74,10 +74,10 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     named = ["--model", "mine:tiny", "--data", "mine:images"]
     try:
         assert main(train) == 0
-        assert main(["analyze", "model.pth", *named, "--num-score", "16", "-o", "r"]) == 0
+        assert main(["analyze", "model.pth", *named, "--num-calib", "16", "-o", "r"]) == 0
         assert main(["ptq", "--policy", "r", "--num-calib", "16", "--effort", "fast"]) == 0
-        assert main(["export", "r", "--num-verify", "10"]) == 0
-        assert main(["verify", "r", "--num-verify", "10"]) == 0
+        assert main(["export", "r", "--num-test", "10"]) == 0
+        assert main(["verify", "r", "--num-test", "10"]) == 0
         assert main(["bench", "r", "--runs", "2"]) == 0
         tell = ["ensemble", "model.pth", "-o", "ens.pth", "--trust-code", "mine:tiny"]
         assert main([*tell, "--data", "mine:images"]) == 0

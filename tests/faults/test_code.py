@@ -148,7 +148,7 @@ def test_what_is_trusted_once_is_remembered_in_the_run(
     assert main([*ptq, "--trust-code", "evil:images"]) == 0
     del sys.modules["evil"]
     assert main(ptq) == 0  # not asked again
-    assert main(["export", "r", "--force", "--num-verify", "0"]) == 0
+    assert main(["export", "r", "--force", "--num-test", "0"]) == 0
     Path("evil.py").write_text(Path("evil.py").read_text() + "# another\n")
     capsys.readouterr()
     assert main(ptq) == 2

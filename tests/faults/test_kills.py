@@ -56,7 +56,7 @@ STAGES = {
     ),
     "profile": Stage("profile model.pth --model mine:tiny -o r", "profile.json"),
     "analyze": Stage(
-        f"analyze model.pth {MINE} --num-score 24 --validate 2 -o r --force",
+        f"analyze model.pth {MINE} --num-calib 24 --validate 2 -o r --force",
         "policy.yaml sensitivity.json sensitivity.png pareto.png validation.json validation.png",
     ),
     "ptq": Stage(f"ptq --policy p.yaml -o r --effort fast {FAST}", "ptq.pth policy.yaml"),
@@ -68,10 +68,10 @@ STAGES = {
         "qat --policy p.yaml -o r --epochs 2 --set batch=32 --force", "qat.pth policy.yaml"
     ),
     "export": Stage(
-        "export r --num-verify 5 --input uint8 --force",
+        "export r --num-test 5 --input uint8 --force",
         "model.onnx float.onnx certificate.json verify.json bench.jsonl",
     ),
-    "verify": Stage("verify r --num-verify 5", "verify.json"),
+    "verify": Stage("verify r --num-test 5", "verify.json"),
     "verify exact": Stage("verify r --exact", "exact.json"),
     "bench": Stage("bench r --runs 1", "bench.jsonl"),
     "report": Stage("report r", "report.html"),

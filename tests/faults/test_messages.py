@@ -124,7 +124,7 @@ def test_a_read_only_folder_is_found_out_before_the_work(
 @pytest.mark.usefixtures("read_only")
 def test_a_read_only_working_directory_holds_up_nobody(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    named = ["--model", "mine:tiny", "--data", "mine:images", "--num-score", "8"]
+    named = ["--model", "mine:tiny", "--data", "mine:images", "--num-calib", "8"]
     assert main(["analyze", "model.pth", *named, "-o", str(out)]) == 0
     assert main(["certify", "r"]) == 0
     assert (out / "policy.yaml").is_file()

@@ -20,7 +20,7 @@ from mpq.userimport import trusting
 
 FAST = ["--num-calib", "16", "--effort", "fast", "--force"]
 PTQ = ["ptq", "--policy", "r", *FAST]
-EXPORT = ["export", "r", "--num-verify", "10", "--force"]
+EXPORT = ["export", "r", "--num-test", "10", "--force"]
 USES = [
     "export r --force",
     "verify r",
@@ -97,7 +97,7 @@ def test_the_commands_that_a_refusal_names_mend_it(capsys: pytest.CaptureFixture
     assert "MACs that run as integers" not in page
     assert main(EXPORT) == 0
     assert not Path("r/bench.jsonl").exists()
-    for command in ("verify r --num-verify 5", "bench r --runs 2"):
+    for command in ("verify r --num-test 5", "bench r --runs 2"):
         assert main(command.split()) == 0
     for name in ("certificate.json", "verify.json", "bench.jsonl"):
         assert origins.doubt(Path("r", name)) is None
@@ -126,7 +126,7 @@ def other_network() -> None:
 @pytest.mark.usefixtures("here")
 def test_another_network_makes_all_of_a_run_stale(capsys: pytest.CaptureFixture[str]) -> None:
     other_network()
-    named = ["--model", "mine:tiny", "--num-score", "16", "-o", "r", "--force"]
+    named = ["--model", "mine:tiny", "--num-calib", "16", "-o", "r", "--force"]
     assert main(["analyze", "other.pth", *named]) == 0
     for command in USES:
         assert "mpq ptq r --force" in refused(capsys, command)
@@ -138,7 +138,7 @@ def test_another_network_makes_all_of_a_run_stale(capsys: pytest.CaptureFixture[
 @pytest.mark.usefixtures("here")
 def test_a_run_takes_no_file_of_another_network(capsys: pytest.CaptureFixture[str]) -> None:
     other_network()
-    named = ["--model", "mine:tiny", "--data", "mine:images", "--num-score", "16", "-o", "s"]
+    named = ["--model", "mine:tiny", "--data", "mine:images", "--num-calib", "16", "-o", "s"]
     assert main(["analyze", "other.pth", *named]) == 0
     capsys.readouterr()
     assert main([*EXPORT, "-o", "s"]) == 2
