@@ -74,7 +74,7 @@ def test_the_page_shows_all_of_a_run_and_refers_to_nothing_else(written):
     assert all(link.startswith(("#", "data:")) for link in found.links)
     assert len(text.encode()) < 3e6
     for told in ("6.2 times smaller than float", "2.11 times as fast", "98.3%", "QLinearConv",
-                 "top-1 91.50 % against 91.73 % in float, which is within chance",
+                 "top-1 91.50 % against 91.73 % in float, a difference within chance",
                  "90.94 to 92.03, 10,000 images", "61.3", "Spearman&#39;s rho 1.000",
                  "a&lt;b", "blocks[0].&lt;odd&gt;", "No peer was measured",
                  "float where integers were to be"):  # fmt: skip

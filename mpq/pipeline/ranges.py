@@ -127,6 +127,7 @@ def ranges(
     return {"images": used, "data": found.policy.data.name, "layers": rows}
 
 
+@torch.no_grad()
 def _weights(layer: QuantLayer, original: Tensor | None = None) -> dict[str, Any]:
     """Weights in steps of their channel.
 

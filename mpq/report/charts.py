@@ -234,8 +234,8 @@ def validation(found: Json) -> Figure:
 
 
 def curves(title: str, lines: Mapping[str, Sequence[tuple[float, float]]]) -> Figure:
-    """Some of the curves of a training: (epoch, value) by name."""
-    made = blank(240, "epoch", title)
+    """Some of the curves of a training: (epoch, value) by name; the title stands above it."""
+    made = blank(240, "epoch")
     for i, (name, points) in enumerate(lines.items()):
         epochs, values = zip(*points, strict=True)
         source = ColumnDataSource({"x": epochs, "y": values})

@@ -85,7 +85,7 @@ def compared(model: Json, plain: Json | None) -> str:
             plain["top1"] - model["top1"],
             margin(plain["top1"], model["top1"], model["n"]),
         )
-        alike = ", which is within chance" if abs(lost) <= noise and lost else ""
+        alike = ", a difference within chance" if abs(lost) <= noise and lost else ""
         text += f" against {plain['top1']:.2f} % in float{alike}"
     return f"{', '.join(told)}; {text}, on {counted(model['n'], 'image')}."
 
