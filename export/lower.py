@@ -19,6 +19,7 @@ import torch
 from onnx_ir.passes import common
 from onnxscript.optimizer import fold_constants
 from onnxscript.rewriter import rewrite
+from torch import Tensor
 
 from mpq.axes import axes_of
 from mpq.errors import ExportError
@@ -157,6 +158,7 @@ def _export(qg: QuantGraph, free: tuple[str, ...]) -> ir.Model:
                 optimize=False,
             )
     except Exception as error:
+        _check_samples(module, example)
         reason = str(error.__cause__ or error).strip().splitlines()[0]
         raise ExportError(
             f"torch.onnx cannot export the model: {reason}. Replace that operation, or move it out "
@@ -166,6 +168,20 @@ def _export(qg: QuantGraph, free: tuple[str, ...]) -> ir.Model:
     common.InlinePass()(program.model)
     _check_free(program.model, qg.inputs, axes_of(example, free))
     return program.model
+
+
+def _check_samples(module: torch.nn.Module, example: tuple[Tensor, ...]) -> None:
+    """Refuse a network whose inputs have no samples as first size, such as a list of pictures."""
+    try:
+        with torch.no_grad():
+            module(*example)
+    except Exception as error:
+        shapes = ", ".join(str(list(t.shape)) for t in example)
+        raise ExportError(
+            f"inputs must have the samples as their first size, but the network does not run on "
+            f"two: {shapes}: {str(error).partition(chr(10))[0]}. Of a detector that takes a list "
+            "of pictures, export backbone and heads, which take a batch."
+        ) from error
 
 
 def _check_free(model: ir.Model, inputs: tuple[str, ...], axes: list[dict[int, str]]) -> None:

@@ -312,6 +312,17 @@ def test_sizes_that_the_example_decided_cannot_be_free(
     assert to_onnx(graph, tmp_path / "m.onnx", images=IMAGE).verification is not None
 
 
+def test_an_input_without_samples_is_refused(tmp_path: Path):
+    class Picture(Net):
+        def forward(self, pictures: list[Tensor]) -> Tensor:
+            mean = pictures[0].new_tensor([0.4, 0.5, 0.6])[:, None, None]
+            return self.pooled(self.a((pictures[0] - mean)[None]))
+
+    graph = mpq.to_float(Picture(), ([IMAGE[0]],))
+    with pytest.raises(ExportError, match=r"must have the samples .* export backbone and heads"):
+        float_to_onnx(graph, tmp_path / "m.onnx")
+
+
 def test_a_batch_that_the_network_holds_is_refused(tmp_path: Path):
     with pytest.raises(ExportError, match=r"batch of input image must be free .* holds it at 2"):
         float_to_onnx(mpq.to_float(Parts(), (IMAGE[:2], IMAGE[2:4])), tmp_path / "m.onnx")
