@@ -40,6 +40,7 @@ from mpq import to_float as to_float_graph
 from mpq.calls import Inputs, leaves, take
 from mpq.capture.capture import capture
 from mpq.capture.network import Network
+from mpq.checkpoint import weights_hash
 from mpq.errors import MpqError
 from mpq.export import to_onnx
 from mpq.graph.ir import QuantGraph
@@ -62,9 +63,13 @@ def network(name: str, noise: Callable[..., Tensor] = torch.rand) -> Network:
     made.module.eval()
     more = made.map(partial(_more, noise=noise))
     made = more if _runs(more) else made
+    seen: set[str] = set()
     for parameter in made.module.parameters():
-        if parameter.is_floating_point() and parameter.min() == parameter.max():
-            parameter.data += 0.02 * torch.randn_like(parameter)  # zeros and ones, before training
+        known = weights_hash({"": parameter})
+        alike = parameter.min() == parameter.max() or known in seen
+        seen.add(known)
+        if parameter.is_floating_point() and alike:  # zeros, ones, unit matrices: before training
+            parameter.data += 0.02 * torch.randn_like(parameter)
     norms = [m for m in made.module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     for norm in norms:
         if norm.affine:
