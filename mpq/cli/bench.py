@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -95,7 +96,7 @@ def _show(rows: Sequence[BenchRow], as_json: bool, folder: Path | None) -> None:
     text = "".join(f"{row.to_json()}\n" for row in rows)
     if folder is not None:
         origins.keep(folder, "bench.jsonl", text, "bench", [Path(row.file) for row in rows])
-    shown = [row.to_dict() for row in rows]
+    shown = [json.loads(line) for line in text.splitlines()]  # rounded, as the file has them
     terminal.result(as_json, {"rows": shown}, bench_table(shown))
     if folder is not None and not as_json:
         terminal.say(f"wrote {folder / 'bench.jsonl'}")
