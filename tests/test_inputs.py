@@ -57,10 +57,13 @@ def stated(classes=5): return Two(classes)
 stated.input_size = {"image": (3, 8, 12), "ids": "6:int64"}
 def one(): return Signal(1)
 def three(): return Signal(3)
-def images(in_channels=3):
+def images(in_channels=3, classes=5):
     torch.manual_seed(0)
-    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)]
+    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, classes)]
     return nn.Sequential(nn.Conv2d(in_channels, 8, 3), nn.ReLU(), *head)
+
+def grey(classes=10): return images(1, classes)
+grey.input_size = (1, 6, 9)
 
 rng = np.random.default_rng(0)
 picture = rng.standard_normal((40, 3, 8, 12)).astype(np.float32)
@@ -290,6 +293,14 @@ def test_other_inputs_all_the_way(nets, capsys, make, more):
     run(capsys, "ptq --policy r --effort fast --num-calib 16")
     run(capsys, "export r --num-test 16")
     assert "samples" in run(capsys, "bench r --runs 2 --num-test 16")
+
+
+def test_grey_networks_are_trained_on_grey_pictures(nets, capsys):
+    train = "train some_nets:grey --data digits --epochs 1 --set batch=512 -o net.pth --force"
+    for more in ("--recipe strong", "--set rand_operations=2"):
+        run(capsys, f"{train} {more}")
+    info = torch.load("net.pth", weights_only=True)["info"]
+    assert (info["input"], info["normalize"]) == ([1, 6, 9], "none")
 
 
 # --- in Python --------------------------------------------------------------------------------

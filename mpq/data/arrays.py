@@ -109,7 +109,7 @@ def splits_of(
         ids = ids if ids is not None and labelled else np.zeros(count, np.int64)
         if pixels:
             images = channelled(next(iter(inputs.values())), size, where)
-            shape = _size(size) or (int(images.shape[1]), int(images.shape[2]))
+            shape = (*(size or images.shape[1:3]),)[-2:]
             made[split] = ArraySplit(images, ids, shape)
         else:
             specs = takes or {}
@@ -160,7 +160,3 @@ def fitting(array: NDArray[Any], spec: InputSpec | None, name: str, where: str) 
             "--input-shape."
         )
     return array.astype(want, copy=False)
-
-
-def _size(size: tuple[int, ...] | None) -> tuple[int, int] | None:
-    return None if size is None else (size[-2], size[-1])

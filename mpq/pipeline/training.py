@@ -12,6 +12,7 @@ import torch
 from mpq import rundir, zoo
 from mpq.checkpoint import Reading, open_model, save_model
 from mpq.data import DataSet, DataSource, Normalization, load_arrays, open_data
+from mpq.data.normalize import NAMED
 from mpq.errors import DataError
 from mpq.pipeline.guard import check_teacher
 from mpq.pipeline.subject import Subject, subject_of
@@ -41,18 +42,19 @@ def new_subject(
     native = opened()
     native.require_labels("training")
     size = native.size if (height, width) == (32, 32) else (height, width)
-    data = native if size == native.size else opened(size=size)
+    data = native if (3, *native.size) == (channels, *size) else opened(size=(channels, *size))
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         module = zoo.build(arch, len(data.classes), in_channels=channels)
-    normalize = normalize or Normalization.parse(DEFAULT_NORMALIZE.get(name, "imagenet"))
+    usual = Normalization.parse(DEFAULT_NORMALIZE.get(name, "imagenet"))
+    normalize = normalize or (usual if usual.fits(channels) else NAMED["none"])
     info = ModelInfo(
         arch=arch,
         classes=len(data.classes),
         input=(channels, *data.size),
         normalize=str(normalize),
     )
-    return Subject(module, info, data, name, normalize, source.more(data.size))
+    return Subject(module, info, data, name, normalize, source.more(info.input))
 
 
 def run_train(

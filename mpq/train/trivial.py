@@ -71,6 +71,8 @@ def _blend(images: Tensor, other: Tensor, factor: Tensor) -> Tensor:
 
 
 def _grey(images: Tensor) -> Tensor:
+    if images.shape[1] != len(GREY):
+        return images.mean(1, keepdim=True)
     return sum(
         (w * images[:, i : i + 1] for i, w in enumerate(GREY)), torch.zeros_like(images[:, :1])
     )
@@ -143,10 +145,11 @@ def sharpness(images: Tensor, strength: Tensor, sign: Tensor) -> Tensor:
     """Towards a 3x3 blur, or away from it; the border stays."""
     if min(images.shape[2:]) <= 2:
         return images
-    kernel = torch.ones(3, 1, 3, 3, device=images.device) / 13
+    channels = images.shape[1]
+    kernel = torch.ones(channels, 1, 3, 3, device=images.device) / 13
     kernel[:, :, 1, 1] = 5 / 13
     blurred = images.clone()
-    blurred[:, :, 1:-1, 1:-1] = F.conv2d(images, kernel, groups=3)
+    blurred[:, :, 1:-1, 1:-1] = F.conv2d(images, kernel, groups=channels)
     return _blend(images, blurred, 1 + 0.99 * strength * sign)
 
 
