@@ -13,9 +13,10 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
-# The long form of tests/faults, which writes the table of docs/security.md.
+# The long form of tests/faults, which writes the table of docs/security.md, and of other inputs.
 test-faults: $(STAMP)
 	MPQ_FAULTS=1 OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest tests/faults
+	MPQ_FAULTS=1 OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest tests/test_inputs.py
 
 # Every block of README, docs/tour.md and docs/yours.md, word for word, in empty folders.
 test-docs: $(STAMP)
