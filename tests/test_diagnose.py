@@ -356,7 +356,7 @@ def test_dead_channels_of_several_layers_are_one_finding() -> None:
         net.conv1.bias[:4] -= 100
         net.conv3.bias[:6] -= 100
 
-    (one,) = mpq.diagnose(mpq.analyze(tiny(die), images(), num_score=64)).findings
+    (one,) = mpq.diagnose(mpq.analyze(tiny(die), images(), num_calib=64)).findings
     assert set(one.where) == {"conv1", "conv2", "conv3"}
     assert one.evidence.count("for all 64 images") == 2
     assert "; and 1 more; " in one.evidence

@@ -248,7 +248,7 @@ def test_two_inputs_and_a_dict_of_outputs_all_the_way(nets, capsys):
         capsys, "bench r --runs 2 --output scores=classes"
     )
     assert "did you mean boxes" in refused(capsys, "bench r --output boxs=regression")
-    run(capsys, "verify r/model.onnx --exact --data two.npz --num-verify 2")
+    run(capsys, "verify r/model.onnx --exact --data two.npz --num-test 2")
     (plain, row) = map(json.loads, Path("r/bench.jsonl").read_text().splitlines())
     assert "agreement" not in plain
     assert (row["top1"], row["compared"], row["sqnr_db"]) == (None, 8, None)
