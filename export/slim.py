@@ -73,8 +73,9 @@ def _short_names() -> Iterator[str]:
 def _shorten(graph: ir.Graph) -> None:
     ends = {value.name for value in (*graph.inputs, *graph.outputs)}
     names = (name for name in _short_names() if name not in ends)
-    for value in list(graph.initializers.values()):
-        del graph.initializers[str(value.name)]
+    initializers = list(graph.initializers.values())
+    graph.initializers.clear()  # all at once: one may have the name that another gets
+    for value in initializers:
         value.name = next(names)
         graph.register_initializer(value)
     for node in graph:

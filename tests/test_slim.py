@@ -76,3 +76,11 @@ def test_layers_of_equal_weights_that_read_one_tensor_stay_apart():
     slim(made)
     assert [n.name for n in made.graph if n.op_type == "Conv"] == ["body.left", "body.right"]
     assert np.array_equal(answer(made, input=X), before)
+
+
+def test_a_constant_may_have_the_name_that_another_gets():
+    text = "(float[2] input) => (float[2] output) { x = Add(input, first)  output = Mul(x, a) }"
+    made = parse(text, first=np.float32([1, 2]), a=np.float32([3, 4]))
+    slim(made)
+    x = np.float32([5, 6])
+    assert np.array_equal(answer(made, input=x), (x + np.float32([1, 2])) * np.float32([3, 4]))
