@@ -70,6 +70,7 @@ def test_older_names_of_options_are_taken_with_a_note(
 
 OF_EACH_COMMAND = {
     ("recipe", "default"): "what is trained: a float network, or a quantized one",
+    ("num_test", "type"): "export may verify on none, which is 0",
     ("metric", "multiple"): "analyze takes one to score layers by, and one of the task",
     ("out", "default"): "train and ensemble write one file, which has a name",
 }

@@ -151,9 +151,9 @@ def num_calib(default: str) -> Decorator[Any]:
 
 
 # num_test: int | None
-def num_test(default: str) -> Decorator[Any]:
+def num_test(default: str, *, least: int = 1) -> Decorator[Any]:
     """`--num-test`: how many images are measured or compared on; the help says the default."""
-    return count("--num-test", least=0, help=f"Images to measure on.  [default: {default}]")
+    return count("--num-test", least=least, help=f"Images to measure on.  [default: {default}]")
 
 
 def choice(
