@@ -18,6 +18,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))  # helpers such as nets.py, in every import mode
 
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the first command in a process would
 # The key that seals what a run has been trusted with is the user's own: tests have another.
 os.environ["XDG_STATE_HOME"] = str(Path(tempfile.gettempdir()) / "mpq-tests")
 OTHERS = (

@@ -320,7 +320,7 @@ def test_the_whole_way_on_the_command_line(here: Path, capsys) -> None:
     assert main(["export", "q", "--num-test", "0"]) == 0
     capsys.readouterr()
     assert main(["bench", "q/model.onnx", "--runs", "2", "--json", *judge]) == 0
-    row = json.loads(capsys.readouterr().out.splitlines()[-1])
+    row = json.loads(capsys.readouterr().out)["rows"][-1]
     assert row["metric"] == "mine:mae"
     assert row["value"] == pytest.approx(told["value"], rel=0.05)
 

@@ -307,24 +307,24 @@ def test_data_that_are_needed_and_not_there(here, fails, monkeypatch):
     fails("analyze model.pth --data-root gone -o a --data cifar10", "gone")
 
 
-GREY = """from torch import nn
+FIVE = """from torch import nn
 
 def net(classes):
-    return nn.Sequential(nn.Conv2d(1, 8, 3), nn.Flatten(), nn.Linear(8 * 36, classes))
+    return nn.Sequential(nn.Conv2d(5, 8, 3), nn.Flatten(), nn.Linear(8 * 36, classes))
 
-net.input_size = (1, 8, 8)
+net.input_size = (5, 8, 8)
 """
 
 
 def test_data_of_other_channels_than_the_network_takes(here, fails):
-    name = f"grey_{os.getpid()}"
-    Path(f"{name}.py").write_text(GREY)
-    state = {"0.weight": (8, 1, 3, 3), "0.bias": (8,), "2.weight": (10, 288), "2.bias": (10,)}
+    name = f"five_{os.getpid()}"
+    Path(f"{name}.py").write_text(FIVE)
+    state = {"0.weight": (8, 5, 3, 3), "0.bias": (8,), "2.weight": (10, 288), "2.bias": (10,)}
     torch.save({key: torch.zeros(shape) for key, shape in state.items()}, "g.pth")
     argv = ["analyze", "g.pth", "--model", f"{name}:net", "--normalize", "none", "--data"]
     try:
-        fails([*argv, "digits"], "must take images of 3 channels, as digits has. It takes 1")
-        assert main([*argv, "none", "-o", "grey"]) == 0
+        fails([*argv, "digits"], "images of digits have 1 channels, but the network takes 5")
+        assert main([*argv, "none", "-o", "five"]) == 0
     finally:
         sys.modules.pop(name, None)
 

@@ -395,7 +395,8 @@ def test_first_nonfinite_is_none_for_a_sound_model():
     ("images", "labels", "message"),
     [
         (np.zeros((4, 8, 8, 3)), np.zeros(4, np.int64), r"must be uint8 .* float64"),
-        (np.zeros((4, 3, 8, 8), np.uint8), np.zeros(4, np.int64), r"\[4, 3, 8, 8\]"),
+        (np.zeros((4, 3, 8), np.uint8), np.zeros(4, np.int64), r"\[4, 3, 8\]"),
+        (np.zeros((4, 3, 8, 8), np.uint8), np.zeros(4, np.int64), r"3 channels.*\[4, 3, 8, 8\]"),
         (np.zeros((0, 8, 8, 3), np.uint8), np.zeros(0, np.int64), r"at least one image"),
         (np.zeros((4, 8, 8, 3), np.uint8), np.zeros(3, np.int64), r"must be 4 class ids.*\[3\]"),
         (np.zeros((4, 8, 8, 3), np.uint8), np.full(4, -1), r"smallest -1"),

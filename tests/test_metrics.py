@@ -290,7 +290,7 @@ def test_batches_are_joined_and_shared_out() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--metric top2", "the metric must be one of top1"),
+        ("--metric top2", "--metric must be one of .*top1"),
         ("--lower-is-better", "go with --metric"),
         ("--metric mine:none", "has no callable 'none'"),
         ("--batches mine:number", "must be a DataLoader or a list of batches.* Got int"),

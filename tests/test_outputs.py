@@ -241,7 +241,7 @@ def test_kinds_can_be_given() -> None:
         ({"boxes": "regresion"}, "kind of output boxes must be one of .*did you mean regression"),
         ({"boxes": "places"}, r"needs logits \[N, K, \.\.\.\].*Got floats .*Try .*boxes=classes"),
         ({"map": "classes"}, r"output map cannot be of kind classes.*Try --output map=places"),
-        ({"index": "classes"}, "Got whole numbers.*Try --output index=regression"),
+        ({"index": "classes"}, "Got whole numbers.*Try --output index=exact"),
     ],
 )
 def test_kinds_that_cannot_be_are_refused(given: dict[str, str], message: str) -> None:

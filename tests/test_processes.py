@@ -52,7 +52,7 @@ def test_the_command_line_runs_in_two_processes_and_writes_once(tmp_path: Path):
     assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / "model.pth").is_file()
     assert done.stderr.count("wrote model.pth") == 1
-    assert done.stdout.count("on the validation split") == 1
+    assert done.stdout.count("held-out images") == 1
     assert [p.name for p in (tmp_path / "model.train").iterdir()] == ["metrics.jsonl"]
 
 

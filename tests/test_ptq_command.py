@@ -36,8 +36,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def state(run: str) -> dict[str, torch.Tensor]:
-    found: dict[str, torch.Tensor] = load_safe(Path(run) / "ptq.pth")["state"]
+def state(run: str, stage: str = "ptq") -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = load_safe(Path(run) / f"{stage}.pth")["state"]
     return found
 
 
@@ -146,7 +146,7 @@ def test_the_form_of_16_bit_layers_goes_into_the_result(here, capsys):
     assert not any(name.startswith("quantizers.") for name in state("fast"))
     trained = ["qat", "--policy", "w.yaml", "-o", "trained", "--epochs", "1"]
     assert main([*trained, "--int16-form", "exact"]) == 0
-    assert {n for n in state("trained") if n.startswith("quantizers.")} == {
+    assert {n for n in state("trained", "qat") if n.startswith("quantizers.")} == {
         n for n in state("exact") if n.startswith("quantizers.")
     }
     capsys.readouterr()

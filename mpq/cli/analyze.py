@@ -110,13 +110,13 @@ def analyze(
     mpq analyze net.pth --model net:make --output boxes=regression
     mpq analyze net.pth --input-shape image=3,64,64 --input-shape ids=10:int64
     """
+    metric, wishes = divided(wishes)
+    scoring = Scoring(bits, act_bits, metric, seed, rounding=rounding, loss=loss)
     folder = places.hold(rundir.resolve_out(out, checkpoint.stem))
     rundir.refuse_overwrite(folder / "policy.yaml", force)
     timed = minimize == "latency" or budgets[0].max_latency_ms is not None or profile_path
     profile = _profile(profile_path, folder) if timed else None
     kept = Policy.load(locked) if locked else None
-    metric, wishes = divided(wishes)
-    scoring = Scoring(bits, act_bits, metric, seed, rounding=rounding, loss=loss)
     how = Analyzing(
         scoring,
         num_calib or Analyzing.samples,

@@ -23,11 +23,12 @@ from mpq.batch import inputs_of, joined, moved, rows
 from mpq.calls import Inputs, count, to_device
 from mpq.data import sample_indices
 from mpq.diagnose.tensors import measure
-from mpq.errors import DataError, PolicyError, UsageError
+from mpq.errors import DataError, PolicyError, UsageError, nearest
 from mpq.graph.ir import QuantGraph
 from mpq.graph.outputs import classifier, stated
 from mpq.latency import LatencyProfile
 from mpq.layers import LayerChoice, Widths
+from mpq.metrics.builtin import NAMES
 from mpq.pipeline.analysis import Analysis, Choice
 from mpq.pipeline.dropping import DropMeter
 from mpq.pipeline.evaluating import evaluation
@@ -39,6 +40,7 @@ from mpq.policy import Constraints, DataInfo, Policy
 from mpq.rundir import Run
 from mpq.target import Target
 from mpq.targets import get_target
+from mpq.trusted import is_name
 
 logger = logging.getLogger(__name__)
 DEFAULT_EFFECTIVE_BITS = 4.8
@@ -259,11 +261,18 @@ def divided(wishes: Wishes) -> tuple[Metric, Wishes]:
     """Of the metrics that are named, how layers are scored, and what answers are judged by.
 
     Raises:
-        UsageError: there are two of a kind.
+        UsageError: there are two of a kind, or a name of neither.
     """
     named = wishes.metric if isinstance(wishes.metric, tuple | list) else (wishes.metric,)
     scores = [m for m in METRICS if m in [n for n in named if isinstance(n, str)]]
     judges = [n for n in named if n is not None and not (isinstance(n, str) and n in METRICS)]
+    for name in judges:
+        if isinstance(name, str) and name not in NAMES and not is_name(name):
+            raise UsageError(
+                f"--metric must be one of {', '.join(METRICS)} (how layers are scored), or of "
+                f"{', '.join(NAMES)}, module:function (what answers are judged by). Got {name!r}"
+                f"{nearest(name, (*METRICS, *NAMES))}"
+            )
     if len(scores) > 1 or len(judges) > 1:
         raise UsageError(
             "--metric takes one of a kind: how layers are scored "

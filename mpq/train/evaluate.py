@@ -153,6 +153,25 @@ def top1(logits: Tensor, labels: Labels) -> float:
     return 100 * float((logits.argmax(1) == as_tensor(labels)).double().mean())
 
 
+def check_fits(model: nn.Module, images: Images, normalize: Normalization) -> None:
+    """Refuse images that the network cannot take, before anything is written or trained.
+
+    Raises:
+        DataError: it fails on the first of them.
+    """
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    with evaluating(model):
+        try:
+            model(normalize_unit(to_unit(as_tensor(images[:1]).to(device)), normalize))
+        except RuntimeError as error:
+            _, height, width, channels = images.shape
+            raise DataError(
+                f"the network must take images of {channels} channels and {height} x {width} "
+                f"pixels, as these data have, but fails: {str(error).splitlines()[0]} Images are "
+                f"[n, H, W, C]. Got {images.dtype} {list(images.shape)}."
+            ) from error
+
+
 def check_images(images: Images, labels: Labels | None = None, *, partial: bool = False) -> None:
     """Refuse what the loop and the evaluation cannot take.
 

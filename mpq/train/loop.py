@@ -15,7 +15,7 @@ from torch import nn
 
 from mpq.rundir import Run
 from mpq.train.engine import Engine
-from mpq.train.evaluate import accuracy, check_images
+from mpq.train.evaluate import accuracy, check_fits, check_images
 from mpq.train.metrics import Record
 from mpq.train.plan import Hooks, Judge, Stop, TrainingData, TrainingPlan
 from mpq.train.resume import CHECKPOINT
@@ -74,6 +74,7 @@ def fit(
     run, hooks = run or Run(), hooks or Hooks()
     if data.train is not None:
         check_images(*data.train, partial=plan.teacher is not None or plan.task is not None)
+        check_fits(model, data.train[0], data.normalize)
     if data.validation is not None:
         check_images(*data.validation)
     engine = Engine(model, data, plan, run)
