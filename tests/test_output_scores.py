@@ -173,6 +173,26 @@ class Chooser(nn.Module):
         return self.net(x).argmax(1)
 
 
+class NoBoxes(TwoHeads):
+    """As a detector that found nothing: its boxes are none, its logits as ever or not asked for."""
+
+    def __init__(self, logits: bool) -> None:
+        super().__init__()
+        self.logits = logits
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        found = super().forward(x)
+        none = {"boxes": found["boxes"][:0]}
+        return {"logits": found["logits"], **none} if self.logits else none
+
+
+def test_an_empty_output_pulls_nothing() -> None:
+    scores = score_layers(to_float(NoBoxes(logits=True).eval(), IMAGES[:8]), IMAGES[:8])
+    assert scores.score("stem", "weight", 4) > 0
+    with pytest.raises(GraphError, match="not empty on these inputs"):
+        score_layers(to_float(NoBoxes(logits=False).eval(), IMAGES[:8]), IMAGES[:8])
+
+
 def test_an_argmax_is_measured_and_no_gradient_scores_it() -> None:
     graph = float_graph(Chooser())
     assert graph.outputs["output"].kind == "exact"

@@ -79,7 +79,7 @@ class Judge:
         pulls: list[Tensor] = []
         for name, z in answers.items():
             kind = self.kinds[name]
-            if (kind in CHOICES or kind == "regression") and z.requires_grad:
+            if (kind in CHOICES or kind == "regression") and z.requires_grad and z.numel():
                 signs = torch.randint(0, 2, z.shape, generator=generator).to(z) * 2 - 1
                 spread = self.spreads.get(name, 1.0)
                 v = direction(kind, z.detach(), signs, spread=spread, temperature=temperature)
@@ -87,9 +87,9 @@ class Judge:
         if not pulls:
             listed = ", ".join(f"{name}: {kind}" for name, kind in self.kinds.items())
             raise GraphError(
-                "metrics of gradients need an output of floats that depends on the layers. Got "
-                f"{listed}. Score by --metric kl, which measures, or let the network end before "
-                "its argmax."
+                "metrics of gradients need an output of floats that depends on the layers and is "
+                f"not empty on these inputs. Got {listed}. Score by --metric kl, which measures, "
+                "or let the network end before its argmax or its choice of boxes."
             )
         total: Tensor = torch.stack(pulls).sum() if len(pulls) > 1 else pulls[0]
         return total
