@@ -6,11 +6,13 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import stat
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 from mpq.errors import MpqError, UsageError, nearest
 
@@ -129,3 +131,23 @@ def read_text(path: Path, error: type[MpqError]) -> str:
     """
     check_file(path, "text_mb", error)
     return path.read_text(encoding="utf-8")
+
+
+def read_json(path: Path, error: type[MpqError], writer: str) -> Any:
+    """Content of a JSON file; of `.jsonl` its lines, None where there are none.
+
+    Args:
+        path: the file.
+        error: raised with one message.
+        writer: the command that writes such files.
+    """
+    try:
+        text = read_text(path, error)
+        if path.suffix == ".jsonl":
+            return [json.loads(line) for line in text.splitlines() if line] or None
+        return json.loads(text)
+    except (ValueError, RecursionError) as wrong:
+        raise error(
+            f"{path} must be as `{writer}` writes it. It is not JSON: {wrong}. Write it again, or "
+            "remove it."
+        ) from None

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from nets import MINE
 
 from mpq import origins, rundir
 from mpq.cli import COMMANDS as COMMANDS_OF_CLI
@@ -20,24 +21,6 @@ from mpq.data import DataSource
 from mpq.pipeline.quantizing import load_quantized
 from mpq.userimport import trusting
 
-MINE = """
-import numpy as np
-import torch
-from torch import nn
-
-def tiny(classes=10):
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, 2, 1), nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, classes),
-    )
-
-tiny.input_size = (3, 8, 8)
-
-def images():
-    labels = np.arange(120) % 10
-    return np.random.default_rng(0).integers(0, 256, (120, 8, 8, 3), np.uint8), labels
-"""
 NAMED = ["--model", "newcomers:tiny", "--data", "newcomers:images"]
 QAT = ["--epochs", "1", "--set", "batch=32"]
 Capture = pytest.CaptureFixture[str]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -141,13 +140,4 @@ def _content(path: Path) -> Any:
         return None
     if path.name == "bench.jsonl" and not origins.is_of(path, "model.onnx"):
         return None
-    try:
-        text = limits.read_text(path, UsageError)
-        if path.suffix == ".jsonl":
-            return [json.loads(line) for line in text.splitlines() if line] or None
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UsageError(
-            f"{path} must be as `{READ[path.name]}` writes it. It is not JSON: {error}. Write it "
-            "again, or remove it."
-        ) from None
+    return limits.read_json(path, UsageError, READ[path.name])

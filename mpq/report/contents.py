@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -85,15 +84,7 @@ class Contents:
 
     def _content(self, name: str) -> Any:
         path = self.path(name)
-        if path is None:
-            return None
-        try:
-            text = limits.read_text(path, UsageError)
-            if path.suffix == ".jsonl":
-                return [json.loads(line) for line in text.splitlines() if line] or None
-            return json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise UsageError(self._not_right(name, f"It is not JSON: {error}")) from None
+        return None if path is None else limits.read_json(path, UsageError, rundir.FILES[name])
 
     def _not_right(self, name: str, reason: str) -> str:
         writer = rundir.FILES[name]
