@@ -37,6 +37,7 @@ from torch import Tensor, nn
 
 from mpq import Constraints, Scoring, Search, build_policy, prepare, quantize_graph, score_layers
 from mpq import to_float as to_float_graph
+from mpq.allocator import keep_freed
 from mpq.calls import Inputs, leaves, take
 from mpq.capture.capture import capture
 from mpq.capture.network import Network
@@ -305,6 +306,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    keep_freed()  # as mpq's commands do
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
