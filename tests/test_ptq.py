@@ -249,6 +249,26 @@ def test_an_absorbed_relu6_keeps_its_ceiling() -> None:
     assert all(float(m.step().detach()) * m.spec.qmax <= 6.0001 for m in capped)
 
 
+def test_effort_fast_chooses_scales_and_biases_by_few_of_many_values(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    batch = images(24, seed=1)
+    floats = to_float(build("residual"), batch)
+
+    def state(values: int) -> dict[str, torch.Tensor]:
+        monkeypatch.setattr("mpq.ptq.FAST_VALUES", values)
+        graph = prepare(floats, Policy.uniform(4, 8))
+        return quantize_graph(graph, batch, effort="fast").module.state_dict()
+
+    by_all, by_few = state(batch.numel()), state(9 * batch[0].numel())
+    graph = prepare(floats, Policy.uniform(4, 8))
+    calibrate(graph, batch)  # ranges are those of all images
+    quantize_layers(graph, batch[:9], learn_rounding=False)
+    wanted = graph.module.state_dict()
+    assert all(torch.equal(by_few[name], wanted[name]) for name in wanted)
+    assert not all(torch.equal(by_all[name], wanted[name]) for name in wanted)
+
+
 def test_effort_good_is_better_than_fast_at_three_bits() -> None:
     batch = images(64, seed=1)
     floats = to_float(build("residual"), batch)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal, get_args
 
-from mpq.calls import Inputs
+from mpq.calls import Inputs, count, leaves, take
 from mpq.errors import UsageError
 from mpq.graph.ir import QuantGraph
 from mpq.ptq.blockwise import BlockLearner, FinishedBlocks
@@ -36,6 +36,9 @@ __all__ = [
     "quantize_layers",
 ]
 callable_package(__name__)
+
+FAST_VALUES = 5_000_000
+"""Values of the inputs by which effort `fast` chooses scales and biases: 33 images of 3x224x224."""
 
 Effort = Literal["fast", "good", "best"]
 EFFORTS: tuple[str, ...] = get_args(Effort)
@@ -83,9 +86,9 @@ def quantize_graph(
         images: normalized calibration images `[N, C, H, W]`; for other networks a tuple or dict of
             inputs (`mpq.calls`), float ones normalized.
         method: how activation ranges are chosen.
-        effort: `fast` sets ranges, rounds to nearest and corrects biases; `good` rounds layer after
-            layer with error feedback; `best` then learns the rounding, activation steps and biases
-            of each block of layers.
+        effort: `fast` sets ranges, rounds to nearest and corrects biases, these two by at most
+            `FAST_VALUES` of the inputs; `good` rounds layer after layer with error feedback;
+            `best` then learns the rounding, activation steps and biases of each block of layers.
         learning: how `best` learns.
         finished: where `best` writes down its finished blocks; None keeps them nowhere.
         memory_mb: activations of all images that are held in memory, in MiB; the rest lies in
@@ -110,7 +113,7 @@ def quantize_graph(
     calibrate(qg, images, method=method, batch=batch, progress=partial(progress, "ranges"))
     quantize_layers(
         qg,
-        images,
+        _few(images) if effort == "fast" else images,
         batch=batch,
         learn_rounding=effort != "fast",
         learner=learner,
@@ -118,3 +121,10 @@ def quantize_graph(
         progress=partial(progress, "layers"),
     )
     return qg
+
+
+def _few(images: Inputs) -> Inputs:
+    """The first samples, no more than hold `FAST_VALUES`; the scales of few are those of all."""
+    values = sum(tensor.numel() for tensor in leaves(images).values())
+    few: Inputs = take(images, slice(max(1, FAST_VALUES * count(images) // values)))
+    return few

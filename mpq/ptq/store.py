@@ -112,4 +112,6 @@ class ActivationStore:
 
 def _map(value: Any, function: Callable[[Any], Any]) -> Any:
     """Apply a function to every tensor (or file) in a tree."""
+    if isinstance(value, (Tensor, _OnDisk)):  # nearly always: walking a tree takes 0.1 ms
+        return function(value)
     return pytree.tree_map_only((Tensor, _OnDisk), function, value)
