@@ -5,8 +5,8 @@ parameters become modules; a module that is called several times gets one copy p
 parameters), so that a node and a module path are the same thing; halves of a batch become slices;
 global means become
 `AdaptiveAvgPool2d(1)`, the form for which a runtime has an integer kernel; average pooling in ceil
-mode counts as runtimes do; gated activations become
-gate and product.
+mode counts as runtimes do; gated activations become gate and product; attention over other than
+four dimensions becomes its products.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import cast
 import torch
 from torch import fx, nn
 
+from mpq.graph.attention import open_products
 from mpq.graph.functional import free_path, functional_layers
 from mpq.graph.gates import open_gates
 from mpq.graph.inplace import out_of_place
@@ -40,6 +41,7 @@ def normalize(qg: QuantGraph) -> int:
         _global_means,
         ceil_pools,
         open_gates,
+        open_products,
     )
     return sum(rewrite(qg) for rewrite in rewrites)
 
