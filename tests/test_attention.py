@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+import onnx
 import pytest
 import torch
 import torch.nn.functional as F
@@ -61,3 +63,37 @@ def test_the_file_answers_as_the_simulation(heads: int, tmp_path) -> None:
     assert made.verification is not None
     assert made.verification.agreement == 1.0
     assert all(layer.integer for layer in made.certificate.layers)
+
+
+class PositionBias(nn.Module):
+    """Attention with a bias that is looked up by relative position, as in Swin."""
+
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        self.stem, self.head, self.form = nn.Conv2d(3, 8, 4, stride=4), nn.Linear(8, 5), form
+        self.table = nn.Parameter(torch.randn(31, 8))
+        self.register_buffer("places", torch.randint(0, 31, (256,)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).flatten(2).mT  # [N, 16, 8]
+        if self.form == "index":
+            bias = self.table[self.places]
+        else:
+            bias = torch.index_select(self.table, 0, self.places)
+        bias = bias.view(16, 16, 8).mean(2)
+        return self.head((torch.softmax(x @ x.mT + bias, -1) @ x).mean(1))
+
+
+@pytest.mark.parametrize("form", ["index", "select"])
+def test_a_table_is_stored_and_not_the_rows_that_are_looked_up(form: str, tmp_path) -> None:
+    torch.manual_seed(0)
+    x = torch.rand(8, 3, 16, 16)
+    graph = to_float(PositionBias(form).eval(), x[:2])
+    graph = quantize_graph(prepare(graph, Policy.uniform(8)), x, effort="fast")
+    path = tmp_path / "model.onnx"
+    made = to_onnx(graph, path, images=x)
+    assert made.verification is not None
+    assert made.verification.agreement == 1.0
+    stored = {int(np.prod(t.dims)) for t in onnx.load(path).graph.initializer}
+    assert 31 * 8 in stored
+    assert 256 * 8 not in stored
