@@ -43,6 +43,7 @@ from .qdq import TRANSLATIONS
 from .slim import OPSET, slim
 from .upsample import PLAIN_SHUFFLE
 
+_GROW = frozenset({"Gather", "GatherND", "Resize", "Tile", "Expand"})
 _KEEP = frozenset({
     *("Mul", "Cast", "Reshape", "Transpose", "Pad", "DequantizeLinear", "QuantizeLinear"),
 })  # fmt: skip
@@ -268,24 +269,15 @@ def _simplify(model: ir.Model) -> None:
 def _should_fold(node: ir.Node) -> bool | None:
     """What makes more of what is stored must stay in the graph: the runtime folds it, not the file.
 
-    Decoding of weights, and tables that are looked up more often than they are long, as the bias by
-    relative position is in window attention.
+    Decoding of weights; tables that are looked up more often than they are long, as the bias by
+    relative position is in window attention; positions that are stretched to the size of the image.
     """
-    stored = [v for v in node.inputs if v is not None and v.is_initializer()]
-    looked_up = node.op_type in ("Gather", "GatherND") and len(stored) == 2
-    grows = looked_up and _grows(node, stored[0], stored[1])
-    return False if (node.op_type in _KEEP and stored) or grows else None
-
-
-def _grows(node: ir.Node, table: ir.Value, index: ir.Value) -> bool:
-    """Whether the rows looked up in a stored table take more bytes than table and index do."""
-    values, places = table.const_value, index.const_value
-    assert values is not None
-    assert places is not None
-    sizes, axis, rows = values.shape.numpy(), node.attributes.get_int("axis", 0), places.size
-    if node.op_type == "GatherND":  # each place is a tuple, of the first axes
-        depth = int(places.shape.numpy()[-1])
-        many, rows = math.prod(sizes[:depth]), rows // max(1, depth)
-    else:
-        many = sizes[axis]
-    return rows * values.nbytes // max(1, many) > values.nbytes + places.nbytes
+    stored = [v.const_value for v in node.inputs if v is not None and v.is_initializer()]
+    if node.op_type in _KEEP and stored:
+        return False
+    shape, size = node.outputs[0].shape, sum(t.nbytes for t in stored if t is not None)
+    if node.op_type not in _GROW or shape is None or not shape.is_static() or not size:
+        return None
+    rows = stored[0]
+    assert rows is not None
+    return False if math.prod(shape.numpy()) * rows.dtype.itemsize > size else None

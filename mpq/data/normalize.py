@@ -80,10 +80,12 @@ class Normalization:
             DataError: it is one of other channels.
         """
         if not self.fits(channels):
+            each = f"{','.join(['m'] * channels)}/{','.join(['s'] * channels)}, "
             raise DataError(
                 f"normalization {self} is for images of {len(self.mean)} channels, but these have "
                 f"{channels}. Give --normalize a mean and a deviation for each, or one for all: "
-                f"{','.join(['m'] * channels)}/{','.join(['s'] * channels)}, m/s, none or raw."
+                f"{each if channels <= MOST_SHOWN else ''}m/s, none or raw. Images are "
+                "[n, H, W, C]."
             )
         if len(self.mean) == channels:
             return self
@@ -112,6 +114,8 @@ class Normalization:
         return out
 
 
+MOST_SHOWN = 8
+"""Channels up to which a message spells a normalization out."""
 NAMED = {
     "imagenet": Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "cifar10": Normalization((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
