@@ -228,8 +228,10 @@ def top1(path: Path, images: Samples, labels: Array, normalize: Normalization | 
         DataError: no normalization for a file that takes floats, or other images than it takes.
     """
     loaded, hits = runtime.session(path), 0
-    for start in range(0, len(labels), _CHUNK):
-        part = rows(images, slice(start, start + _CHUNK))
+    values = _values(rows(images, slice(1)))
+    step = max(1, min(_CHUNK, _VALUES // values))
+    for start in range(0, len(labels), step):
+        part = rows(images, slice(start, start + step))
         found = runtime.answers(loaded, feed_of(loaded, part, normalize, path))
         logits = next(iter(found.values())).reshape(length(part), -1)
         if labels.max() >= logits.shape[1]:
@@ -237,8 +239,13 @@ def top1(path: Path, images: Samples, labels: Array, normalize: Normalization | 
                 f"{path} tells {logits.shape[1]} classes apart, but the data set has labels up to "
                 f"{labels.max()}. Name the data it was trained on with --data."
             )
-        hits += int((logits.argmax(1) == labels[start : start + _CHUNK]).sum())
+        hits += int((logits.argmax(1) == labels[start : start + step]).sum())
     return 100 * hits / len(labels)
+
+
+def _values(samples: Samples) -> int:
+    arrays = samples.values() if isinstance(samples, Mapping) else [samples]
+    return sum(array.size for array in arrays)
 
 
 def file_bytes(path: Path) -> int:
@@ -267,7 +274,8 @@ def peak_mb(path: Path, *, batch: int, threads: int) -> float | None:
     return float(json.loads(done.stdout)["peak_mb"])
 
 
-_CHUNK = 2000  # images normalized at a time
+_CHUNK = 2000  # images normalized at a time, at most
+_VALUES = 2**25  # and so many values
 
 
 def _unique(paths: Sequence[Path]) -> list[Path]:

@@ -6,8 +6,8 @@ not exist`, because it describes two detection operators that only the library w
 the two schemas are declared before the import, if the library has not declared them. They get no
 kernels: classifiers and image transforms call neither.
 
-Every use of torchvision in this package goes through `models`. The import takes a second
-or more, so it waits until the first call.
+Every use of torchvision in this package goes through `models` and `transforms`. The import takes a
+second or more, so it waits until the first call.
 """
 
 from __future__ import annotations
@@ -30,6 +30,12 @@ def models() -> ModuleType:
     """The module `torchvision.models`."""
     declare_missing()
     return importlib.import_module("torchvision.models")
+
+
+def transforms() -> ModuleType:
+    """The module `torchvision.transforms.v2`."""
+    declare_missing()
+    return importlib.import_module("torchvision.transforms.v2")
 
 
 @functools.cache

@@ -15,7 +15,7 @@ from mpq.cli import main
 from mpq.data import cache, load_arrays, open_data
 from mpq.data.cache import trim
 from mpq.data.folders import FolderSplit
-from mpq.errors import DataError
+from mpq.data.stream import Stream
 from mpq.limits import limited
 
 
@@ -118,10 +118,14 @@ def test_a_full_disk_leaves_no_half_written_file(archive, tmp_path, monkeypatch,
     assert "No space left" in caplog.text
 
 
-def test_a_split_beyond_memory_is_refused(archive, monkeypatch):
-    monkeypatch.setattr(cache, "MEMORY_SHARE", 1e-12)
-    with pytest.raises(DataError, match=r"12 images of 6x6 take 0\.0 GiB as arrays"):
-        load_arrays(open_data(archive).test)
+def test_a_split_beyond_the_limit_is_streamed_and_not_cached(archive, tmp_path):
+    data = open_data(archive)
+    with limited(arrays_mb=1e-6):
+        images, labels = load_arrays(data.test)
+    assert isinstance(images, Stream)
+    assert np.array_equal(images[2:5], data.test.read([2, 3, 4]))
+    assert images.shape == (len(labels), 6, 6, 3)
+    assert files(tmp_path / "cache") == []
 
 
 def test_default_folder_is_in_the_home(monkeypatch, tmp_path):

@@ -30,7 +30,7 @@ _BUDGETS = (
 
 
 def source_with(*more: options.Decorator[Any]) -> options.Decorator[Any]:
-    """`--data`, `--data-root`, `--trust-code` and `more`: argument `source`, a `DataSource`."""
+    """Where data come from, `--workers`, `--trust-code` and `more`: argument `source`."""
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(command)
@@ -44,7 +44,8 @@ def source_with(*more: options.Decorator[Any]) -> options.Decorator[Any]:
         ) -> Any:
             return command(source=DataSource(data, data_root, holdout, unlabelled), **others)
 
-        return _given(folded, options.data, options.data_root, options.trust_code, *more)
+        shared = (options.data, options.data_root, options.workers, options.trust_code)
+        return _given(folded, *shared, *more)
 
     return decorate
 

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import click
 
 from mpq.data import Normalization
+from mpq.data.stream import set_workers
 from mpq.spec import WIDTHS
 from mpq.targets import get_target
 from mpq.trusted import is_name
@@ -204,7 +205,24 @@ data = click.option(
     "--data",
     metavar="NAME",
     callback=named,
-    help="digits, cifar10, cifar100, a folder, a zip, a .npz, module:factory, noise, or none.",
+    help="digits, cifar10, cifar100, a folder, zip, tar, shards, a .npz, module:factory, noise, "
+    "or none.",
+)
+
+
+def _workers(ctx: click.Context, param: click.Parameter, value: int | None) -> None:
+    if value is not None:
+        set_workers(value)
+
+
+# no argument: it holds for the whole command
+workers = click.option(
+    "--workers",
+    metavar="N",
+    type=click.IntRange(min=0),
+    expose_value=False,
+    callback=_workers,
+    help="Processes that decode images, where these are streamed.  [default: one a processor]",
 )
 # data_root: Path | None
 data_root = path(

@@ -30,6 +30,7 @@ from mpq.wide import Int16Form, take_form
 @training.teacher_normalize
 @training.teacher_model
 @training.answers
+@training.transform
 @training.source
 @bundles.wishes
 @training.loss
@@ -52,6 +53,7 @@ def qat(
     teacher_normalize: str,
     teacher_model: str | None,
     answers: Path | None,
+    transform: str | None,
     source: DataSource,
     wishes: Wishes,
     loss: LossFunction | None,
@@ -90,8 +92,9 @@ def qat(
     policy = policy.with_outputs(outputs)
     subject = policy_subject(policy, path, source, weights=True, trust_pickle=trust_pickle)
     subject = with_wishes(subject, wishes, Wanted(None, seed=seed))
+    random = training.transform_for(transform, subject.info.input)
     guide = training.load_teacher(teacher, teacher_normalize, teacher_model)
-    plan = TrainingPlan(chosen, guide, answers=answers)
+    plan = TrainingPlan(chosen, guide, answers=answers, transform=random)
     run = Run(folder, seed, device, resume)
     if int16_form is not None:
         policy = take_form(policy, int16_form)

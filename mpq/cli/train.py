@@ -25,6 +25,7 @@ from mpq.train.plan import TrainingPlan
 @training.teacher_normalize
 @training.teacher_model
 @training.answers
+@training.transform
 @options.path("--init", help="Checkpoint to start from.")
 @training.recipe("plain")
 @training.epochs
@@ -46,6 +47,7 @@ def train(
     teacher_normalize: str,
     teacher_model: str | None,
     answers: Path | None,
+    transform: str | None,
     init: Path | None,
     recipe: str,
     epochs: int | None,
@@ -83,8 +85,9 @@ def train(
     )
     if init is not None:
         initial_weights(subject, init)
+    random = training.transform_for(transform, subject.info.input)
     guide = training.load_teacher(teacher, teacher_normalize, teacher_model)
-    plan = TrainingPlan(chosen, guide, answers=answers)
+    plan = TrainingPlan(chosen, guide, answers=answers, transform=random)
     run = Run(seed=seed, device=device, resume=resume)
     with training.live(chosen.epochs) as hooks:
         result = run_train(subject, plan, out, run, hooks)

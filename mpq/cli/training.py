@@ -24,6 +24,7 @@ from mpq.train.ensemble import Ensemble, load_ensemble
 from mpq.train.metrics import Record
 from mpq.train.plan import Hooks
 from mpq.train.recipe import Recipe
+from mpq.train.transforms import Transform, transform_of
 
 
 def _device(ctx: click.Context, param: click.Parameter, value: str) -> str:
@@ -71,6 +72,19 @@ _unlabelled = click.option(
     help="More images to distil from, named as --data is; their labels do not count.",
 )
 source = bundles.source_with(_holdout, _unlabelled)
+# transform: str | None
+transform = click.option(
+    "--transform",
+    metavar="NAME",
+    callback=options.named,
+    help="Of each training picture by the workers: crop (torchvision's RandomResizedCrop), or "
+    "module:factory of a torchvision v2 transform.",
+)
+
+
+def transform_for(name: str | None, size: tuple[int, ...]) -> Transform | None:
+    """The transform that is asked for, to the `(C, H, W)` of a network."""
+    return None if name is None else transform_of(name, (size[1], size[2]))
 
 
 def _loss(ctx: click.Context, param: click.Parameter, value: str | None) -> LossFunction | None:

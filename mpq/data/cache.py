@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from mpq.data.containers import Container
 from mpq.data.dataset import Labels, Samples, Split, Subset
 from mpq.data.folders import Entry, FolderSplit
-from mpq.errors import DataError
+from mpq.data.stream import Chain, Stream, streamed, too_large
 from mpq.files import atomic_file, sweep
 from mpq.limits import current
 
@@ -28,26 +28,36 @@ logger = logging.getLogger(__name__)
 CHUNK = 1024
 FORMAT = 1
 """Part of the key: raise it when decoding changes."""
-MEMORY_SHARE = 0.8
 
 
 def load_arrays(split: Split) -> tuple[Samples, Labels]:
     """All images `[n, H, W, C]` uint8 and labels `[n]` int64 of a split.
 
-    Subsets of one parent (train and validation) share the parent's cache file.
+    Images beyond the limit `arrays-mb` are a `Stream`, which decodes what is asked of it. Subsets
+    of one parent (train and validation) share the parent's cache file.
 
     Raises:
-        DataError: a damaged image, or a split that does not fit into memory.
+        DataError: a damaged image.
     """
+    if too_large(split):
+        return streamed(split), split.labels
     parent, indices = split, np.arange(len(split))
     if isinstance(split, Subset):
         parent, indices = split.parent, split.indices
     if not isinstance(parent, FolderSplit):
         return parent.read(indices), split.labels  # arrays by name of what is no image
-    _check_memory(len(indices), (*parent.size, parent.channels))
     cached = _cached(parent)
     images = parent.read(indices) if cached is None else cached[indices]
     return np.asarray(images), split.labels
+
+
+def joined(first: tuple[Samples, Labels], more: Split) -> tuple[Samples, Labels]:
+    """Images and labels, and after them those of another split, which have none: -1."""
+    images, labels = first
+    labels = np.concatenate([labels, np.full(len(more), -1)])
+    if isinstance(images, Stream):
+        return streamed(Chain((images.split, more))), labels
+    return np.concatenate([images, load_arrays(more)[0]]), labels
 
 
 def cache_folder() -> Path:
@@ -78,18 +88,6 @@ def clear() -> None:
     """Remove everything."""
     for path in cached_files():
         path.unlink(missing_ok=True)
-
-
-def _check_memory(count: int, size: tuple[int, int, int]) -> None:
-    if not hasattr(os, "sysconf"):
-        return
-    need = count * size[0] * size[1] * size[2]
-    have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if need > MEMORY_SHARE * have:
-        raise DataError(
-            f"{count} images of {size[0]}x{size[1]} take {need / 2**30:.1f} GiB as arrays; this "
-            f"machine has {have / 2**30:.1f} GiB. Use fewer images or a smaller size."
-        )
 
 
 def _cached(split: FolderSplit) -> NDArray[np.uint8] | None:

@@ -15,7 +15,7 @@ from mpq.data.containers import Folder
 from mpq.data.dataset import DataSet, Split
 from mpq.data.digits import open_digits
 from mpq.data.factory import open_factory
-from mpq.data.folders import DEFAULT_SIZE, archive_name, open_folders
+from mpq.data.folders import ARCHIVES, DEFAULT_SIZE, archive_name, open_folders
 from mpq.data.splits import Splits, divide
 from mpq.errors import DataError, nearest
 from mpq.inputs import InputSpec, InputSpecs
@@ -24,9 +24,10 @@ from mpq.trusted import is_name
 logger = logging.getLogger(__name__)
 
 FORMS = (
-    "digits, cifar10, cifar100, a folder or zip archive of CLASS/IMAGE or SPLIT/CLASS/IMAGE (or of "
-    "images alone, which then have no labels), NAME for archives NAME-train-*.zip and "
-    "NAME-test.zip, a .npy or .npz file, package.module:factory, noise, or none"
+    "digits, cifar10, cifar100, a folder, zip or tar archive of CLASS/IMAGE or SPLIT/CLASS/IMAGE "
+    "(or of images alone, which then have no labels), NAME for archives NAME-train-*.zip and "
+    "NAME-test.zip, a folder of shards (*.tar), a .npy or .npz file, package.module:factory, "
+    "noise, or none"
 )
 USUAL_PLACES = ("data", ".", "~/.cache/torch", "~/.cache/torch/datasets", "~/data", "~/datasets")
 
@@ -186,7 +187,7 @@ def _archives_in(paths: Sequence[Path]) -> Sequence[Path]:
     if len(paths) != 1 or not paths[0].is_dir():
         return paths
     folder = paths[0]
-    archives = sorted(folder.glob("*.zip"))
+    archives = sorted(p for p in folder.iterdir() if p.suffix.lower() in ARCHIVES)
     if not archives or Folder(folder).names():
         return paths
     names = sorted({archive_name(path)[0] for path in archives})
@@ -215,10 +216,11 @@ def _locate(name: str, places: Sequence[Path]) -> list[Path]:
 
 def _named(name: str, place: Path) -> list[Path]:
     """Folder, archive or archives of a data set in one place."""
-    for path in (place / name, place / f"{name}.zip"):
+    for path in (place / name, *(place / f"{name}{suffix}" for suffix in ARCHIVES)):
         if path.exists():
             return [path]
-    archives = sorted(place.glob(f"{glob.escape(name)}-*.zip")) if _plain(name) else []
+    found = place.glob(f"{glob.escape(name)}-*") if _plain(name) else []
+    archives = sorted(path for path in found if path.suffix.lower() in ARCHIVES)
     return [path for path in archives if archive_name(path)[0] == name]
 
 
@@ -228,7 +230,7 @@ def _plain(name: str) -> bool:
 
 def _not_found(name: str, places: Sequence[Path]) -> str:
     expanded = Path(name).expanduser()
-    if not _plain(name) or name.lower().endswith(".zip"):
+    if not _plain(name) or name.lower().endswith(ARCHIVES):
         siblings = sorted(p.name for p in expanded.parent.glob("*"))[:10_000]
         return (
             f"data {name} does not exist{nearest(expanded.name, siblings) or '.'} "
@@ -246,7 +248,7 @@ def _names_in(places: Sequence[Path]) -> Iterator[str]:
         for path in place.glob("*"):
             if path.is_dir():
                 yield path.name
-            elif path.suffix.lower() == ".zip":
+            elif path.suffix.lower() in ARCHIVES:
                 yield archive_name(path)[0]
 
 

@@ -1,4 +1,4 @@
-"""Where image files lie: a folder or a zip archive, with one face for both.
+"""Where image files lie: a folder, a zip or a tar archive, with one face for all.
 
 An archive's directory is read once, a member only when asked for. The open file is kept for one
 process: a forked or unpickled copy opens its own, since two processes that share a file share its
@@ -13,7 +13,8 @@ import zlib
 from pathlib import Path
 from typing import Protocol
 
-from mpq.data.images import SUFFIXES
+from mpq.data.images import is_image
+from mpq.data.tars import Tar
 from mpq.errors import DataError
 from mpq.limits import check_file, current, exceeded
 
@@ -46,8 +47,8 @@ def open_container(path: Path) -> Container:
     if not path.exists():
         raise DataError(f"data folder or archive {path} does not exist.")
     if not path.is_file():
-        raise DataError(f"{path} must be a folder or a zip archive. Got a device or a pipe.")
-    return Archive(path)
+        raise DataError(f"{path} must be a folder or an archive. Got a device or a pipe.")
+    return Tar(path) if path.suffix.lower() == ".tar" else Archive(path)
 
 
 class Folder:
@@ -150,9 +151,3 @@ class Archive:
         """See `Container.stamp`: the archive speaks for all its members."""
         stat = os.stat(self.path)
         return [(self.path.name, stat.st_size, stat.st_mtime_ns)]
-
-
-def is_image(name: str) -> bool:
-    """Whether the name is that of an image; hidden files and macOS litter are none."""
-    hidden = name.startswith((".", "__MACOSX/")) or "/." in name
-    return not hidden and name.lower().endswith(SUFFIXES)

@@ -24,14 +24,14 @@ Indices = Sequence[int] | NDArray[Any]
 
 def length(samples: Samples) -> int:
     """How many samples there are."""
-    return len(samples if isinstance(samples, np.ndarray) else next(iter(samples.values())))
+    return len(next(iter(samples.values())) if isinstance(samples, Mapping) else samples)
 
 
 def rows(samples: Samples, part: slice) -> Samples:
     """Some of the samples."""
-    if isinstance(samples, np.ndarray):
-        return samples[part]
-    return {name: array[part] for name, array in samples.items()}
+    if isinstance(samples, Mapping):
+        return {name: array[part] for name, array in samples.items()}
+    return samples[part]
 
 
 class Split(Protocol):

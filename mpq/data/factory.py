@@ -1,13 +1,14 @@
 """Data of the user's own: `package.module:factory`, a callable without arguments.
 
-It returns a `DataSet`, a pair `(images, labels)`, batches (a DataLoader, a list of them) in the
-forms of `mpq.data.batches`, or a mapping of split names to such pairs or batches. In the place of
-images may stand what the network takes: a tuple of arrays, or a dict of them by name.
+It returns a `DataSet`, a torch `Dataset` of pictures (`mpq.data.items`), a pair `(images, labels)`,
+batches (a DataLoader, a list of them) in the forms of `mpq.data.batches`, or a mapping of split
+names to such values. In the place of images may stand what the network takes: a tuple of arrays, or
+a dict of them by name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -17,10 +18,14 @@ from mpq.data.arrays import are_pixels, splits_of
 from mpq.data.batches import Named, joined, parts
 from mpq.data.dataset import DataSet
 from mpq.data.folders import SPLITS
+from mpq.data.items import ItemSplit, is_items
 from mpq.data.splits import Splits
+from mpq.data.stream import too_large
 from mpq.errors import DataError, nearest
 from mpq.inputs import InputSpecs
 from mpq.userimport import import_callable, raised, working_directory
+
+_BATCH = 64
 
 
 def open_factory(
@@ -42,17 +47,74 @@ def open_factory(
             raise DataError(f"{name} gives images of {made.size}, but {size[-2:]} is asked for.")
         return made
     given = made if isinstance(made, Mapping) and not _is_batch(made, takes) else {"train": made}
-    found: dict[str, Named] = {}
-    for split, value in given.items():
+    for split in given:
         if split not in SPLITS:
             raise DataError(
                 f"{name} must give splits train, validation, test. Got {split!r}"
                 f"{nearest(str(split), SPLITS)}"
             )
-        found[SPLITS[split]] = _read(value, takes, f"the {split} split of {name}")
-    if "train" not in found:
-        raise DataError(f"{name} must give a train split. Got {', '.join(found) or 'none'}.")
+    values = {SPLITS[split]: value for split, value in given.items()}
+    if "train" not in values:
+        raise DataError(f"{name} must give a train split. Got {', '.join(values) or 'none'}.")
+    streamed = None if takes else _pictures(values, size, name)
+    if streamed is not None:
+        return _labelled(streamed)
+    found = {s: _read(v, takes, f"the {s} split of {name}") for s, v in values.items()}
     return splits_of(found, size, takes, name)
+
+
+def _pictures(
+    values: Mapping[str, Any], size: tuple[int, ...] | None, name: str
+) -> dict[str, ItemSplit] | None:
+    """Data sets of pictures as splits; None of anything else.
+
+    A DataLoader whose pictures would not fit memory is read by its data set, in the order and by
+    the processes that mpq chooses.
+    """
+    behind = {s: v if is_items(v) else getattr(v, "dataset", None) for s, v in values.items()}
+    if not all(map(is_items, behind.values())):
+        return None
+    sides = (size[-2], size[-1]) if size else None
+    channels = size[0] if size and len(size) == 3 else None
+    found = {}
+    for split, items in behind.items():
+        try:
+            made = ItemSplit(items, f"the {split} split of {name}", sides, channels)
+        except DataError:
+            if is_items(values[split]):
+                raise
+            return None
+        if made.dtype != np.uint8 or (items is not values[split] and not too_large(made)):
+            return None
+        found[split] = made
+    return found
+
+
+def _labelled(found: dict[str, ItemSplit]) -> Splits:
+    train, classes = found["train"], tuple[str, ...]()
+    if all(split.labelled for split in found.values()):
+        classes = tuple(map(str, range(int(train.labels.max()) + 1)))
+    else:
+        for split in found.values():
+            split.labels = np.zeros(len(split), np.int64)
+    size = train.shape[1], train.shape[2]
+    return Splits(classes, train, found.get("validation"), found.get("test"), size)
+
+
+def _collated(items: Any) -> Iterator[Any]:
+    """The items of a data set in batches."""
+    for at in range(0, len(items), _BATCH):
+        yield _stacked([items[i] for i in range(at, min(at + _BATCH, len(items)))])
+
+
+def _stacked(items: list[Any]) -> Any:
+    """Items of one structure as a batch."""
+    first = items[0]
+    if isinstance(first, Mapping):
+        return {key: _stacked([item[key] for item in items]) for key in first}
+    if isinstance(first, tuple | list):
+        return tuple(_stacked(list(part)) for part in zip(*items, strict=True))
+    return np.stack([np.asarray(item) for item in items])
 
 
 def _is_batch(made: Mapping[Any, Any], takes: InputSpecs | None) -> bool:
@@ -73,9 +135,11 @@ def _read(value: Any, takes: InputSpecs | None, where: str) -> Named:
         return found
     if isinstance(value, Mapping):
         return parts(value, takes, where)
+    value = _collated(value) if is_items(value) else value
     if not isinstance(value, Iterable) or isinstance(value, str):
         raise DataError(
-            f"{where} must be a DataSet, (images, labels) or a dict of those, or batches. "
+            f"{where} must be a DataSet, (images, labels) or a dict of those, a torch Dataset, or "
+            "batches. "
             f"Got {type(value).__name__}."
         )
     return joined((parts(batch, takes, f"a batch of {where}") for batch in value), where)

@@ -17,10 +17,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from mpq.data.containers import Container, open_container
 from mpq.data.dataset import Images, Indices, Labels, as_indices
-from mpq.data.images import decode, mode_of, probe_size
+from mpq.data.images import decode, mode_of, open_image, probe_size
 from mpq.data.splits import Splits
 from mpq.errors import DataError
 
@@ -38,6 +39,7 @@ SPLITS = {
 DEFAULT_SIZE = (224, 224)
 """Size of images that differ among themselves, unless the caller knows better."""
 PROBES = 16
+ARCHIVES = (".zip", ".tar")
 
 
 class Entry(NamedTuple):
@@ -67,6 +69,27 @@ class FolderSplit:
 
     def __len__(self) -> int:
         return len(self.entries)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of all images as an array."""
+        return len(self), *self.size, self.channels
+
+    def picture(self, index: int) -> Image.Image:
+        """One image as it lies in its file, in its channels.
+
+        Raises:
+            DataError: the file is damaged.
+        """
+        entry = self.entries[index]
+        return open_image(entry.container.read(entry.name), self.channels, where=_where(entry))
+
+    def mark(self) -> str:
+        """Differs where another file is read: by name, size and time of each."""
+        members: dict[Container, list[str]] = {}
+        for entry in self.entries:
+            members.setdefault(entry.container, []).append(entry.name)
+        return repr([container.stamp(names) for container, names in members.items()])
 
     def read(self, indices: Indices) -> Images:
         """See `Split.read`.
@@ -107,7 +130,7 @@ def open_folders(
         for entry in list_entries(open_container(path)):
             gathered.setdefault(entry.split, []).append(entry)
     named_entries = _name_splits(gathered, paths)
-    classes = sorted({entry.label for entry in named_entries["train"]})
+    classes = _classes(named_entries["train"])
     ids = {label: i for i, label in enumerate(classes)}
     size = size or _common_size(named_entries["train"])
     splits: dict[str, FolderSplit] = {}
@@ -146,6 +169,9 @@ def list_entries(container: Container) -> list[Entry]:
             entries.append(Entry(split, inner[0], container, name))
         else:
             outside.append(Entry(split, "", container, name))
+    told = getattr(container, "classes", {})
+    if told:
+        entries = [e._replace(label=f"{told[e.name]}") for e in [*entries, *outside]]
     entries = entries or outside
     if len(entries) < len(names):
         ignored = len(names) - len(entries)
@@ -153,12 +179,21 @@ def list_entries(container: Container) -> list[Entry]:
     return entries
 
 
+def _classes(entries: list[Entry]) -> list[str]:
+    """Names of the classes, sorted; where shards give class ids, all up to the largest."""
+    found = {entry.label for entry in entries}
+    if any(getattr(container, "classes", {}) for container in {e.container for e in entries}):
+        return [str(i) for i in range(max(map(int, found)) + 1)]
+    return sorted(found)
+
+
 def archive_name(path: Path) -> tuple[str, str]:
     """Data set and split of `flowers-train-0.zip`: `flowers`, `train`; no split is empty."""
-    if path.suffix.lower() != ".zip":
+    if path.suffix.lower() not in ARCHIVES:
         return path.name, ""
     words = path.stem.split("-")
-    for i in range(len(words) - 1, 0, -1):
+    first = 0 if path.suffix.lower() == ".tar" else 1  # shards have no other name
+    for i in range(len(words) - 1, first - 1, -1):
         if words[i].lower() in SPLITS:
             return "-".join(words[:i]), SPLITS[words[i].lower()]
     part = len(words) > 1 and words[-1].isdigit()
@@ -202,8 +237,9 @@ def _check(split: str, entries: list[Entry], ids: dict[str, int], paths: Sequenc
             f"the {split} split of {_places(paths)} must have no class that train lacks. "
             f"Got {', '.join(extra[:5])}; train has {len(ids)} classes."
         )
-    if len(paths) > 1:
-        twice = [name for name, n in Counter(entry.name for entry in entries).items() if n > 1]
+    if len(paths) > 1:  # but keys may begin anew in each shard
+        names = Counter(e.name for e in entries if e.container.path.suffix.lower() != ".tar")
+        twice = [name for name, n in names.items() if n > 1]
         if twice:
             raise DataError(
                 f"{_places(paths)} hold {len(twice)} {split} images twice, such as {twice[0]}. "

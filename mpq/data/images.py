@@ -14,6 +14,14 @@ from mpq.errors import DataError
 from mpq.limits import current, exceeded
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+
+
+def is_image(name: str) -> bool:
+    """Whether the name is that of an image; hidden files and macOS litter are none."""
+    hidden = name.startswith((".", "__MACOSX/")) or "/." in name
+    return not hidden and name.lower().endswith(SUFFIXES)
+
+
 CENTRE = 0.875
 """Share of the shorter side that is kept of a large photograph: 224 of 256 pixels, the way the
 published accuracies of ImageNet networks are measured."""
@@ -109,12 +117,17 @@ def decode(
     Raises:
         DataError: the bytes are no complete image, or images have no such channels.
     """
+    found = np.asarray(fit(open_image(data, channels, where=where), size))
+    return found.reshape(*found.shape[:2], channels)
+
+
+def open_image(data: bytes, channels: int, *, where: str) -> Image.Image:
+    """An encoded image in its own size, with these channels. Raises as `decode`."""
     mode = mode_of(channels)
     try:
         with Image.open(io.BytesIO(data)) as image:
             _check_pixels(image, where)
-            found = np.asarray(fit(_eight_bits(image).convert(mode), size))
-            return found.reshape(*found.shape[:2], channels)
+            return _eight_bits(image).convert(mode)
     except _BROKEN as error:
         raise DataError(_broken(where, data, error)) from error
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from mpq.data import DataSet, DataSource, Normalization, load_arrays, open_data, sample_indices
 from mpq.data.dataset import Samples
+from mpq.data.stream import view
 from mpq.errors import UsageError
 from mpq.export import peers as peer_tools
 from mpq.export import runtime
@@ -206,7 +207,7 @@ def _load(
         images, known = load_arrays(split)
         return images, known if labels else None
     picked = sample_indices(split, most, how.seed)
-    return split.read(picked), split.labels[picked] if labels else None
+    return view(split, picked), split.labels[picked] if labels else None
 
 
 def _peers(

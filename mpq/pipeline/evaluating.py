@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from mpq.data import sample_indices
 from mpq.data.dataset import Samples
+from mpq.data.stream import view
 from mpq.errors import DataError
 from mpq.graph.ir import QuantGraph
 from mpq.outputs import Output
@@ -61,7 +62,7 @@ def _held_out(
         )
     split = data.validation if len(data.validation) else data.compared
     picked = np.arange(len(split)) if count is None else sample_indices(split, count, 0)
-    return split.read(picked), split.labels[picked] if data.labelled else None
+    return view(split, picked), split.labels[picked] if data.labelled else None
 
 
 def validate(graph: QuantGraph, subject: Subject) -> dict[str, Any]:

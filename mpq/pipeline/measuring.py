@@ -112,7 +112,7 @@ class Held:
     prepare: Callable[[Samples], Inputs]
 
     def __iter__(self) -> Iterator[Any]:
-        images = isinstance(self.images, np.ndarray)
+        images = not isinstance(self.images, Mapping)
         pixels = self.images.shape[1] * self.images.shape[2] if images else 1
         step = max(1, min(BATCH, CACHED_PIXELS // pixels))
         for at in range(0, length(self.images), step):

@@ -24,8 +24,10 @@ from mpq.data import (
     open_data,
     sample_indices,
 )
+from mpq.data.cache import joined
 from mpq.data.dataset import Labels, Samples, Split
 from mpq.data.normalize import NAMED
+from mpq.data.stream import streamed
 from mpq.errors import DataError, PolicyError
 from mpq.graph.ir import QuantGraph
 from mpq.graph.passes import to_float
@@ -118,17 +120,20 @@ class Subject:
         split = self.require_data("validation").validation
         return self.arrays(split) if len(split) else None
 
-    def learned(self) -> tuple[Samples, Labels]:
+    def learned(self, *, in_files: bool = False) -> tuple[Samples, Labels]:
         """Images and labels to train on; -1 where there is no label.
+
+        `in_files` asks for a stream of them, where they lie in files.
 
         Raises:
             DataError: there are no data.
         """
-        images, labels = self.arrays(self.require_data("training").train)
+        train = self.require_data("training").train
+        found = streamed(train) if in_files else None
+        images, labels = self.arrays(train) if found is None else (found, train.labels)
         if self.unlabelled is None:
             return images, labels
-        more, _ = load_arrays(self.unlabelled)
-        return np.concatenate([images, more]), np.concatenate([labels, np.full(len(more), -1)])
+        return joined((images, labels), self.unlabelled)
 
     def arrays(self, split: Split) -> tuple[Samples, Labels]:
         """All images and labels of a split of the data."""
@@ -143,7 +148,7 @@ class Subject:
     def _labels(self, images: Samples, labels: Labels) -> Labels:
         if self.data is None or self.data.labelled:
             return labels
-        if isinstance(images, np.ndarray):
+        if not isinstance(images, Mapping):
             logits = predict(self.module, images, self.normalize)
         else:
             logits = logits_of(self.module, self.tensor(images), self.call)
@@ -156,7 +161,7 @@ class Subject:
         Raises:
             DataError: it is no classifier.
         """
-        if isinstance(images, np.ndarray):
+        if not isinstance(images, Mapping):
             return accuracy(module, images, labels, self.normalize)
         return top1(logits_of(module, self.tensor(images), self.call), labels)
 

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from mpq.data import DataSet, load_arrays
+from mpq.data.cache import joined
 from mpq.data.dataset import rows
+from mpq.data.stream import streamed
 from mpq.errors import DataError, UsageError
 from mpq.graph.ir import QuantGraph
 from mpq.graph.outputs import classifier
@@ -48,7 +50,7 @@ def lessons(
     plain = classifier(graph.outputs) and loss is None and arrays
     if plain and (plan.teacher is not None or (subject.data and subject.data.labelled)):
         check_teacher(plan.teacher, subject.info)
-        return plan, training_data(subject)
+        return plan, training_data(subject, in_files=plan.transform is not None)
     task = _task(graph, subject, plan, loss)
     data = _data(subject, task, plan)
     if classifier(graph.outputs) and subject.data is not None and subject.data.pixels:
@@ -92,13 +94,13 @@ def _data(subject: Subject, task: Task, plan: TrainingPlan) -> TrainingData:
     data = subject.require_data("qat")
     if not data.pixels:
         return TrainingData(None, None, subject.normalize, _batches(subject, data, plan.recipe))
-    images, labels = load_arrays(data.train)
+    found = streamed(data.train) if plan.transform else None
+    images: Any
+    images, labels = load_arrays(data.train) if found is None else (found, data.train.labels)
     if not data.labelled:
         labels = np.full(len(images), -1)
     if subject.unlabelled is not None:
-        more, _ = load_arrays(subject.unlabelled)
-        images = np.concatenate([images, more])
-        labels = np.concatenate([labels, np.full(len(more), -1)])
+        images, labels = joined((images, labels), subject.unlabelled)
     if task.loss is not None and task.teacher is None and (labels < 0).any():
         raise DataError(
             "--loss needs what it compares with, but the images come without labels. Give batches "

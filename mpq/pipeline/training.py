@@ -83,7 +83,8 @@ def run_train(
     check_teacher(plan.teacher, subject.info)
     folder = working_folder(out)
     run = replace(run or Run(), folder=folder)
-    result = fit(subject.module, training_data(subject), plan, run, hooks)
+    data = training_data(subject, in_files=plan.transform is not None)
+    result = fit(subject.module, data, plan, run, hooks)
     if not leading():
         return result
     metrics = {"validation_top1": result.top1, "epochs": plan.recipe.epochs, "seed": run.seed}
@@ -93,13 +94,13 @@ def run_train(
     return result
 
 
-def training_data(subject: Subject) -> TrainingData:
-    """The images of a network's data set, as `mpq.fit` takes them.
+def training_data(subject: Subject, *, in_files: bool = False) -> TrainingData:
+    """The images of a network's data set, as `mpq.fit` takes them; see `Subject.learned`.
 
     Raises:
         DataError: there are no data.
     """
-    return TrainingData(subject.learned(), subject.held_out(), subject.normalize)
+    return TrainingData(subject.learned(in_files=in_files), subject.held_out(), subject.normalize)
 
 
 def working_folder(out: Path) -> Path:

@@ -23,6 +23,7 @@ from torch import Tensor, fx, nn
 
 from mpq.calls import arguments, leaves
 from mpq.cpu import this_cpu
+from mpq.data.stream import Stream
 from mpq.errors import DataError, TrainError, UsageError
 from mpq.graph.norms import freeze_norms
 from mpq.graph.redundant import drop_redundant_relus
@@ -33,7 +34,7 @@ from mpq.train.answers import Answers, answer_folders
 from mpq.train.augment import Targets, epoch_rng
 from mpq.train.compiled import compiled
 from mpq.train.evaluate import normalize_unit
-from mpq.train.feed import Arrays, Feed, Loader
+from mpq.train.feed import Arrays, Feed, Loader, Streamed
 from mpq.train.metrics import Record, Totals
 from mpq.train.objective import Objective, Parts
 from mpq.train.optim import Ema, build_optimizer, learning_rate
@@ -92,6 +93,10 @@ class Engine:
         self.feed: Feed
         if data.batches is not None:
             self.feed = Loader(data.batches, run.seed, self.device, place)
+        elif data.train is not None and (plan.transform or isinstance(data.train[0], Stream)):
+            self.feed = Streamed(
+                data.train, recipe, run.seed, self.device, place, transform=plan.transform
+            )
         elif data.train is not None:
             self.feed = Arrays(data.train, recipe, run.seed, self.device, place)
         else:

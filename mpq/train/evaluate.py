@@ -17,6 +17,7 @@ from mpq.calls import leaves
 from mpq.data import Normalization
 from mpq.data.normalize import NAMED
 from mpq.errors import DataError
+from mpq.train.deliver import slices
 
 Images = NDArray[np.uint8]
 Labels = NDArray[np.int64]
@@ -123,9 +124,8 @@ def predict_units(
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     parts = []
     with evaluating(model):
-        for start in range(0, len(images), batch):
-            part = as_tensor(images[start : start + batch])
-            logits: Tensor = forward(to_unit(part.to(device)))
+        for some in slices(images, batch):
+            logits: Tensor = forward(to_unit(as_tensor(some).to(device)))
             parts.append(logits.float().cpu())
     return torch.cat(parts, dim=-2)
 

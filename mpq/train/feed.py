@@ -15,11 +15,14 @@ from torch import Tensor
 
 from mpq.batch import described, inputs_of, moved, shared
 from mpq.calls import count
+from mpq.data.stream import workers
 from mpq.errors import DataError, UsageError
 from mpq.train.augment import alternating, augment, epoch_rng, mix
+from mpq.train.deliver import deliver
 from mpq.train.evaluate import Images, Labels, as_tensor, to_unit
 from mpq.train.recipe import Recipe
 from mpq.train.resume import fingerprint
+from mpq.train.transforms import Transform, Transformed
 
 RESIDENT_BYTES = 2**32
 """Images up to this size are kept on the accelerator."""
@@ -89,8 +92,8 @@ class Arrays:
                 "trivial and rand_operations change the colours of uint8 pixels, but these images "
                 "are floats. Set both to 0 in the recipe, or change the images where they are read."
             )
-        resident = device if images.nbytes <= RESIDENT_BYTES else torch.device("cpu")
-        self.images = as_tensor(images).to(resident)
+        resident = device if self._held(images) else torch.device("cpu")
+        self.images = self._take(images, resident)
         self.labels = as_tensor(labels.astype(np.int64)).to(resident)
         self.sides = torch.from_numpy(alternating(len(images), seed)).to(resident)
         self.classes, self.partial = int(labels.max()) + 1, int(labels.min()) < 0
@@ -98,21 +101,33 @@ class Arrays:
         self._mirrored: Tensor | None = None
         self._order = torch.arange(len(images))
 
+    def _held(self, images: Images) -> bool:
+        """Whether they are kept on the accelerator."""
+        return images.nbytes <= RESIDENT_BYTES
+
+    def _take(self, images: Images, place: torch.device) -> Any:
+        return as_tensor(images).to(place)
+
+    def _some(self, rows: Any) -> Tensor:
+        """Some of the images, on the device."""
+        found: Tensor = self.images[rows].to(self.device, non_blocking=True)
+        return found
+
     def identity(self) -> str:
         """See `Feed.identity`."""
         return fingerprint(*self.data)
 
     def first(self, size: int) -> Tensor:
         """See `Feed.first`."""
-        return to_unit(self.images[:size].to(self.device))
+        return to_unit(self._some(slice(size)))
 
     def begin(self, view: int) -> Any:
         """See `Feed.begin`."""
         order = torch.from_numpy(epoch_rng(self.seed, view).permutation(len(self.images)))
-        self._order = order.to(self.images.device)
+        self._order = order.to(self.labels.device)
         self._mirrored = self.sides ^ bool(view % 2) if self.recipe.alternate else None
         first = self._order[: self.LOOKED_AT]
-        return lambda: to_unit(self.images[first].to(self.device))
+        return lambda: to_unit(self._some(first))
 
     def parts(self) -> Iterator[list[Tensor]]:
         """See `Feed.parts`."""
@@ -126,12 +141,72 @@ class Arrays:
         """See `Feed.size`."""
         return len(part)
 
+    def _batch(self, part: Tensor) -> Tensor:
+        """The images of a part, on the device."""
+        return self._some(part)
+
     def load(self, part: Tensor, rng: np.random.Generator) -> tuple[Any, Any]:
         """See `Feed.load`."""
-        images = self.images[part].to(self.device, non_blocking=True)
+        images = self._batch(part)
         labels = self.labels[part].to(self.device, non_blocking=True)
         mirrored = None if self._mirrored is None else self._mirrored[part].to(self.device)
         return mix(augment(images, self.recipe, rng, mirrored), labels, self.recipe, rng)
+
+
+class Streamed(Arrays):
+    """Images that worker processes decode while a step runs.
+
+    In the order and with the augmentation of `Arrays`, whose answers are the same bit for bit.
+
+    Args:
+        transform: of the user's, applied to each picture as it lies in its file; None: it is
+            brought to the network's size.
+    """
+
+    def __init__(
+        self,
+        data: tuple[Images, Labels],
+        recipe: Recipe,
+        seed: int,
+        device: torch.device,
+        place: tuple[int, int],
+        transform: Transform | None = None,
+    ) -> None:
+        super().__init__(data, recipe, seed, device, place)
+        self.transform, self._view = transform, 0
+        self._coming: Iterator[Tensor] = iter(())
+
+    def _held(self, images: Images) -> bool:
+        return False
+
+    def _take(self, images: Images, place: torch.device) -> Any:
+        return images
+
+    def _some(self, rows: Any) -> Tensor:
+        picked = rows if isinstance(rows, slice) else rows.numpy()
+        return as_tensor(self.images[picked]).to(self.device)
+
+    def identity(self) -> str:
+        """See `Feed.identity`."""
+        return super().identity() + (f" {self.transform.name}" if self.transform else "")
+
+    def begin(self, view: int) -> Any:
+        """See `Feed.begin`."""
+        self._view = view
+        return super().begin(view)
+
+    def parts(self) -> Iterator[list[Tensor]]:
+        """See `Feed.parts`."""
+        steps = list(super().parts())
+        flat = [part.numpy() for step in steps for part in step]
+        read = self.images.__getitem__
+        if self.transform is not None:
+            read = Transformed(self.images, self.transform, (self.seed, self._view))
+        self._coming = deliver(read, flat, workers(self.place[1]))
+        yield from steps
+
+    def _batch(self, part: Tensor) -> Tensor:
+        return next(self._coming).to(self.device, non_blocking=True)
 
 
 class Loader:

@@ -19,6 +19,7 @@ from mpq.train.evaluate import Images, Labels
 from mpq.train.metrics import Record
 from mpq.train.recipe import Recipe
 from mpq.train.task import Task
+from mpq.train.transforms import Transform
 from mpq.train.weighting import Weighting
 
 OnStep = Callable[[int, int, int, float], None]
@@ -72,6 +73,7 @@ class TrainingPlan:
         answers: folder that keeps the teachers' logits, for other runs on the same images.
         task: what a network that is no classifier learns from, or any by another loss.
         judge: looks at the network after each epoch, and the best one is kept.
+        transform: of each training picture as it lies in its file, by the workers that decode it.
     """
 
     recipe: Recipe
@@ -80,6 +82,7 @@ class TrainingPlan:
     answers: Path | None = None
     task: Task | None = None
     judge: Judge | None = None
+    transform: Transform | None = None
 
 
 class Stop(Exception):

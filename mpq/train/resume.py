@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mpq.data.stream import Stream
 from mpq.errors import TrainError
 from mpq.saved import Kind
 from mpq.train.evaluate import Images, Labels
@@ -99,6 +100,8 @@ class State:
 
 def fingerprint(images: Images, labels: Labels) -> str:
     """Short text that differs for different data."""
+    if isinstance(images, Stream):
+        return f"{len(images)} images in files {images.mark()}{zlib.crc32(labels.tobytes()):08x}"
     return (
         f"{len(images)} images {zlib.crc32(images.tobytes()):08x}{zlib.crc32(labels.tobytes()):08x}"
     )
