@@ -29,10 +29,10 @@ POLICY, WEIGHTS = "policy.yaml", "weights"
 LARGE = 1_000_000
 """Bytes of a file from which on it is not hashed twice."""
 AGAIN = {
-    "policy.yaml": "mpq analyze MODEL -o {run} --force",
-    "sensitivity.json": "mpq analyze MODEL -o {run} --force",
+    "policy.yaml": "mpq analyze {run} --force",
+    "sensitivity.json": "mpq analyze {run} --force",
     "tensors.json": "mpq diagnose {run}",
-    "validation.json": "mpq analyze MODEL -o {run} --force --validate 50",
+    "validation.json": "mpq analyze {run} --force --validate 50",
     "ptq.pth": "mpq ptq {run} --force",
     "qat.pth": "mpq qat {run} --force",
     "quantized.pth": "mpq {by} {run} --force",

@@ -19,6 +19,7 @@ from mpq.cli import COMMANDS as COMMANDS_OF_CLI
 from mpq.cli import main, places
 from mpq.data import DataSource
 from mpq.pipeline.quantizing import load_quantized
+from mpq.policy import Policy
 from mpq.userimport import trusting
 
 NAMED = ["--model", "newcomers:tiny", "--data", "newcomers:images"]
@@ -178,6 +179,31 @@ def test_every_command_takes_a_run_or_a_file_in_it(
     assert not name or Path("runs/a", name).is_file()
     found, told = keys(json.loads(out)), command.split()[0] + " --exact" * ("--exact" in command)
     assert found == page[told]
+
+
+@pytest.mark.parametrize("form", ["runs/a", "runs/a/qat.pth", "runs/a/policy.yaml", ""])
+def test_a_network_is_that_of_a_run_as_well(here: Path, capsys: Capture, form: str) -> None:
+    shutil.rmtree("runs/b")
+    assert "runs/a/policy.yaml exists already" in fails(capsys, f"analyze {form}".strip())[-200:]
+    before = Policy.load("runs/a/policy.yaml")
+    out, err = say(capsys, f"analyze {form} --effective-bits 6 -o runs/six --json")
+    assert json.loads(out)["effective_bits"] <= 6
+    made = Policy.load("runs/six/policy.yaml")
+    assert (made.model, made.data) == (before.model, before.data)
+    assert made.constraints.effective_bits == 6
+    assert ("no run named: using runs/a" in err) == (not form)
+    say(capsys, f"analyze {form or 'runs/a'} --force")  # its budget, its scores
+    assert Policy.load("runs/a/policy.yaml").constraints == before.constraints
+    assert origins.doubt(Path("runs/a/model.onnx")) is None
+
+
+def test_a_network_of_a_run_is_profiled_there(here: Path, capsys: Capture) -> None:
+    out, _ = say(capsys, "profile runs/a/ptq.pth --json")
+    assert keys(json.loads(out)) == documented()["profile"]
+    assert Path("runs/a/profile.json").is_file()
+    (here / "fast").mkdir()
+    shutil.copy("runs/a/profile.json", "fast")
+    assert "policy fast/policy.yaml does not exist" in fails(capsys, "profile fast")
 
 
 @pytest.mark.parametrize("form", ["runs/a", "runs/a/certificate.json", "runs/a/qat.pth", ""])

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mpq import zoo
-from mpq.checkpoint import save_model
+from mpq.checkpoint import Reading, save_model
 from mpq.data import DataSource, open_data
 from mpq.data.dataset import ArraySplit
 from mpq.data.splits import Splits, divide
@@ -156,8 +156,12 @@ def test_only_a_checkpoint_that_says_so_was_trained_without_the_held_out_images(
     torch.save(model.state_dict(), tmp_path / "foreign.pth")
     own = open_checkpoint(tmp_path / "own.pth", DataSource("digits"))
     assert not own.seen
-    foreign = open_checkpoint(tmp_path / "foreign.pth", DataSource("digits"), arch="resnet8",
-                              normalize=own.normalize)  # fmt: skip
+    foreign = open_checkpoint(
+        tmp_path / "foreign.pth",
+        DataSource("digits"),
+        reading=Reading("resnet8"),
+        normalize=own.normalize,
+    )
     assert foreign.seen
     assert not open_checkpoint(tmp_path / "own.pth", DataSource("none")).seen
     said = held_out(12.5, foreign)

@@ -11,9 +11,8 @@ import click
 from mpq import rundir
 from mpq.analyze.perturb import Rounding
 from mpq.analyze.score import METRICS, Scoring
-from mpq.cli import bundles, ends, options, places, terminal, training
+from mpq.cli import bundles, ends, network, options, places, terminal, training
 from mpq.data import DataSource, Normalization
-from mpq.inputs import Shape
 from mpq.latency import LatencyProfile
 from mpq.metrics.given import LossFunction
 from mpq.pipeline.analysis import Analysis, write_analysis
@@ -40,9 +39,7 @@ _metrics = click.option(
 
 
 @click.command(cls=options.ListCommand)
-@options.checkpoint
-@options.model
-@options.weights
+@network.taken
 @bundles.source
 @options.normalize
 @options.widths("--bits", "8,4", "Weight widths to choose from.")
@@ -57,7 +54,6 @@ _metrics = click.option(
 @options.choice("--rounding", get_args(Rounding), default="nearest",
                 help="Of scored weights; feedback: as mpq ptq.")  # fmt: skip
 @options.num_calib("512")
-@ends.input_shape
 @ends.outputs
 @options.path("--locked", metavar="POLICY", help="Keep the locked layers of this policy.")
 @options.count("--validate", default=0, least=0,
@@ -66,14 +62,10 @@ _metrics = click.option(
 @options.target("The kind of CPU to plan for.")
 @options.seed
 @training.device_for("Where to score.")
-@options.trust_pickle
 @options.as_json
 @options.force
-@options.out()
 def analyze(
-    checkpoint: Path,
-    model: str | None,
-    weights: str | None,
+    of: network.Network,
     source: DataSource,
     normalize: Normalization | None,
     bits: tuple[int, ...],
@@ -85,7 +77,6 @@ def analyze(
     loss: LossFunction | None,
     rounding: Rounding,
     num_calib: int | None,
-    input_shape: Shape | None,
     outputs: dict[str, OutputKind],
     locked: Path | None,
     validate: int,
@@ -93,15 +84,17 @@ def analyze(
     target: str | None,
     seed: int,
     device: str,
-    trust_pickle: bool,
     as_json: bool,
     force: bool,
-    out: Path | None,
 ) -> None:
-    """Find how many bits each layer of CHECKPOINT needs; write policy.yaml.
+    """Find how many bits each layer of a network needs; write policy.yaml.
+
+    The network is CHECKPOINT, or that of a run (or a file in it; without either of the newest run),
+    with the run's data, normalization, outputs and budget where none are given, and its scores.
 
     \b
     mpq analyze model.pth
+    mpq analyze runs/model --max-size-mb 0.1 --force     the same scores
     mpq analyze resnet20.pth --data cifar10 --effective-bits 4.8 -o runs/r20
     mpq analyze resnet20.pth --data cifar10 --bits 16,8,4 --max-size-mb 0.4
     mpq analyze model.pth --effective-bits 4.2,4.8,6     one policy each
@@ -112,14 +105,16 @@ def analyze(
     """
     metric, wishes = divided(wishes)
     scoring = Scoring(bits, act_bits, metric, seed, rounding=rounding, loss=loss)
-    folder = places.hold(rundir.resolve_out(out, checkpoint.stem))
+    folder, before = of.folder, of.policy
     rundir.refuse_overwrite(folder / "policy.yaml", force)
+    if before and not any(one.model_dump(exclude_none=True) for one in budgets):
+        budgets = [before.constraints]
     timed = minimize == "latency" or budgets[0].max_latency_ms is not None or profile_path
     profile = _profile(profile_path, folder) if timed else None
     kept = Policy.load(locked) if locked else None
     how = Analyzing(
         scoring,
-        num_calib or Analyzing.samples,
+        num_calib or (before and before.data.samples) or Analyzing.samples,
         target,
         kept,
         profile,
@@ -127,20 +122,17 @@ def analyze(
         rescore,
         validate=validate,
     )
-    if wishes.batches is not None and source.data is None:
-        source = replace(source, data="none")
+    if source.data is None:
+        own = before.data.name if before else None
+        source = replace(source, data="none" if wishes.batches is not None else own)
+    if before and before.model and before.model.normalize and normalize is None:
+        normalize = Normalization.parse(before.model.normalize)
+    outputs = {**(before.outputs if before else {}), **outputs}
     subject = open_checkpoint(
-        checkpoint,
-        source,
-        arch=model,
-        weights=weights,
-        normalize=normalize,
-        trust_pickle=trust_pickle,
-        input_shape=input_shape,
-        outputs=outputs,
+        of.path, source, reading=of.reading, normalize=normalize, outputs=outputs
     )
     subject = with_wishes(subject, wishes, Wanted(how.samples, HELD_OUT, seed))
-    _introduce(checkpoint, subject)
+    _introduce(of.path, subject)
     with terminal.bars() as tell, terminal.quiet_c():
         found = find_policy(subject, budgets, how, Run(folder, seed, device, progress=tell))
     if leading():

@@ -45,7 +45,7 @@ def source_with(*more: options.Decorator[Any]) -> options.Decorator[Any]:
             return command(source=DataSource(data, data_root, holdout, unlabelled), **others)
 
         shared = (options.data, options.data_root, options.workers, options.trust_code)
-        return _given(folded, *shared, *more)
+        return given(folded, *shared, *more)
 
     return decorate
 
@@ -63,10 +63,10 @@ def policy(command: Callable[..., None]) -> Callable[..., None]:
         command(policy_path=places.in_run(policy or named, "policy.yaml"), **others)
 
     argument = click.argument("policy", required=False, type=options.PATH)
-    return _given(folded, argument, options.policy)
+    return given(folded, argument, options.policy)
 
 
-def _given(command: Callable[..., Any], *wanted: options.Decorator[Any]) -> Callable[..., Any]:
+def given(command: Callable[..., Any], *wanted: options.Decorator[Any]) -> Callable[..., Any]:
     """A command with options, in that order in its help."""
     for option in reversed(wanted):
         command = option(command)
@@ -102,7 +102,7 @@ def budgets(command: Callable[..., None]) -> Callable[..., None]:
         ]
         command(budgets=found, **others)
 
-    return _given(folded, *_BUDGETS)
+    return given(folded, *_BUDGETS)
 
 
 _WISHES = (
@@ -134,7 +134,7 @@ def wishes_with(metric: options.Decorator[Any]) -> options.Decorator[Any]:
         ) -> Any:
             return command(wishes=Wishes(metric, lower_is_better, postprocess, batches), **others)
 
-        return _given(folded, metric, *_WISHES[1:])
+        return given(folded, metric, *_WISHES[1:])
 
     return decorate
 

@@ -39,12 +39,6 @@ def named(ctx: click.Context, param: click.Parameter, value: Named) -> Named:
     return value
 
 
-def named_path(ctx: click.Context, param: click.Parameter, value: Path) -> Path:
-    """A callback: code that is named in the place of a file is trusted for this command."""
-    trust(str(value))
-    return value
-
-
 def _code(ctx: click.Context, param: click.Parameter, names: tuple[str, ...]) -> None:
     wrong = next((name for name in names if not is_name(name)), None)
     if wrong is not None:
@@ -128,8 +122,6 @@ def limits(flag: str, help: str) -> Decorator[Any]:
 
 
 PATH = click.Path(path_type=Path)
-# checkpoint: Path
-checkpoint = click.argument("checkpoint", type=PATH, callback=named_path)
 
 
 def path(*flags: str, help: str, metavar: str = "FILE") -> Decorator[Any]:

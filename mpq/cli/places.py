@@ -79,6 +79,18 @@ def newest(*files: str) -> Path:
     return run
 
 
+def policy_of(path: Path | None) -> Path | None:
+    """The policy that says which network is meant; None where `path` is a network by itself."""
+    if path is None:
+        return run(None) / "policy.yaml"
+    if path.suffix == ".yaml":
+        trust_run(path.parent)
+        return path
+    folder = rundir.run_folder(path)
+    inside = rundir.is_run(folder) or (folder / "profile.json").is_file()
+    return run(folder) / "policy.yaml" if inside else None
+
+
 def quantized(path: Path | None, origin: str | None) -> Path:
     """The quantized network to work on: of `path` as in `in_run`, as `--from` says; said aloud.
 

@@ -11,41 +11,32 @@ from typing import Any
 import click
 
 from mpq import rundir
-from mpq.checkpoint import Reading, open_model
-from mpq.cli import ends, options, places, terminal
-from mpq.inputs import Shape
+from mpq.checkpoint import open_model
+from mpq.cli import network, options, terminal
 from mpq.pipeline.profiling import check as hold
 from mpq.pipeline.profiling import profile_module
 from mpq.report.grid import Grid, columns
 
 
 @click.command()
-@options.checkpoint
-@options.model
-@options.weights
+@network.taken
 @options.trust_code
-@options.trust_pickle
-@ends.input_shape
 @options.threads
 @options.batch
 @options.path("--check", help="Hold the prediction against this exported file.")
 @options.as_json
 @click.option("--force", is_flag=True, help="Measure again, and replace profile.json.")
-@options.out()
 def profile(
-    checkpoint: Path,
-    model: str | None,
-    weights: str | None,
-    trust_pickle: bool,
-    input_shape: Shape | None,
+    of: network.Network,
     threads: int | None,
     batch: int,
     check: Path | None,
     as_json: bool,
     force: bool,
-    out: Path | None,
 ) -> None:
-    """Measure each layer of CHECKPOINT as integers and in float, and what conversions cost.
+    """Measure each layer of a network as integers and in float, and what conversions cost.
+
+    The network is CHECKPOINT, or that of a run (or a file in it; without either of the newest run).
 
     Writes profile.json into the run, which `mpq analyze --max-latency-ms` reads. What was measured
     on this CPU with this onnxruntime is kept and not measured again; a profile.json that says
@@ -53,11 +44,10 @@ def profile(
 
     \b
     mpq profile model.pth
-    mpq profile model.pth --check runs/model/model.onnx
+    mpq profile runs/model --check runs/model/model.onnx
     """
-    folder = places.hold(rundir.resolve_out(out, checkpoint.stem))
-    loaded = open_model(checkpoint, Reading(model, None, weights, input_shape, trust_pickle))
-    kept = folder / "profile.json"
+    loaded = open_model(of.path, of.reading)
+    kept = of.folder / "profile.json"
     with terminal.status() as tell:
         found = profile_module(
             loaded.module,
@@ -80,7 +70,7 @@ def profile(
             f"{checked.measured_ms:.3f} ms, {checked.error:+.1f} %"
         )
     terminal.result(as_json, content, _table(content), *notes)
-    rundir.touch_run(folder)
+    rundir.touch_run(of.folder)
     found.save(kept)
     terminal.say(f"wrote {kept}; next: mpq analyze --max-latency-ms")
 

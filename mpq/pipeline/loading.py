@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from torch import nn
@@ -10,7 +11,7 @@ from mpq import zoo
 from mpq.capture.network import Network
 from mpq.checkpoint import Loaded, Reading, open_model
 from mpq.errors import CheckpointError, PolicyError
-from mpq.policy import ModelInfo
+from mpq.policy import ModelInfo, Policy
 from mpq.trusted import is_name
 from mpq.zoo.whole import is_whole
 
@@ -34,6 +35,37 @@ def find_checkpoint(info: ModelInfo, policy_path: Path) -> Path:
             "edit model.checkpoint."
         )
     return found
+
+
+def reading_of(policy: Policy, where: Path, asked: Reading) -> tuple[Path, Reading]:
+    """The file of a policy's network as it is now, and how it is read: as asked, else as it was.
+
+    Raises:
+        PolicyError: the policy names no network.
+        CheckpointError: it is not there.
+    """
+    info = named(policy, where)
+    if not info.checkpoint and is_name(info.arch):
+        return Path(info.arch), replace(asked, input=asked.input or info.inputs or info.input)
+    return find_checkpoint(info, where), replace(
+        asked,
+        arch=asked.arch or info.arch,
+        weights=asked.weights or info.weights,
+        input=asked.input or info.inputs or info.input,
+    )
+
+
+def named(policy: Policy, where: Path) -> ModelInfo:
+    """The network that a policy names.
+
+    Raises:
+        PolicyError: it names none.
+    """
+    if policy.model is None:
+        raise PolicyError(
+            f"{where} must name the model that it is for (key `model`). `mpq analyze` writes it."
+        )
+    return policy.model
 
 
 def load_weights(info: ModelInfo, policy_path: Path, trust_pickle: bool) -> Loaded:

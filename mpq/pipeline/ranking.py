@@ -18,6 +18,7 @@ from typing import Any
 from mpq import files, rundir, zoo
 from mpq.analyze import cost
 from mpq.analyze.score import Scoring
+from mpq.checkpoint import Reading
 from mpq.data import DataSource, Normalization, sample_indices
 from mpq.errors import UsageError
 from mpq.graph.ir import QuantGraph
@@ -181,7 +182,8 @@ class _Bench:
         written = self.run.folder / f"{name.replace(':', '-')}.pth"
         if not (self.run.resume and written.is_file()):
             self._train(name, written)
-        return open_checkpoint(written, self.source, arch=name, normalize=self.normalize)
+        reading = Reading(arch=name)
+        return open_checkpoint(written, self.source, reading=reading, normalize=self.normalize)
 
     def _train(self, name: str, written: Path) -> None:
         seed = self.run.seed

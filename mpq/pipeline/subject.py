@@ -28,11 +28,10 @@ from mpq.data.cache import joined
 from mpq.data.dataset import Labels, Samples, Split
 from mpq.data.normalize import NAMED
 from mpq.data.stream import streamed
-from mpq.errors import DataError, PolicyError
+from mpq.errors import DataError
 from mpq.graph.ir import QuantGraph
 from mpq.graph.passes import to_float
-from mpq.inputs import Shape
-from mpq.pipeline.loading import example_call, load_architecture, load_weights
+from mpq.pipeline.loading import example_call, load_architecture, load_weights, named
 from mpq.pipeline.measuring import Batches, Judging
 from mpq.pipeline.proposing import propose_normalization
 from mpq.pipeline.samples import as_inputs, logits_of
@@ -188,11 +187,8 @@ def open_checkpoint(
     path: Path,
     source: DataSource,
     *,
-    arch: str | None = None,
-    weights: str | None = None,
+    reading: Reading | None = None,
     normalize: Normalization | None = None,
-    trust_pickle: bool = False,
-    input_shape: Shape | None = None,
     outputs: Mapping[str, str] | None = None,
 ) -> Subject:
     """Open a checkpoint with its data.
@@ -200,12 +196,8 @@ def open_checkpoint(
     Args:
         path: as of `mpq.checkpoint.load_model`.
         source: the data.
-        arch: the architecture; None: what the weights fit.
-        weights: which of several in the file, as `mpq.checkpoint.Reading`.
+        reading: how the file is read; None: as it says itself.
         normalize: how images are normalized; None: as the file says, else what is proposed.
-        trust_pickle: run the code inside the file if it has some.
-        input_shape: `(C, H, W)` or `(H, W)` of the images, or inputs by name (`mpq.inputs`); None:
-            what the network is meant for.
         outputs: kinds of outputs by name; of others the kind is proposed.
 
     Raises:
@@ -213,8 +205,7 @@ def open_checkpoint(
         DataError: no data are named, or they do not fit the network.
         UsageError: the normalization is neither known nor can be proposed.
     """
-    reading = Reading(arch, None, weights, input_shape, trust_pickle)
-    found = subject_of(open_model(path, reading), path, source, normalize=normalize)
+    found = subject_of(open_model(path, reading or Reading()), path, source, normalize=normalize)
     return replace(found, outputs=dict(outputs or {}))
 
 
@@ -303,11 +294,7 @@ def policy_subject(
         CheckpointError: the checkpoint is missing or unreadable.
         DataError: the data do not fit.
     """
-    info = policy.model
-    if info is None:
-        raise PolicyError(
-            f"{where} must name the model that it is for (key `model`). `mpq analyze` writes it."
-        )
+    info = named(policy, where)
     if module is not None and not weights:
         loaded = Loaded(module, info, call=example_call(module, info))
     else:
