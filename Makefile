@@ -18,7 +18,7 @@ test-faults: $(STAMP)
 	MPQ_FAULTS=1 OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest tests/faults
 	MPQ_FAULTS=1 OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest tests/test_inputs.py
 
-# Every block of README, docs/tour.md and docs/yours.md, word for word, in empty folders.
+# Every block of README and docs, word for word, each page in an empty folder.
 test-docs: $(STAMP)
 	MPQ_DOCS=1 $(BIN)/python -m pytest tests/test_readme.py
 
