@@ -2,9 +2,10 @@
 
 Works on any ONNX file. Matrix nodes (Conv, ConvTranspose, Gemm, MatMul) of the file are found again
 in the graph that onnxruntime made of it at its default options: by node name, by output, or by the
-name of the weights, whichever the fusion kept. Two promises are held against what is found: the
-file stores the widths that were asked for (`stored`), and the runtime runs as integers what its
-target has kernels for (`mpq.target`).
+name of the weights, whichever the fusion kept. Three promises are held against what is found: the
+file stores the widths that were asked for (`stored`), integer layers read their inputs on the grids
+that were asked for (`grids`), and the runtime runs as integers what its target has kernels for
+(`mpq.target`).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +22,7 @@ from onnx import shape_inference
 
 from mpq.layers import FloatPart, LayerChoice
 from mpq.shown import Shown
-from mpq.target import ROUNDED, Support, Target
+from mpq.target import ROUNDED, WIDER, Support, Target
 from mpq.targets import get_target, this_target
 
 from . import meta, runtime
@@ -36,6 +37,7 @@ from .executed import (
     weight_of,
 )
 from .form import INT4, NEEDS
+from .grids import UNKNOWN, Grid, asked_of_grids, grid_of
 from .reasons import Wiring, saturating, why_float
 from .stored import Stored, stored_weights
 
@@ -120,10 +122,19 @@ class Certificate(Shown):
 
 @dataclass(frozen=True, slots=True)
 class _Asked:
-    """What a layer was promised to be."""
+    """What a layer was promised to be.
+
+    Args:
+        choice: of the policy.
+        support: what the target makes of it.
+        grid: where it reads its input in the file.
+        bits: that were asked of this grid, by all that read it.
+    """
 
     choice: LayerChoice
     support: Support
+    grid: Grid = UNKNOWN
+    bits: int = 0
 
 
 def certify(
@@ -149,6 +160,7 @@ def certify(
     roots = constant_roots(proto.graph)
     layers = [n for n in proto.graph.node if n.op_type in MATRIX and weight_of(n) in roots]
     asked = _inside(proto, layers, cpu) if graph is None else _of_graph(graph, cpu)
+    promises = _promises(layers, asked, wiring)
     macs = {} if graph is None else {name: layer.macs for name, layer in graph.layers.items()}
     found, shapes = executions(proto.graph, optimized.graph), _shapes(proto)
     metadata = {p.key: p.value for p in proto.metadata_props}
@@ -158,11 +170,11 @@ def certify(
             stored_weights(node, roots[weight_of(node)], wiring),
             run,
             macs.get(node.name) or _macs(node, roots[weight_of(node)], shapes),
-            asked.get(node.name),
+            promise,
             wiring,
             decoding_asked=metadata.get(INT4) == "dq",
         )
-        for node, run in zip(layers, found, strict=True)
+        for node, run, promise in zip(layers, found, promises, strict=True)
     ]
     size = len(model) if isinstance(model, bytes) else model.stat().st_size
     return Certificate(
@@ -221,6 +233,15 @@ def _inside(proto: onnx.ModelProto, layers: list[onnx.NodeProto], cpu: Target) -
     return {n: _Asked(choices[n], cpu.support(choices[n], operations[n])) for n in names}
 
 
+def _promises(
+    layers: list[onnx.NodeProto], asked: dict[str, _Asked], wiring: Wiring
+) -> list[_Asked | None]:
+    """What each matrix node was promised to be, with the grid that it reads."""
+    found = [(asked.get(node.name), grid_of(node, wiring)) for node in layers]
+    bits = asked_of_grids((grid, one.choice) for one, grid in found if one and one.support.integer)
+    return [one and replace(one, grid=grid, bits=bits.get(grid.tensor, 0)) for one, grid in found]
+
+
 def _row(
     node: onnx.NodeProto,
     stored: Stored,
@@ -258,6 +279,9 @@ def _verdict(
     """Whether a promise is broken, and which; or what else there is to say."""
     choice, reason = asked.choice, asked.support.reason
     contradiction = stored.contradiction(choice)
+    known = asked.grid.bits or run.op in INTEGER_OPS  # else what it executes says enough
+    if asked.support.integer and known and not contradiction:
+        contradiction = asked.grid.contradiction(choice, asked.bits)
     if contradiction:
         return True, f"asked for {choice.asked}, but {contradiction}"
     unrounded = choice.exact and not run.rounded
@@ -268,6 +292,8 @@ def _verdict(
         return True, f"asked for {choice.asked}, but the runtime {what}"
     if choice.exact:
         reason += f"; {ROUNDED.format(run.rounded)}"
+    if asked.support.integer and asked.bits != choice.activation_bits:
+        reason = WIDER.format(asked.bits)
     return False, reason
 
 

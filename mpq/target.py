@@ -222,3 +222,5 @@ class Target:
 SATURATION = "8-bit weights take 7 bits: without VNNI two products would saturate in 16 bits"
 ROUNDED = "its input is rounded to {} bits when it runs"
 """What else is to say of a 16-bit layer in the form `exact`."""
+WIDER = "reads a tensor that another layer needs at {} bits"
+"""What else is to say of a layer that shares the grid of its input with one of more bits."""

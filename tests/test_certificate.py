@@ -23,7 +23,7 @@ from mpq.export.meta import KEY, to_metadata
 from mpq.export.onnx_file import serialize
 from mpq.export.reasons import Wiring
 from mpq.export.stored import Grid, stored_weights
-from mpq.graph.annotate import make_dynamic
+from mpq.graph.annotate import make_dynamic, reading_groups
 from mpq.graph.ir import QuantGraph
 from mpq.graph.passes import freeze, prepare, to_float
 from mpq.policy import LayerPolicy, Policy
@@ -66,12 +66,16 @@ def relabelled(data: bytes, policy: Policy) -> bytes:
 
 @cache
 def exported(
-    name: str, policy: Policy | str, dynamic: bool, options: tuple[tuple[str, Any], ...]
+    name: str, weight: str, dynamic: bool, options: tuple[tuple[str, Any], ...]
 ) -> tuple[QuantGraph, bytes]:
-    policy = asking(policy) if isinstance(policy, str) else policy
-    graph = quantized(name, policy, dynamic=dynamic)
+    return written(name, asking(weight), dynamic=dynamic, **dict(options))
 
-    return graph, serialize(lower(graph, form_for(graph, **dict(options))))
+
+def written(
+    name: str, policy: Policy, *, dynamic: bool = False, **options: Any
+) -> tuple[QuantGraph, bytes]:
+    graph = quantized(name, policy, dynamic=dynamic)
+    return graph, serialize(lower(graph, form_for(graph, **options)))
 
 
 UNPACK = {"int4_format": "unpack"}
@@ -131,6 +135,47 @@ def test_dynamic_layers_too(bits: int):
     other = asking("int5/channel").replace(layers=graph.policy.layers)
     broken = certify(relabelled(data, other)).broken()
     assert [row.name for row in broken] == list(graph.layers)
+
+
+@pytest.mark.parametrize("bits", [4, 6, 8])
+@pytest.mark.parametrize("name", ["plain", "isle", "residual", "up"])
+def test_the_grid_of_a_layer_is_the_asked_one_or_the_file_is_broken(name: str, bits: int):
+    """A file of 8-bit activations under a policy that asks for 4 was certified as W8A4."""
+    graph, data = written(name, asking("int8/channel", f"uint{bits}/tensor"))
+    for certificate in (certify(data), certify(data, graph)):
+        assert {row.asked for row in certificate.layers} == {f"W8A{bits}"}
+        assert not certificate.broken()
+        assert not any(row.reason for row in certificate.layers)
+    other = 8 if bits == 4 else 4
+    broken = certify(relabelled(data, asking("int8/channel", f"uint{other}/tensor"))).broken()
+    assert [row.name for row in broken] == list(graph.layers)
+    told = f"asked for W8A{other}, but the file rounds its input on {bits} bits in place of {other}"
+    assert all(told in row.reason for row in broken)
+
+
+def test_a_shared_grid_has_the_widest_width_and_says_so():
+    floats = to_float(network("concat"), nets.images())
+    first, second = next(names for names in reading_groups(floats) if len(names) == 2)
+    narrow = asking("int8/channel", "uint4/tensor")
+    policy = narrow.with_layers(LayerPolicy(name=first, activation="uint6/tensor"))
+    graph, data = written("concat", policy)
+    rows = {row.name: row for row in certify(data).layers}
+    assert not certify(data, graph).broken()
+    assert rows[first].reason == ""
+    assert rows[second].reason == "reads a tensor that another layer needs at 6 bits"
+    broken = {row.name: row for row in certify(relabelled(data, narrow)).broken()}
+    assert set(broken) == {first, second}
+    assert "rounds its input on 6 bits in place of 4" in broken[second].reason
+
+
+def test_a_fixed_range_is_none_that_is_found_at_run_time():
+    for dynamic, found in ((True, "at run time"), (False, "as a constant")):
+        _, data = exported("attention", "int8/channel", dynamic, ())
+        other, _ = exported("attention", "int8/channel", not dynamic, ())
+        assert other.policy is not None
+        broken = certify(relabelled(data, other.policy)).broken()
+        assert broken
+        assert all(f"has the range of its input {found}" in row.reason for row in broken)
 
 
 def test_seven_bits_of_eight_are_held_to():

@@ -21,7 +21,7 @@ from mpq.graph.spec import check
 from mpq.policy import LayerPolicy, Policy
 from mpq.quant.fake_quant import FakeQuant
 from mpq.quant.layer import QuantLayer
-from mpq.spec import activation_spec, weight_spec
+from mpq.spec import ROUNDED_16, activation_spec, weight_spec
 
 POLICY = Policy.uniform(4).with_layers(LayerPolicy(name="head.2", weight="float"))
 LAYER, SITE = "conv1", "quantizers.x"
@@ -109,6 +109,14 @@ def replanned(qg: QuantGraph) -> None:
     qg.plans[LAYER] = replace(qg.plans[LAYER], choice=qg.plans["head.2"].choice)
 
 
+def resited(qg: QuantGraph) -> None:
+    """Site and quantizer agree with each other, and not with the policy."""
+    qg.sites[SITE] = replace(qg.sites[SITE], spec=activation_spec(4))
+    if qg.stage == "prepared":
+        quantizer = qg.module.get_submodule(SITE)
+        quantizer.spec = quantizer.goal = activation_spec(4)
+
+
 def integers(value: int) -> Callable[[QuantGraph], None]:
     return lambda qg: qg.module.get_submodule(LAYER).weight.fill_(value)
 
@@ -143,6 +151,9 @@ DAMAGES: list[tuple[str, Callable[[QuantGraph], object], str]] = [
     ("prepared", uncalled, "must be called after x, but is after nothing"),
     ("prepared", past, "conv1 reads x past the quantizer"),
     ("prepared", again, "more quantizes without being a site; more rounds again what quant"),
+    ("prepared", put("more", stranger), "more is a QuantLayer without a plan"),
+    ("annotated", resited, "quantizers.x has 4 bits, but 8 are asked for"),
+    ("prepared", resited, "quantizers.x has 4 bits, but 8 are asked for"),
     ("prepared", lambda qg: setattr(qg, "policy", Policy.uniform(8)), "but asked for W8A8"),
     ("frozen", thawed(LAYER), "layer conv1 must be a FrozenLayer, but is a QuantLayer"),
     ("frozen", thawed(SITE), "quantizers.x must have a FrozenQuant, but has a FakeQuant"),
@@ -168,6 +179,54 @@ def test_a_half_done_graph_is_caught(
     told = rf"after pass careless: the graph is no {stage} one: .*{wrong}"
     with pytest.raises(GraphError, match=told):
         run(graph, (careless,), needs=stage, gives=stage)
+
+
+ISLE = "gate.conv"
+
+
+@cache
+def island(stage: str, *, exact: bool = False) -> QuantGraph:
+    """A network with a convolution inside a module that cannot be traced."""
+    choice = LayerPolicy(name=ISLE, weight="int16/channel", activation=str(ROUNDED_16))
+    policy = Policy.uniform(8).with_layers(*([choice] if exact else []))
+    graph = calibrate(prepare(to_float(build("island"), images()), policy), images())
+    return graph if stage == "prepared" else freeze(graph)
+
+
+ISLAND_DAMAGES: list[tuple[str, Callable[[QuantGraph], object], str]] = [
+    ("prepared", put(f"{ISLE}.input", lambda qg: nn.Identity()), "round to uint8/tensor at its in"),
+    ("prepared", put(f"{ISLE}.output", lambda qg: nn.Identity()), "round to uint8/tensor at its o"),
+    ("prepared", put(f"{ISLE}.output", lambda qg: nn.ReLU()), "at its output, but is a ReLU"),
+    ("prepared", put(f"{ISLE}.input", lambda qg: FakeQuant(activation_spec(4))), "rounds to uint4"),
+    ("prepared", put(f"{ISLE}.input", lambda qg: FakeQuant(activation_spec(8))), "read the grid"),
+    ("frozen", set_to(f"{ISLE}.layer", "x_scale", None), "must know the step of its own input"),
+    ("frozen", set_to(f"{ISLE}.layer", "x_scale", torch.tensor(2.0)), "must know the step of its"),
+    (
+        "frozen",
+        put(f"{ISLE}.input", lambda qg: island("prepared").module.get_submodule(f"{ISLE}.input")),
+        "must round to uint8/tensor at its input, but is a FakeQuant",
+    ),
+]
+
+
+@pytest.mark.parametrize(("stage", "damage", "wrong"), ISLAND_DAMAGES)
+def test_a_half_done_island_is_caught(
+    stage: str, damage: Callable[[QuantGraph], object], wrong: str
+) -> None:
+    graph = island(stage).copy()
+    check(graph, stage)
+    damage(graph)
+    with pytest.raises(GraphError, match=rf"island {ISLE} .*{wrong}"):
+        check(graph, stage)
+
+
+def test_an_island_that_is_rounded_to_16_bits_passes_its_output_on() -> None:
+    graph = island("frozen", exact=True).copy()
+    check(graph, "frozen")
+    quantizer = graph.module.get_submodule(f"{ISLE}.input")
+    graph.module.set_submodule(f"{ISLE}.output", quantizer)
+    with pytest.raises(GraphError, match="must pass it on at its output, but rounds to uint16"):
+        check(graph, "frozen")
 
 
 @pytest.mark.parametrize("name", NETS)

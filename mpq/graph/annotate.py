@@ -25,7 +25,7 @@ from mpq.graph.kinds import kind_of, moves
 from mpq.layers import LayerChoice
 from mpq.policy import LayerPolicy, Policy
 from mpq.spec import DYNAMIC, ROUNDED_16, QuantSpec, activation_spec
-from mpq.target import ROUNDED, Support, Target
+from mpq.target import ROUNDED, WIDER, Support, Target
 from mpq.targets import get_target
 
 logger = logging.getLogger(__name__)
@@ -243,7 +243,7 @@ class _Annotator:
             return LayerPlan(choice, support, None, tuple(notes))
         site = self.sites[self.source(node.args[0])]
         if choice.activation and site.spec.bits != choice.activation.bits:
-            notes.append(f"reads a tensor that another layer needs at {site.spec.bits} bits")
+            notes.append(WIDER.format(site.spec.bits))
         return LayerPlan(choice, support, site.name if support.integer else None, tuple(notes))
 
 

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from torch import fx, nn
+import torch
+from torch import Tensor, fx, nn
 
 from mpq.errors import GraphError
 from mpq.graph.ir import LayerPlan, QuantGraph, Stage
@@ -20,6 +21,7 @@ from mpq.graph.kinds import kind_of, moves
 from mpq.quant.fake_quant import FakeQuant, FrozenQuant
 from mpq.quant.layer import FrozenLayer, IslandLayer, QuantLayer
 from mpq.quant.operation import LAYERS
+from mpq.spec import QuantSpec
 
 Rule = Callable[[QuantGraph], Iterator[str]]
 SHOWN = 3
@@ -114,6 +116,8 @@ def _planned_layers_are(kind: type[QuantLayer] | type[FrozenLayer]) -> Rule:
                 yield f"layer {name} must be a {kind.__name__}, but is a {type(module).__name__}"
                 continue
             yield from (f"layer {name} {text}" for text in _unlike(inner, plan, qg))
+            if isinstance(module, IslandLayer):
+                yield from (f"island {name} {text}" for text in _unlike_island(module, plan))
 
     return rule
 
@@ -135,6 +139,39 @@ def _unlike(layer: QuantLayer | FrozenLayer, plan: LayerPlan, qg: QuantGraph) ->
         low, high = int(layer.weight.amin()), int(layer.weight.amax())
         if stored is not None and not (stored.qmin <= low and high <= stored.qmax):
             yield f"holds integers from {low} to {high}, beyond those of {stored}"
+
+
+def _unlike_island(island: IslandLayer, plan: LayerPlan) -> Iterator[str]:
+    """What of an island's own quantizers is not as planned: they are no sites of the graph."""
+    layer, choice = island.layer, plan.choice
+    assert isinstance(layer, (QuantLayer, FrozenLayer))
+    rounds = (plan.support.integer or choice.exact) and not choice.dynamic
+    inside = choice.activation if rounds else None
+    outside = inside if plan.support.integer and layer.op.kind != "linear" else None
+    kind = FakeQuant if isinstance(layer, QuantLayer) else FrozenQuant
+    for part, asked in (("input", inside), ("output", outside)):
+        module = getattr(island, part)
+        has = _format(module) if isinstance(module, kind) else None
+        if has != asked or (asked is None and not isinstance(module, nn.Identity)):
+            what = f"is a {type(module).__name__}" if has is None else f"rounds to {has}"
+            must = "pass it on" if asked is None else f"round to {asked}"
+            yield f"must {must} at its {part}, but {what}"
+    reads = island.input if inside is not None and plan.support.integer else None
+    if isinstance(layer, QuantLayer):
+        if layer.source is not reads:
+            yield "must read the grid of its own input"
+    elif not _same_step(layer.x_scale, None if reads is None else reads.scale):
+        yield "must know the step of its own input"
+
+
+def _same_step(known: Tensor | None, own: object) -> bool:
+    return known is own is None or (
+        isinstance(known, Tensor) and isinstance(own, Tensor) and torch.equal(known, own)
+    )
+
+
+def _format(quantizer: FakeQuant | FrozenQuant) -> QuantSpec:
+    return quantizer.goal if isinstance(quantizer, FakeQuant) else quantizer.spec
 
 
 # -- sites ----------------------------------------------------------------------------------------
@@ -160,7 +197,7 @@ def _sites_have_nodes(qg: QuantGraph) -> Iterator[str]:
 
 
 def _sites_are(kind: type[FakeQuant] | type[FrozenQuant]) -> Rule:
-    """Each site has its quantizer, called once after its node; there are no others."""
+    """Each site has its quantizer, called once after its node."""
 
     def rule(qg: QuantGraph) -> Iterator[str]:
         calls = _calls(qg)
@@ -169,9 +206,8 @@ def _sites_are(kind: type[FakeQuant] | type[FrozenQuant]) -> Rule:
             if not isinstance(module, kind):
                 yield f"site {name} must have a {kind.__name__}, but has a {type(module).__name__}"
                 continue
-            has = module.goal if isinstance(module, FakeQuant) else module.spec
-            if has != site.spec:
-                yield f"site {name} must round to {site.spec}, but rounds to {has}"
+            if _format(module) != site.spec:
+                yield f"site {name} must round to {site.spec}, but rounds to {_format(module)}"
             if [str(node.args[0]) for node in nodes] != [site.node]:
                 where = [str(node.args[0]) for node in nodes] or "nothing"
                 yield f"site {name} must be called after {site.node}, but is after {where}"
@@ -179,11 +215,30 @@ def _sites_are(kind: type[FakeQuant] | type[FrozenQuant]) -> Rule:
             rounded = nodes[0].all_input_nodes[0]
             for other in rounded.users.keys() - {nodes[0]}:
                 yield f"site {name}: {other.name} reads {site.node} past the quantizer"
-        for name in calls.keys() - qg.sites.keys():
-            if isinstance(_module(qg, name), (FakeQuant, FrozenQuant)):
-                yield f"{name} quantizes without being a site"
 
     return rule
+
+
+def _sites_are_as_wide_as_asked(qg: QuantGraph) -> Iterator[str]:
+    """A site has the widest of the widths that its integer readers ask for."""
+    for name, site in qg.sites.items():
+        plans = [qg.plans[reader] for reader in site.readers if reader in qg.plans]
+        asked = [plan.choice.activation_bits or 0 for plan in plans if plan.support.integer]
+        if asked and site.spec.bits != max(asked):
+            yield f"site {name} has {site.spec.bits} bits, but {max(asked)} are asked for"
+
+
+def _nothing_else_is_quantized(qg: QuantGraph) -> Iterator[str]:
+    """Every quantizer is a site or an island's own, every quantized layer has a plan."""
+    islands = {n for n, m in qg.module.named_modules() if isinstance(m, IslandLayer)} & {*qg.plans}
+    own = {f"{name}.{part}" for name in islands for part in ("input", "layer", "output")}
+    for name, module in qg.module.named_modules():
+        if name in own:
+            continue
+        if isinstance(module, (FakeQuant, FrozenQuant)) and name not in qg.sites:
+            yield f"{name} quantizes without being a site"
+        if isinstance(module, (QuantLayer, FrozenLayer)) and name not in qg.plans:
+            yield f"{name} is a {type(module).__name__} without a plan"
 
 
 def _quantized_once(qg: QuantGraph) -> Iterator[str]:
@@ -212,6 +267,7 @@ RULES: dict[Stage, tuple[Rule, ...]] = {
         _plans_follow_the_policy,
         _plans_name_their_sites,
         _sites_have_nodes,
+        _sites_are_as_wide_as_asked,
     ),
     "prepared": (
         _plans_follow_the_policy,
@@ -219,6 +275,8 @@ RULES: dict[Stage, tuple[Rule, ...]] = {
         _sites_have_nodes,
         _planned_layers_are(QuantLayer),
         _sites_are(FakeQuant),
+        _sites_are_as_wide_as_asked,
+        _nothing_else_is_quantized,
         _quantized_once,
     ),
     "frozen": (
@@ -227,6 +285,8 @@ RULES: dict[Stage, tuple[Rule, ...]] = {
         _sites_have_nodes,
         _planned_layers_are(FrozenLayer),
         _sites_are(FrozenQuant),
+        _sites_are_as_wide_as_asked,
+        _nothing_else_is_quantized,
         _quantized_once,
     ),
 }
