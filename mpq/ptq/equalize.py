@@ -135,7 +135,8 @@ def _treat(qg: QuantGraph, link: Link, seen: _Inputs, choice: LayerChoice, worth
         return Pair(link.first, link.second, 1.0, 1.0, link.reason)
     layer = float_layer(qg.module.get_submodule(link.second))
     op, weight = LayerOp.of(layer), layer.weight.detach()
-    high, low = seen.high[link.second], seen.low[link.second]
+    # A LeakyReLU's input is stored as well, with the whole of its range below zero.
+    high, low = seen.high[link.second], seen.low[link.second] / link.slope
     ranges = torch.maximum(high, -low)
     spread = float(ranges.max() / ranges.median().clamp(min=1e-12))
     columns = _columns(op, weight, len(ranges))

@@ -1,17 +1,20 @@
 """Pairs of layers whose shared channels may be rescaled without changing the network.
 
-`f(c x) = c f(x)` for `c > 0` holds for ReLU, pooling, zero padding and flattening, so the outputs
-of a layer can be multiplied per channel and the inputs of the next divided. It does not hold for
-ReLU6, which saturates: there a channel is free only as far as it provably stays below 6, that is
-where the layer's own input lies in 0..6 and `b + 6 sum(max(w, 0)) <= 6`.
+`f(c x) = c f(x)` for `c > 0` holds for ReLU, LeakyReLU, PReLU, pooling, zero padding and
+flattening, so the outputs of a layer can be multiplied per channel and the inputs of the next
+divided. It does not hold for ReLU6, which saturates: there a channel is free only as far as it
+provably stays below 6, that is where the layer's own input lies in 0..6 and `b + 6 sum(max(w, 0))
+<= 6`.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import reduce
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from mpq.graph.ir import QuantGraph
@@ -22,6 +25,8 @@ from mpq.quant.operation import LayerOp
 
 HOMOGENEOUS = ("relu", "maxpool", "avgpool", "global_avgpool", "adaptive_avgpool")
 CEILING = 6.0
+LEAST_SLOPE = 0.01
+"""Below zero by less than this share, values hardly count."""
 Sizes = dict[str, torch.Size]
 
 
@@ -35,12 +40,14 @@ class Link:
         limit: `[C]`, the factor by which each channel may at most be multiplied; channels of 1 stay
             as they are.
         reason: why no channel may be rescaled, or an empty string.
+        slope: `[]` or `[C]`, in (0, 1], by which values below zero were multiplied in between.
     """
 
     first: str
     second: str
     limit: Tensor
     reason: str = ""
+    slope: Tensor = field(default_factory=lambda: torch.ones(()))
 
 
 def links(qg: QuantGraph) -> list[Link]:
@@ -65,7 +72,9 @@ def links(qg: QuantGraph) -> list[Link]:
             fixed = "" if bool((limit > 1).any()) else "every channel may reach the 6 of its ReLU6"
             found.append(Link(name, second, limit, fixed))
         else:
-            found.append(Link(name, second, torch.full((channels,), torch.inf)))
+            slopes = [s for n in path if (s := _slope(n, modules)) is not None]
+            slope = reduce(torch.mul, slopes, torch.ones(()))
+            found.append(Link(name, second, torch.full((channels,), torch.inf), slope=slope))
     return found
 
 
@@ -84,10 +93,26 @@ def _chain(node: fx.Node, modules: dict[str, nn.Module], sizes: Sizes) -> list[f
             return path if matched else None
         if not (
             kind in (*HOMOGENEOUS, "relu6")
+            or _slope(at, modules) is not None
             or _zero_pad(at, kind)
             or (kind == "flatten" and _flattens(sizes.get(before.name), sizes.get(at.name)))
         ):
             return None
+
+
+def _slope(node: fx.Node, modules: dict[str, nn.Module]) -> Tensor | None:
+    """What a LeakyReLU or PReLU multiplies values below zero with, in the range of a `Link`'s."""
+    module = modules.get(str(node.target)) if node.op == "call_module" else None
+    if type(module) is nn.PReLU:
+        return module.weight.detach().squeeze().clamp(LEAST_SLOPE, 1)
+    if type(module) is nn.LeakyReLU:
+        slope: float = module.negative_slope
+    elif node.op == "call_function" and node.target is F.leaky_relu:
+        given = node.args[1] if len(node.args) > 1 else node.kwargs.get("negative_slope", 0.01)
+        slope = float(given)  # type: ignore[arg-type]
+    else:
+        return None
+    return torch.tensor(slope).clamp(LEAST_SLOPE, 1)
 
 
 def _flattens(before: torch.Size | None, after: torch.Size | None) -> bool:
