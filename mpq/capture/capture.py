@@ -46,8 +46,12 @@ class Captured:
     sizes: str = ""
 
 
-def capture(network: Network) -> Captured:
+def capture(network: Network, *, replayed: bool = True) -> Captured:
     """Record a copy of a network in eval mode, and replay it on another batch size.
+
+    Args:
+        network: any module with an example call.
+        replayed: False where the same network has been taken before, in another precision.
 
     Raises:
         GraphError: the network cannot be copied, run, recorded or replayed.
@@ -57,14 +61,14 @@ def capture(network: Network) -> Captured:
     with unchanged(network.module):
         found, islands = _with_islands(network)
     module = fx.GraphModule(network.module, found.graph, type(network.module).__name__).eval()
-    wrong = replay(network, module, found)
+    wrong = replayed and replay(network, module, found)
     if wrong:
         raise GraphError(
             f"the graph recorded from {type(network.module).__name__} must answer as the network "
             f"does, but {wrong}. Write what depends on the input with tensors and their sizes, "
             "without int(), float() and compiled functions."
         )
-    sizes = at_other_sizes(network, module, found)
+    sizes = at_other_sizes(network, module, found) if replayed else ""
     if any(isinstance(part, WindowAttention) for part in module.modules()):
         sizes = "the windows of its attention are laid out for the sizes of the example"
     for guard in reversed(found.guards):

@@ -18,9 +18,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from mpq.calls import Inputs, arguments, call, take
+from mpq.capture.capture import capture
 from mpq.capture.fresh import fresh
 from mpq.capture.network import Network
 from mpq.capture.replay import apart
+from mpq.capture.rounding import alike, in_float64, wide, widened
 from mpq.errors import GraphError, MpqError
 from mpq.graph.annotate import annotate
 from mpq.graph.besides import besides
@@ -38,7 +40,8 @@ from mpq.policy import Policy
 
 logger = logging.getLogger(__name__)
 Pass = Callable[[QuantGraph], int]
-TO_FLOAT: tuple[Pass, ...] = (normalize, fold_bn, describe, besides)
+REWRITES: tuple[Pass, ...] = (normalize, fold_bn)
+TO_FLOAT: tuple[Pass, ...] = (*REWRITES, describe, besides)
 
 
 def run(qg: QuantGraph, passes: tuple[Pass, ...], *, needs: Stage, gives: Stage) -> QuantGraph:
@@ -120,11 +123,40 @@ def _check_answers(qg: QuantGraph, network: Network) -> None:
     wrong = apart(expected, call(qg.module, noise.map(Tensor.clone).example))
     if wrong and apart(expected, answer()):
         logger.warning("%s answers differently each time, also in eval mode", name)
+    elif wrong and _rounds(qg, network, noise):
+        logger.warning(
+            "%s amplifies the rounding of float32: on noise %s from its own graph, and in float64 "
+            "they agree. Is it trained?",
+            name,
+            wrong,
+        )
     elif wrong:
         raise GraphError(
             f"the graph made from {name} must answer as the model does, but on noise {wrong}. Give "
             "the result of a step that overwrites a tensor a name of its own."
         )
+
+
+def _rounds(qg: QuantGraph, network: Network, noise: Network) -> bool:
+    """Whether a graph differs from its network by rounding alone, which the network amplifies.
+
+    The same passes on the network in float64 must give the same graph, whose answer there is the
+    network's, and whose weights are those of `qg` but for their rounding.
+    """
+    twin = Network(widened(fresh(network.module)), network.args, network.kwargs).map(wide)
+    asked = Network(twin.module, noise.args, noise.kwargs).map(wide)
+    again = asked.map(Tensor.clone)
+    try:
+        with in_float64():
+            made = QuantGraph(capture(twin, replayed=False).module, twin.example)
+            run(made, REWRITES, needs="traced", gives="traced")
+            wrong = apart(
+                twin.module(*asked.args, **asked.kwargs), call(made.module, again.example)
+            )
+    except Exception as error:  # what is made for float32 alone cannot be judged so
+        logger.info("%s does not run in float64: %s", type(network.module).__name__, error)
+        return False
+    return not wrong and alike(made.module, qg.module)
 
 
 def prepare(
