@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -66,3 +67,38 @@ def test_a_network_that_cannot_be_lowered_keeps_the_average(
     graph, search = searched(nn.Sequential(nn.Flatten(), nn.Linear(192, 4)), images)
     monkeypatch.setattr(sizing, "file_bytes", refuse)
     assert sized(search, graph, lambda found: Policy()) is search
+
+
+class Shared(nn.Module):
+    """One convolution called twice, and once more without the norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.again, self.norm = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu()
+        for _ in range(2):
+            x = self.norm(self.again(nn.functional.pad(x, (1, 1, 1, 1)))).relu()
+        return self.again(x).mean((2, 3))
+
+
+def test_a_weight_that_layers_share_is_counted_for_each(images: Tensor, tmp_path: Path) -> None:
+    graph, search = searched(Shared(), images)
+    assert list(graph.layers) == ["stem", "again", "again_2", "again_3"]
+    first, second = (graph.module.get_parameter(f"{n}.weight") for n in ("again", "again_2"))
+    assert torch.equal(first, second)
+    search = sized(search, graph, lambda found: mpq.build_policy(found, search.scores))
+
+    def written(*bits: int) -> tuple[int, int]:
+        pairs = {name: (b, 8) for name, b in zip(("again", "again_2"), bits, strict=True)}
+        chosen = replace(search, locked=pairs).allocate(Constraints())
+        prepared = mpq.prepare(graph, mpq.build_policy(chosen, search.scores))
+        mpq.quantize_graph(prepared, images, method="minmax", effort="fast")
+        return chosen.bytes, to_onnx(prepared, tmp_path / "model.onnx").bytes
+
+    for bits in ((8, 4), (4, 8)):
+        predicted, found = written(*bits)
+        assert predicted == pytest.approx(found, rel=0.01)
+    predicted, found = written(8, 8)
+    assert predicted - first.numel() - 200 < found < predicted  # rounded alike, it is stored once

@@ -11,11 +11,12 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from mpq.analyze.cost import Allocation
 from mpq.analyze.search import Search
+from mpq.checkpoint import weights_hash
 from mpq.errors import MpqError
 from mpq.export.lower import form_for, lower
 from mpq.export.onnx_file import serialize
@@ -24,6 +25,7 @@ from mpq.graph.ir import QuantGraph
 from mpq.graph.passes import freeze, prepare
 from mpq.policy import Constraints, Policy
 from mpq.ptq import quantize_graph
+from mpq.quant.layer import FloatLayer, float_layer
 
 logger = logging.getLogger(__name__)
 SHARE = 0.05
@@ -63,6 +65,9 @@ def sized(search: Search, graph: QuantGraph, policy: Callable[[Allocation], Poli
 def file_bytes(graph: QuantGraph, policy: Policy) -> int:
     """Bytes of the file of a float graph under a policy, whatever its values.
 
+    A weight that layers share is counted for each of them, as it is stored where they get other
+    widths, or are rounded by what each reads: the file may be smaller, and is never larger.
+
     Raises:
         ExportError: an operation cannot be lowered.
     """
@@ -73,7 +78,22 @@ def file_bytes(graph: QuantGraph, policy: Policy) -> int:
             return tensor
         return torch.rand(tensor.shape, generator=generator).to(tensor)
 
+    graph = graph.copy()
+    for layer in _repeated(graph):
+        layer.weight = nn.Parameter(layer.weight.detach() + noise(layer.weight))
     prepared = prepare(graph, policy)
     images = pytree.tree_map_only(Tensor, noise, prepared.example)
     frozen = freeze(quantize_graph(prepared, images, method="minmax", effort="fast"))
     return len(serialize(lower(frozen, form_for(frozen))))
+
+
+def _repeated(graph: QuantGraph) -> list[FloatLayer]:
+    """Layers that have the weights of an earlier one: a file holds equal tensors once."""
+    seen: set[str] = set()
+    found = []
+    for name in graph.layers:
+        layer = float_layer(graph.module.get_submodule(name))
+        known = weights_hash({"": layer.weight})
+        found += [layer] if known in seen else []
+        seen.add(known)
+    return found
