@@ -2,9 +2,11 @@
 
 End to end, on all images: choices must agree, quantities must be near in decibels, exact outputs
 equal. What quantization moves is not equal to the last place, so an exact output that depends on
-layers (the index of an argmax) is judged by agreement as a choice is. Quantities are judged once
-more by themselves: with the runtime's own integers at all sites the simulation must give the
-runtime's values, as no step lies between that could be rounded otherwise.
+layers (the index of an argmax) is judged by agreement as a choice is. Of choices among places or
+moments many hold nothing (the cells of a detector), and their best class is a tie that one step
+decides: a class that the simulation holds to be as good counts as equal. These and quantities are
+judged once more by themselves: with the runtime's own integers at all sites the simulation must
+give the runtime's values, as no step lies between that could be rounded otherwise.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from mpq.graph.ir import QuantGraph
 from mpq.graph.kinds import kind_of, moves
 from mpq.graph.outputs import output_nodes
 from mpq.outputs import Tally
+from mpq.policy import OutputKind
 from mpq.quant.fake_quant import FrozenQuant
 
 from . import runtime
@@ -36,6 +39,8 @@ MIN_SQNR_DB = 15.0
 """Least SQNR of an output of floats. A broken layer is near or below 0 dB."""
 MAX_OWN_STEP = 1
 """Largest difference of what is given the runtime's own integers, in steps."""
+STEPPED = ("regression", "places", "sequence")
+"""Kinds whose values are held against each other in steps."""
 VALUES = 2**24
 """Values of outputs that are answered at a time, about; large maps come a few images at a time."""
 
@@ -48,12 +53,14 @@ class OutputCheck:
         name: of the output.
         kind: what it is judged as (`mpq.outputs`).
         n: choices or values that were compared; 0 for an ignored output.
-        agreement: share of equal choices or exact values, default options; None for quantities.
+        agreement: share of equal choices or exact values, default options; None for quantities. Of
+            places and sequences, ties included (`mpq.outputs.TIE`).
         agreement_unoptimized: the same with optimizations off.
         sqnr_db: SQNR in dB, default options; None where there are no floats.
         sqnr_db_unoptimized: the same with optimizations off.
-        max_step: largest difference of a quantity, what was inherited included, in steps of the
-            quantizer whose grid it lies on; without one, in 255ths of its range.
+        max_step: largest difference of a value, what was inherited included, in steps of the
+            quantizer whose grid it lies on; without one, in 255ths of its range. None for the
+            logits of images, and for exact outputs.
         own_step: the same where all sites hold the runtime's integers; the larger of both options.
         quantized: whether it depends on a layer.
     """
@@ -113,9 +120,12 @@ def check_outputs(
         ExportError: the file has other outputs, or of other shapes.
     """
     default, plain = (runtime.session(model, optimize=on) for on in (True, False))
-    tallies = {n: (Tally(o.kind), Tally(o.kind)) for n, o in qg.outputs.items()}
+    grids = _grids(qg)
+    tallies: dict[str, tuple[Tally, Tally]] = {}
     for inputs, feed in parts:
         simulated = leaves(call(qg.module, inputs))
+        tallies = tallies or {name: _tallies(output.kind, grids.get(name), simulated[name])
+                              for name, output in qg.outputs.items()}  # fmt: skip
         lone = feed[0] if len(feed) == 1 else feed  # of images, the layout is that of the file
         many = max(len(x) for x in feed if x.ndim)
         if reference is None:
@@ -128,6 +138,17 @@ def check_outputs(
                 if qg.outputs[name].kind != "ignored":
                     tallies[name][which].add(want, like(name, answered[name], want))
     return tuple(_check(qg, name, *pair) for name, pair in tallies.items())
+
+
+def _tallies(kind: OutputKind, grid: float | None, answer: Tensor) -> tuple[Tally, Tally]:
+    """For both ways to run a file."""
+    step = (grid or _step_of(answer)) if kind in STEPPED else 0.0
+    return Tally(kind, step), Tally(kind, step)
+
+
+def _step_of(values: Tensor) -> float:
+    """What counts as a step of values that lie on no grid."""
+    return float(values.max() - values.min()) / 255 if values.numel() else 0.0
 
 
 def _check(qg: QuantGraph, name: str, default: Tally, plain: Tally) -> OutputCheck:
@@ -143,7 +164,7 @@ def _check(qg: QuantGraph, name: str, default: Tally, plain: Tally) -> OutputChe
         agreement_unoptimized=other.agreement,
         sqnr_db=one.sqnr_db,
         sqnr_db_unoptimized=other.sqnr_db,
-        max_step=one.largest if output.kind == "regression" else None,  # in steps soon: `in_steps`
+        max_step=one.largest if output.kind in STEPPED else None,  # in steps soon: `in_steps`
     )
 
 
@@ -152,7 +173,7 @@ def in_steps(
     checks: Iterable[OutputCheck],
     pairs: Sequence[tuple[Mapping[str, Tensor], Mapping[str, Tensor]]],
 ) -> tuple[OutputCheck, ...]:
-    """Differences of quantities in steps, with what they make by themselves.
+    """Differences of values in steps, with what they make by themselves.
 
     Args:
         qg: the simulation.
@@ -174,7 +195,7 @@ def _in_steps(
     own = 0.0
     for simulated, answered in pairs:
         want = simulated[check.name].double()
-        step = step or (float(want.max() - want.min()) / 255 if want.numel() else 0.0) or 1.0
+        step = step or _step_of(want) or 1.0
         have = like(check.name, answered[check.name], want).double()
         apart = torch.where(want == have, 0.0, (want - have).abs())
         own = max(own, float(apart.nan_to_num(nan=math.inf).max()) / step if apart.numel() else 0.0)

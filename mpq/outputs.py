@@ -197,18 +197,24 @@ class Comparison:
     largest: float = 0.0
 
 
+TIE = 2
+"""Steps between two classes that rounding may exchange: one may gain a step, the other lose one."""
+
+
 class Tally:
     """Compares answers that come batch by batch, and holds few of them at a time.
 
     Args:
         kind: of the output.
+        step: to which the values of a choice are rounded; a class that the first answer holds
+            within `TIE` steps of its best is then as right as that. 0: only equal choices are.
     """
 
     HELD = 2**25
     """Values that are held before they are compared, at most, the last batch aside."""
 
-    def __init__(self, kind: OutputKind) -> None:
-        self.kind = kind
+    def __init__(self, kind: OutputKind, step: float = 0.0) -> None:
+        self.kind, self.step = kind, step
         self._held: list[tuple[Tensor, Tensor]] = []
         self._n, self._equal, self._signal, self._noise, self._largest = 0, 0.0, 0.0, 0.0, 0.0
 
@@ -238,8 +244,11 @@ class Tally:
         self._held = []
         if self.kind == "exact" or self.kind in CHOICES:
             one, two = decisions(self.kind, want), decisions(self.kind, have)
+            same_choice = one == two
+            if self.step and self.kind in CHOICES:
+                same_choice |= shortfall(self.kind, want, two) <= TIE * self.step
             self._n += one.numel()
-            self._equal += float((one == two).double().sum())
+            self._equal += float(same_choice.double().sum())
         else:
             self._n += want.numel()
         if self.kind != "exact" and want.numel():
@@ -262,6 +271,12 @@ def decisions(kind: OutputKind, answer: Tensor) -> Tensor:
     if kind not in CHOICES:
         return answer
     return (answer.flatten(1) if kind == "classes" else answer).argmax(CHOICES[kind])
+
+
+def shortfall(kind: OutputKind, answer: Tensor, chosen: Tensor) -> Tensor:
+    """By how much the logit of each chosen class is below the best one; shaped like `chosen`."""
+    logits = _last(kind, answer)
+    return logits.amax(-1) - logits.gather(-1, chosen[..., None]).squeeze(-1)
 
 
 # -- what a change costs -----------------------------------------------------------------------

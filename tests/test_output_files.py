@@ -23,6 +23,7 @@ from mpq.export import runtime, to_onnx
 from mpq.export.exact import verify_exact
 from mpq.export.meta import from_metadata
 from mpq.export.onnx_file import verify_file
+from mpq.export.outputs import MIN_AGREEMENT
 from mpq.export.verify import VerifyReport
 from mpq.graph.ir import QuantGraph
 from mpq.graph.passes import to_float
@@ -183,6 +184,35 @@ def test_a_broken_output_fails_by_its_name(
     told = verify_file(graph, path, IMAGES).failures()
     named = {text.split()[1] for text in told if text.startswith("output ")}
     assert named == set(broken), told
+
+
+class Empty(Detector):
+    """Nothing in its pictures tells two of the three classes of its map apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.no_grad():
+            self.seg.weight[1], self.seg.bias[1] = self.seg.weight[0], self.seg.bias[0]
+
+
+@pytest.mark.parametrize(("steps", "fails"), [([-0.9, 0, 0], False), ([0, 0, 80], True)])
+def test_a_tie_among_places_may_be_broken_either_way_and_a_choice_may_not(
+    tmp_path: Path, steps: list[float], fails: bool
+) -> None:
+    torch.manual_seed(0)
+    graph = prepare(to_float(Empty().eval(), IMAGES[:2]), Policy.uniform(8))
+    quantize_graph(graph, IMAGES, effort="fast")
+    path = to_onnx(graph, tmp_path / "model.onnx", images=IMAGES).path
+    model = onnx.load_from_string(path.read_bytes())
+    step = graph.module.get_submodule("quantizers.seg").step().item()  # type: ignore[operator]
+    change = plus("seg", step * np.array(steps, np.float32).reshape(1, 3, 1, 1))
+    change(model)
+    path.write_bytes(model.SerializeToString())
+    want = graph.module(IMAGES)["seg"]
+    have = torch.from_numpy(runtime.answers(runtime.session(path), IMAGES.numpy())["seg"])
+    assert float((want.argmax(1) == have.argmax(1)).float().mean()) < MIN_AGREEMENT
+    told = [text for text in verify_file(graph, path, IMAGES).failures() if "seg" in text]
+    assert bool(told) == fails, told
 
 
 def test_an_output_of_another_shape_or_name_is_refused(folder: Path, tmp_path: Path) -> None:

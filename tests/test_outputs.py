@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mpq.errors import UsageError
@@ -44,6 +45,16 @@ def test_classes_agree_by_the_largest() -> None:
     assert found.sqnr_db == sqnr_db(want, have)
     planes = compare("classes", want[..., None, None], have[..., None, None])
     assert planes == found
+
+
+def test_a_tie_is_as_right_as_the_best_class() -> None:
+    want = torch.tensor([[2.0, 2.0, 1.9], [1.0, 0.0, 0.0]])[None].transpose(1, 2)  # two places
+    for chosen, equal in ((0, 1.0), (1, 1.0), (2, 0.5)):
+        have = F.one_hot(torch.tensor([[chosen, 0]]), 3).transpose(1, 2).float()
+        tally = Tally("places", step=0.04)  # 0.1 is more than two steps
+        tally.add(want, have)
+        assert tally.result().agreement == equal
+    assert compare("places", want, want.flip(1)).agreement == 0.0  # no step, no tie
 
 
 def test_places_are_counted_pixel_by_pixel() -> None:
