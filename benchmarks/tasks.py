@@ -1,12 +1,14 @@
 """Detection, segmentation, super-resolution, keywords: real weights, float against quantized.
 
-For each network of `../shared/data/tasks` a row for the float file, for onnxruntime's own static
-int8 (min-max and percentile) and for mpq at several widths, all calibrated on the same unlabelled
-inputs: the task's own metric, agreement with the float network, bytes, and how many times faster.
+For each network of `task_networks.py` a row for the float file, for onnxruntime's own static int8
+(min-max and percentile) and for mpq at several widths, all calibrated on the same unlabelled
+inputs: the task's own metric, agreement with the float network, bytes, how many times faster, how
+many layers run as integers, and whether the file answers as its simulation.
 
 A row is `float`, `minmax` or `percentile` (onnxruntime's), or widths: `w8a8`, `w4a8`, `8/4` (4.8
-bits as analyzed), with ` fast` behind them for `--effort fast` and with ` qat` for training where
-the float network teaches. `rho` is the rank correlation of scores against measured divergence.
+bits as analyzed). Behind them stands ` fast` for `--effort fast`, ` qat` for training where the
+float network teaches, or ` seed1` for another four fifths of the inputs to calibrate on. `rho` is
+the rank correlation of scores against measured divergence.
 
     MPQ_DATA=... python benchmarks/tasks.py detect w8a8 "8/4 qat" rho --epochs 4 --out runs/tasks
 """
@@ -14,42 +16,32 @@ the float network teaches. `rho` is the rank correlation of scores against measu
 from __future__ import annotations
 
 import argparse
-import importlib.util
-import io
 import json
-import os
 import sys
 import time
-import zipfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cache, partial
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime
 import torch
-import torch.nn.functional as F
 from common import setting
-from numpy.typing import NDArray
 from onnxruntime import quantization
 from onnxruntime.quantization.shape_inference import quant_pre_process
-from PIL import Image
-from torch import Tensor, nn
+from task_networks import TASKS, Answers
+from torch import Tensor
 
 import mpq
+from mpq.errors import ExportError
 from mpq.export.bench import file_bytes, interleave
 from mpq.export.onnx_file import float_to_onnx
 from mpq.graph.passes import to_float
 from mpq.targets import this_target
 
-DATA = Path(os.environ.get("MPQ_DATA", "../shared/data"))
-Answers = list[list[NDArray[np.float32]]]
-"""For each input the outputs of the network."""
-CONFIDENT = 0.3
-"""Score of the float detector's boxes that count as truth in its agreement."""
 CALIBRATION = {"minmax": "MinMax", "percentile": "Percentile"}
+VERIFIED = 16
+"""Inputs on which a file is held against its simulation."""
 WIDTHS = {"w8a8": (8, 8), "w4a8": (4, 8)}
 SELF_TAUGHT = {
     "optimizer": "adamw",
@@ -61,157 +53,6 @@ SELF_TAUGHT = {
     "norm": "folded",
 }
 """What differs from the recipe `qat`: few pictures, and losses that begin near zero."""
-
-
-@dataclass(frozen=True)
-class Task:
-    """A network with inputs, and how its answers are judged.
-
-    Args:
-        network: with its weights.
-        unlabelled: inputs to calibrate on and to learn from, `[n, C, H, W]`.
-        inputs: what it is measured on, one at a time.
-        metric: figures of answers to `inputs`, by name.
-        agreement: the same with the float network's answers for the truth.
-        free: sizes that differ among `inputs`, by the names of `mpq export --dynamic`.
-    """
-
-    network: Callable[[], nn.Module]
-    unlabelled: Callable[[], Tensor]
-    inputs: Callable[[], list[Tensor]]
-    metric: Callable[[Answers], dict[str, float]]
-    agreement: Callable[[Answers, Answers], dict[str, float]]
-    free: tuple[str, ...] = ("batch",)
-
-
-# -- the tasks -------------------------------------------------------------------------------------
-
-
-@cache
-def module(task: str) -> Any:
-    """The `eval.py` of a task."""
-    path = DATA / "tasks" / task / "eval.py"
-    spec = importlib.util.spec_from_file_location(f"eval_{task}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    found = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(found)
-    return found
-
-
-@cache
-def pictures(count: int = 100) -> list[Image.Image]:
-    """ImageNet pictures of those that are to calibrate and choose on."""
-    names = (DATA / "imagenet-sample-choose.txt").read_text().split()[:count]
-    with zipfile.ZipFile(DATA / "imagenet-sample.zip") as archive:
-        inside = {n.split("/")[-2]: n for n in archive.namelist() if n.endswith(".webp")}
-        return [Image.open(io.BytesIO(archive.read(inside[n]))).convert("RGB") for n in names]
-
-
-def planes(images: Sequence[NDArray[np.uint8]]) -> Tensor:
-    """`[n, C, H, W]` in 0..1."""
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255
-
-
-def detector() -> Task:
-    """Yolo-FastestV2 on 128 pictures of COCO."""
-    own = module("detect")
-    name = "yolo_fastestv2"
-
-    def unlabelled() -> Tensor:
-        x = planes([np.asarray(p) for p in pictures()]).flip(1) * 255
-        return F.interpolate(x, (own.SIZE, own.SIZE), mode="bilinear").round() / 255
-
-    def boxes(answers: Answers) -> list[NDArray[np.float64]]:
-        return [own.decode(name, a, 0) for a in answers]
-
-    def metric(answers: Answers) -> dict[str, float]:
-        table = own.ap_table(boxes(answers), own.labels(), own.LIMITS)
-        values = np.array(list(table.values()))
-        return {"mAP50": values[:, 0].mean(), "mAP": values.mean()}
-
-    def agreement(reference: Answers, answers: Answers) -> dict[str, float]:
-        truth = [b[b[:, 4] > CONFIDENT] for b in boxes(reference)]
-        truth = [np.concatenate([b[:, 5:], b[:, :4]], 1) for b in truth]
-        values = np.array(list(own.ap_table(boxes(answers), truth, own.LIMITS).values()))
-        return {"AP50": values[:, 0].mean(), "AP": values.mean()}
-
-    return Task(
-        partial(own.load, name), unlabelled, lambda: list(own.inputs().split(1)), metric, agreement
-    )
-
-
-def decibels(reference: Answers, answers: Answers) -> dict[str, float]:
-    """Power of all of the float network's answers over that of the difference."""
-    pairs = [(a, b) for one, two in zip(reference, answers, strict=True)
-             for a, b in zip(one, two, strict=True)]  # fmt: skip
-    signal = sum(float(np.square(a, dtype=np.float64).sum()) for a, _ in pairs)
-    noise = sum(float(np.square(a - b, dtype=np.float64).sum()) for a, b in pairs)
-    return {"SQNR dB": 10 * float(np.log10(signal / noise)) if noise else float("inf")}
-
-
-def segmenter() -> Task:
-    """W-Net on the 20 test pictures of DRIVE; 5 of them, without their labels, calibrate."""
-    own = module("drive")
-
-    def metric(answers: Answers) -> dict[str, float]:
-        return dict(zip(("AUC", "Dice"), own.metric([a[0][0] for a in answers]), strict=True))
-
-    def agreement(reference: Answers, answers: Answers) -> dict[str, float]:
-        pairs = [(a[0] > 0, b[0] > 0) for a, b in zip(reference, answers, strict=True)]
-        both = sum((a & b).sum() for a, b in pairs)
-        dice = 2 * both / sum(a.sum() + b.sum() for a, b in pairs)
-        return {"Dice to float": float(dice)} | decibels(reference, answers)
-
-    return Task(
-        own.load, lambda: own.inputs()[::4], lambda: list(own.inputs().split(1)), metric, agreement
-    )
-
-
-def enlarger(name: str) -> Task:
-    """A super-resolution network on Set5; halved ImageNet pictures calibrate."""
-    own = module("sr")
-
-    def unlabelled() -> Tensor:
-        low = [np.asarray(p.resize((112, 112), Image.Resampling.BICUBIC)) for p in pictures()]
-        if name.startswith("fsrcnn"):
-            low = [own.ycc(own.blur(p, 0.3)) for p in low]
-        return planes(low)
-
-    return Task(
-        partial(own.load, name),
-        unlabelled,
-        lambda: list(own.inputs(name)),
-        lambda answers: {"PSNR dB": own.metric(name, [a[0] for a in answers])},
-        decibels,
-        ("batch", "height", "width"),
-    )
-
-
-def keywords() -> Task:
-    """res8-narrow on 300 clips of Speech Commands; every third, without its label, calibrates."""
-    own = module("kws")
-
-    def metric(answers: Answers) -> dict[str, float]:
-        found = own.metric(np.concatenate([a[0] for a in answers]))
-        return dict(zip(("top1", "top1 of keywords"), (100 * f for f in found), strict=True))
-
-    def agreement(reference: Answers, answers: Answers) -> dict[str, float]:
-        pairs = zip(reference, answers, strict=True)
-        return {"same %": 100 * float(np.mean([a[0].argmax() == b[0].argmax() for a, b in pairs]))}
-
-    return Task(
-        own.load, lambda: own.inputs()[::3], lambda: list(own.inputs().split(1)), metric, agreement
-    )
-
-
-TASKS: dict[str, Callable[[], Task]] = {
-    "detect": detector,
-    "drive": segmenter,
-    "imdn_rtc": partial(enlarger, "imdn_rtc"),
-    "fsrcnn_x2": partial(enlarger, "fsrcnn_x2"),
-    "kws": keywords,
-}
 
 
 # -- files -----------------------------------------------------------------------------------------
@@ -290,19 +131,30 @@ class Bench:
         widths, _, how = row.partition(" ")
         policy = mpq.Policy.uniform(*WIDTHS[widths]) if widths in WIDTHS else self.analyze().policy
         found = self._trained(policy) if how == "qat" else self._quantized(policy, how)
-        mpq.export(found, path, num_test=0, dynamic=self.task.free, force=True,
-                   allow_float_fallback=True)  # fmt: skip
+        ends: Any = {"dynamic_axes": self.task.free, "force": True, "allow_float_fallback": True}
+        try:
+            result = mpq.export(found, path, **ends)
+            self.proofs = {"verified": result.verification is not None}
+        except ExportError as error:
+            print(f"{self.name} {row}: {error}", file=sys.stderr)
+            result = mpq.export(found, path, num_test=0, **ends)
+            self.proofs = {"verified": False}
+        layers = result.certificate.layers
+        self.proofs["integer layers"] = f"{sum(x.integer for x in layers)} of {len(layers)}"
         return path
 
     def _quantized(self, policy: mpq.Policy, how: str) -> mpq.Quantized:
-        effort: Any = how or "good"
-        return mpq.ptq(self.network, self.unlabelled, policy, num_calib=len(self.unlabelled),
-                       validation=self.unlabelled[:1], effort=effort)  # fmt: skip
+        images, effort = self.unlabelled, "fast" if how == "fast" else "good"
+        if how.startswith("seed"):
+            order = torch.Generator().manual_seed(int(how.removeprefix("seed")))
+            images = images[torch.randperm(len(images), generator=order)[: 4 * len(images) // 5]]
+        return mpq.ptq(self.network, images, policy, num_calib=len(images),
+                       validation=self.unlabelled[:VERIFIED], effort=effort)  # fmt: skip
 
     def _trained(self, policy: mpq.Policy) -> mpq.Quantized:
         """The float network teaches, on the inputs that calibrate and nothing else."""
         return mpq.qat(self.network, self.unlabelled, policy, epochs=self.epochs,
-                       settings=SELF_TAUGHT, validation=self.unlabelled[:1])  # fmt: skip
+                       settings=SELF_TAUGHT, validation=self.unlabelled[:VERIFIED])  # fmt: skip
 
     def row(self, name: str) -> dict[str, Any]:
         """All figures of a row."""
@@ -310,6 +162,7 @@ class Bench:
         if name == "rho":
             found = self.analyze(validate=20).validation
             return {"task": self.name, "row": name, "rho": round(found.rho, 3), "policies": 20}
+        self.proofs: dict[str, Any] = {}
         path = self.make(name)
         made = time.process_time() - began
         answers = answers_of(path, self.inputs)
@@ -321,6 +174,7 @@ class Bench:
             **{key: round(float(value), 4) for key, value in figures.items()},
             "bytes": file_bytes(path),
             "faster": round(float(np.median(times[0] / times[1])), 2),
+            **self.proofs,
             "cpu_s": round(made, 1),
         }
 
