@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import fcntl
 import functools
 import os
+import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +91,35 @@ def _change(name: str, before: object, after: object) -> str:
         keys = [k for k in before.keys() | after.keys() if before.get(k) != after.get(k)]
         return f"{name}: {', '.join(sorted(keys))}"
     return f"{name}: {before} -> {after}"
+
+
+Once = Callable[[str, Callable[[Path], None]], Path]
+"""`once(name, make)`: the folder of that name, which `make` filled, in itself as working folder."""
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
+    """Folders that are dear to make are made once for all workers, which then only read them.
+
+    The first to ask makes it in its place and marks it as whole; another waits for that.
+    """
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+
+    def folder(name: str, make: Callable[[Path], None]) -> Path:
+        place, whole = root / name, root / f"{name}.whole"
+        with (root / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not whole.exists():
+                shutil.rmtree(place, ignore_errors=True)
+                place.mkdir()
+                with pytest.MonkeyPatch.context() as patch:
+                    patch.chdir(place)
+                    make(place)
+                whole.touch()
+        return place
+
+    return folder
 
 
 @pytest.fixture(scope="session")

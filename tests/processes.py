@@ -1,17 +1,21 @@
-"""What `test_processes.py` runs under a launcher: a short training whose weights are written."""
+"""What `test_processes.py` runs under a launcher: a short training, and scores of layers."""
 
 from __future__ import annotations
 
 import atexit
+import json
 import os
 import sys
 from pathlib import Path
 
 import torch
 from test_loop import NORMALIZE, pictures
+from test_sensitivity import Net
 from torch import nn
 
+from mpq.analyze import Scoring, score_layers
 from mpq.analyze.batches import gather
+from mpq.graph.passes import to_float
 from mpq.processes import leading, ranks_of
 from mpq.rundir import Run
 from mpq.train.ensemble import Ensemble, Member
@@ -45,6 +49,17 @@ def main(out: Path) -> None:
         torch.save(model.state_dict(), out / "weights.pth")
 
 
+def score(out: Path) -> None:
+    """Score a network on batches that the processes share, and write scores and what was told."""
+    torch.manual_seed(0)
+    images, seen = torch.randn(24, 3, 8, 8), list[int]()
+    graph = to_float(Net().eval(), images[:2])
+    how = Scoring(metric="fisher", batch=7)
+    found = score_layers(graph, images, how=how, progress=lambda done, total: seen.append(total))
+    told = {"scores": found.to_json(), "batches": seen[-1]}
+    (out / f"scores{ranks_of()[0]}.json").write_text(json.dumps(told))
+
+
 def left(out: Path) -> None:
     """Called last as Python ends: by then the process must have left its group, or it may abort."""
     if not torch.distributed.is_initialized():
@@ -54,3 +69,4 @@ def left(out: Path) -> None:
 if __name__ == "__main__":
     atexit.register(left, Path(sys.argv[1]))
     main(Path(sys.argv[1]))
+    score(Path(sys.argv[1]))

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import nets
 import numpy as np
@@ -138,22 +136,21 @@ def test_the_difference_is_counted_in_steps(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder whose runs/model holds a small network of the digits, quantized and exported."""
-    folder = tmp_path_factory.mktemp("project")
-    (folder / "tiny_digits.py").write_text(NETWORK)
-    before = Path.cwd()
-    os.chdir(folder)
-    try:
-        module = subprocess.run([sys.executable, "tiny_digits.py"], check=False)
-        assert module.returncode == 0
+def project(once) -> Path:
+    """A folder whose runs/tiny holds a small network of the digits, quantized and exported."""
+
+    def make(folder: Path) -> None:
+        (folder / "tiny_digits.py").write_text(NETWORK)
+        known: dict[str, Any] = {}
+        exec(NETWORK, known)
+        torch.manual_seed(0)
+        torch.save(known["tiny"]().state_dict(), "tiny.pth")
         tell = ["--model", "tiny_digits:tiny", "--data", "digits", "--normalize", "none"]
         assert main(["analyze", "tiny.pth", *tell, "--num-calib", "32"]) == 0
         assert main(["ptq", "--num-calib", "32", "--effort", "fast"]) == 0
         assert main(["export", "--num-test", "20"]) == 0
-    finally:
-        os.chdir(before)
-    return folder
+
+    return once("exact-project", make)
 
 
 NETWORK = """
@@ -165,10 +162,6 @@ def tiny(classes=10):
         nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, 2, 1), nn.ReLU(),
         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, classes),
     )
-
-if __name__ == "__main__":
-    torch.manual_seed(0)
-    torch.save(tiny().state_dict(), "tiny.pth")
 """
 
 

@@ -35,18 +35,15 @@ FAST = ["--epochs", "1", "--set", "batch=128"]
 
 
 @pytest.fixture(scope="module")
-def project(tmp_path_factory) -> Path:
+def project(once) -> Path:
     """A folder with `model.pth`, trained on the digits, and an analysis of it in runs/model."""
-    folder = tmp_path_factory.mktemp("project")
-    subject = new_subject("resnet8", DataSource("digits"))
-    run_train(subject, TrainingPlan(Recipe.load("plain").override(QUICK)), folder / "model.pth")
-    before = Path.cwd()
-    os.chdir(folder)
-    try:
+
+    def make(folder: Path) -> None:
+        subject = new_subject("resnet8", DataSource("digits"))
+        run_train(subject, TrainingPlan(Recipe.load("plain").override(QUICK)), folder / "model.pth")
         assert main(["analyze", "model.pth", "--num-calib", "64"]) == 0
-    finally:
-        os.chdir(before)
-    return folder
+
+    return once("pipeline-project", make)
 
 
 @pytest.fixture
@@ -162,12 +159,15 @@ def test_so_few_images_that_splits_are_empty_will_do(here, capsys, caplog, count
 def test_images_without_labels_will_do(here, capsys, caplog):
     images, _ = load_arrays(open_data("digits").train)
     Path("photos").mkdir()
-    for number, image in enumerate(images[:400]):
+    for number, image in enumerate(images[:200]):
         Image.fromarray(image).save(f"photos/{number}.png")
     argv = ["analyze", "model.pth", "--num-calib", "64", "-o", "u", "--data", "photos"]
     assert as_json(capsys, *argv, "--max-drop", "50", "--minimize", "size")["measured_drop"] <= 50
     assert "data photos have no labels" in caplog.text
-    assert as_json(capsys, "ptq", "--policy", "u/policy.yaml")["validation_top1"] > 80
+    assert (
+        as_json(capsys, "ptq", "--policy", "u/policy.yaml", "--effort", "fast")["validation_top1"]
+        > 80
+    )
     found = as_json(capsys, "qat", "--policy", "u/policy.yaml", "-o", "v", *FAST)
     assert found["validation_top1"] > 80  # agreement with the network as it was
     told = as_json(capsys, "export", "v/qat.pth")
@@ -246,7 +246,7 @@ def test_the_whole_way_in_the_exact_forms(here, capsys, monkeypatch):
     assert "together (mean)" in out
     assert "measured on 144 validation images of digits" in err
 
-    out, err = say(capsys, "analyze", "model.pth")
+    out, err = say(capsys, "analyze", "model.pth", "--num-calib", "128")
     assert "optimal: 4." in out
     assert "wrote runs/model/policy.yaml" in err
     names = {p.name for p in Path("runs/model").iterdir()}
@@ -463,12 +463,12 @@ def test_real_network(mpq_data, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     argv = ["--data", "cifar10", "--data-root", str(mpq_data)]
     say(capsys, "analyze", str(checkpoint), *argv, "--num-calib", "64", "-o", "r")
-    say(capsys, "ptq", "--num-calib", "256", *argv[2:])
-    say(capsys, "export", "--num-test", "200", *argv[2:])
+    say(capsys, "ptq", "--num-calib", "64", *argv[2:])
+    say(capsys, "export", "--num-test", "100", *argv[2:])
     certificate = json.loads(Path("r/certificate.json").read_text())
     assert {row["executed"] for row in certificate["layers"]} == {"QLinearConv", "QGemm"}
     assert certificate["integer_macs_fraction"] == 1.0
-    out, _ = say(capsys, "bench", "--num-test", "500", "--runs", "2", "--json", *argv[2:])
+    out, _ = say(capsys, "bench", "--num-test", "250", "--runs", "2", "--json", *argv[2:])
     row = json.loads(out)["rows"][1]
     assert row["top1"] >= 88
     assert row["bytes"] < 180_000

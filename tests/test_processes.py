@@ -10,28 +10,34 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import main
+from processes import main, score
 
 from mpq.processes import leading, ranks_of
 
 HERE = Path(__file__).parent
-LAUNCH = (
+ACCELERATE = (
     sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
     "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
     "--main_process_port", "0",
 )  # fmt: skip
 
 
-def launch(*command: str, folder: Path) -> subprocess.CompletedProcess[str]:
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+
+
+def launch(
+    *command: str, folder: Path, by: tuple[str, ...] = ACCELERATE
+) -> subprocess.CompletedProcess[str]:
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
     return subprocess.run(
-        [*LAUNCH, *command], capture_output=True, text=True, env=env, cwd=folder, timeout=300
+        [*by, *command], capture_output=True, text=True, env=env, cwd=folder, timeout=300
     )
 
 
-def test_the_gradients_of_two_processes_are_those_of_one(tmp_path: Path):
+def test_gradients_and_scores_of_two_processes_are_those_of_one(tmp_path: Path):
+    """One launch for both: most of the time is spent on starting."""
     both, alone = tmp_path / "both", tmp_path / "alone"
-    done = launch(str(HERE / "processes.py"), str(both), folder=tmp_path)
+    done = launch(str(HERE / "processes.py"), str(both), folder=tmp_path, by=TORCHRUN)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "terminate called" not in done.stderr
     assert sorted(p.name for p in both.glob("left*")) == ["left0", "left1"]
@@ -44,6 +50,11 @@ def test_the_gradients_of_two_processes_are_those_of_one(tmp_path: Path):
         ours, theirs = json.loads(line), json.loads(other)
         assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-5)
         assert ours["train_top1"] == theirs["train_top1"]
+    score(alone)
+    scores = [json.loads((both / f"scores{rank}.json").read_text()) for rank in (0, 1)]
+    whole = json.loads((alone / "scores0.json").read_text())
+    assert [one["scores"] for one in scores] == [whole["scores"]] * 2
+    assert [one["batches"] for one in scores] == [14, 10]  # batches 0 and 2; 1 and 3
 
 
 def test_the_command_line_runs_in_two_processes_and_writes_once(tmp_path: Path):

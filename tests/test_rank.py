@@ -20,13 +20,13 @@ ARGV = ["rank", "resnet8", "resnet8_conv", *QUICK, *FEW, "-o", "r"]
 
 
 @pytest.fixture(scope="module")
-def ranked(tmp_path_factory) -> Path:
+def ranked(once) -> Path:
     """A folder in which `r` holds a ranking of two architectures."""
-    folder = tmp_path_factory.mktemp("ranked")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
+
+    def make(folder: Path) -> None:
         assert main(ARGV) == 0
-    return folder
+
+    return once("ranked", make)
 
 
 @pytest.fixture

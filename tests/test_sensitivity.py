@@ -2,8 +2,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -386,41 +384,6 @@ def test_an_interrupted_scoring_goes_on(
     assert again == whole
     assert seen[0] > seen[-1] // 3  # it did not begin anew
     assert not list(partial.parent.iterdir())
-
-
-TWO = """
-import sys, torch
-sys.path.insert(0, {tests!r})
-torch.set_num_threads(1)
-from test_sensitivity import Net
-from mpq.analyze import Scoring, score_layers
-from mpq.processes import ranks_of
-from mpq.graph.passes import to_float
-given = torch.load({folder!r} + "/in.pt")
-net = Net().eval()
-net.load_state_dict(given["state"])
-graph, seen = to_float(net, given["images"][:2]), []
-progress = lambda done, total: seen.append(total)
-found = score_layers(graph, given["images"], how=Scoring(batch=7), progress=progress)
-torch.save((found.to_json(), seen), {folder!r} + "/out%d.pt" % ranks_of()[0])
-"""
-
-
-def test_two_processes_score_as_one(
-    net: nn.Module, graph: QuantGraph, images: Tensor, tmp_path: Path
-) -> None:
-    """As `torchrun` and, with several devices or hosts, `accelerate launch` start them."""
-    whole = score_layers(graph, images, how=Scoring(metric="fisher", batch=7))
-    torch.save({"state": net.state_dict(), "images": images}, tmp_path / "in.pt")
-    program = tmp_path / "part.py"
-    program.write_text(TWO.format(tests=str(Path(__file__).parent), folder=str(tmp_path)))
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    run += ["--nproc-per-node", "2", str(program)]
-    done = subprocess.run(run, capture_output=True, text=True, check=False, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
-    parts = [torch.load(tmp_path / f"out{r}.pt", weights_only=False) for r in (0, 1)]
-    assert parts[0][0] == parts[1][0] == whole.to_json()
-    assert [seen[-1] for _, seen in parts] == [14, 10]  # batches 0 and 2; 1 and 3
 
 
 def test_labels_are_asked_for(graph: QuantGraph, images: Tensor) -> None:
