@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import signal
+import subprocess
 import sys
 import tarfile
 from pathlib import Path
@@ -20,9 +21,11 @@ from mpq.data.folders import FolderSplit
 from mpq.data.stream import Stream, working
 from mpq.errors import DataError
 from mpq.limits import limited
+from mpq.processes import ranks_of
 from mpq.rundir import Run
 from mpq.train.deliver import deliver
 from mpq.train.evaluate import accuracy
+from mpq.train.feed import Streamed
 from mpq.train.loop import fit
 from mpq.train.plan import Hooks, Stop, TrainingData, TrainingPlan
 from mpq.train.recipe import Recipe
@@ -367,3 +370,55 @@ def _die(part) -> None:
 def test_a_worker_that_is_killed():
     with pytest.raises(DataError, match=r"that reads data died: .*--workers 0.*--resume"):
         list(deliver(_die, [1], 1))
+
+
+# -- several processes ---------------------------------------------------------------------------
+
+
+def test_two_processes_stream_each_image_once(tmp_path):
+    shards(tmp_path / "set")
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
+    port = ("--main_process_port", "0", "--num_machines", "1", "--dynamo_backend", "no")
+    many = ("--multi_gpu", "--num_processes", "2", "--mixed_precision", "no", *port)
+    launch = (sys.executable, "-m", "accelerate.commands.launch", *many)
+    done = subprocess.run([*launch, __file__], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    seen = [np.load(tmp_path / f"seen{rank}.npy") for rank in (0, 1)]
+    both = np.concatenate(seen, axis=1)
+    assert [len(set(epoch)) for epoch in both] == [96, 96]  # all different: 4 steps of 24
+    alone = feed((0, 1), tmp_path / "set")
+    for epoch, mine in enumerate(epochs(alone)):
+        assert sorted(mine) == sorted(both[epoch])
+
+
+def feed(place: tuple[int, int], folder: Path) -> Streamed:
+    with limited(**STREAMED):
+        data = load_arrays(open_data(folder, holdout=0).train)
+    return Streamed(data, RECIPE, 0, torch.device("cpu"), place)
+
+
+def epochs(streamed: Streamed) -> list[list[int]]:
+    """Which images a process sees in two epochs: what arrives are those that were asked for."""
+    found = []
+    for view in (0, 1):
+        streamed.begin(view)
+        seen: list[int] = []
+        for parts in streamed.parts():
+            for part in parts:
+                batch = streamed._batch(part)
+                assert np.array_equal(batch.numpy(), streamed.images[part.numpy()])
+                seen += part.tolist()
+        found.append(seen)
+    return found
+
+
+def main() -> None:
+    """What each of several processes runs."""
+    rank, ranks = ranks_of()
+    assert ranks == 2
+    with working(1):
+        np.save(f"seen{rank}.npy", np.array(epochs(feed((rank, ranks), Path("set")))))
+
+
+if __name__ == "__main__":
+    main()

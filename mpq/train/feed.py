@@ -204,6 +204,7 @@ class Streamed(Arrays):
             read = Transformed(self.images, self.transform, (self.seed, self._view))
         self._coming = deliver(read, flat, workers(self.place[1]))
         yield from steps
+        self._coming = iter(())  # the workers end with the epoch
 
     def _batch(self, part: Tensor) -> Tensor:
         return next(self._coming).to(self.device, non_blocking=True)
