@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -240,6 +241,21 @@ def test_accuracy_that_is_lost_is_told_only_beyond_chance() -> None:
     assert f"--effective-bits {point.effective_bits:.2f}" in told[0].remedy
     assert f"to {point.objective:.3g} nats" in told[0].gain
     assert findings(measured(found, top1=89.5, ratio_to_float=2.0)).findings == ()
+
+
+def test_a_training_that_was_too_short_is_blamed_and_not_the_budget() -> None:
+    known = measured(mpq.analyze(tiny(), images(), num_calib=64), top1=60.0, ratio_to_float=2.0)
+    trained = {"calibrated_top1": 89.8, "validation_top1": 60.5, "validation_images": 500,
+               "epochs": 1}  # fmt: skip
+    (one,) = findings(replace(known, trained=trained)).findings
+    assert one.cause.startswith("the training made it worse")
+    assert "89.80 % before the training and 60.50 % after 1 epoch, on the same 500" in one.evidence
+    assert "mpq qat --epochs 10" in one.remedy
+    assert one.gain == "29.30 points without training"
+    both = findings(replace(known, trained={**trained, "calibrated_top1": 70.0})).findings
+    assert [found.cause[:12] for found in both] == ["the training", "accuracy is "]
+    noise = findings(replace(known, trained={**trained, "calibrated_top1": 61.0})).findings
+    assert [found.cause for found in noise] == ["accuracy is lost"]
 
 
 def test_what_is_measured_to_cost_nothing_is_not_blamed() -> None:

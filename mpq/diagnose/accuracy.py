@@ -38,7 +38,10 @@ def find(facts: Facts) -> Iterator[Finding]:
     """The findings, layer after layer, the costliest first."""
     tensors = {} if facts.tensors is None else facts.tensors["layers"]
     order = sorted(facts.layers, key=facts.cost, reverse=True)
-    lost = lost_points(facts)
+    lost, by_training = lost_points(facts), _lost_by_training(facts)
+    if by_training:
+        yield _training(facts, by_training)
+        lost = lost and (lost[0] - by_training, lost[1])  # which no budget wins back
     if lost is not None and lost[0] > lost[1]:
         yield _measured(facts, order, *lost)
     for name in order if lost is None or lost[0] > lost[1] or lost[1] > SURE else ():
@@ -61,6 +64,36 @@ def lost_points(facts: Facts) -> tuple[float, float] | None:
         return None
     noise = margin(plain["top1"], model["top1"], model["n"])
     return plain["top1"] - model["top1"], noise
+
+
+def _lost_by_training(facts: Facts) -> float:
+    """Points of top-1 that the network had before it was trained and has no more; 0 within noise.
+
+    Both are measured on the same held-out images, so noise is what chance explains of them.
+    """
+    found = facts.trained or {}
+    before, after = found.get("calibrated_top1"), found.get("validation_top1")
+    count = found.get("validation_images")
+    if before is None or after is None or not count:
+        return 0.0
+    return before - after if before - after > margin(before, after, count) else 0.0
+
+
+def _training(facts: Facts, lost: float) -> Finding:
+    """A training that ended below where it began: too few epochs to settle, or too large a step."""
+    assert facts.trained is not None
+    found, epochs = facts.trained, facts.trained["epochs"]
+    evidence = (
+        f"top-1 {found['calibrated_top1']:.2f} % before the training and "
+        f"{found['validation_top1']:.2f} % after {epochs} epoch{'s' * (epochs != 1)}, on the same "
+        f"{found['validation_images']:,} held-out images"
+    )
+    remedy = (
+        f"mpq qat --epochs {max(10, 5 * epochs)} --force, --set lr=LOWER with it, or without "
+        "training: mpq ptq, and mpq export --from ptq --force"
+    )
+    cause = "the training made it worse: it was too short, or its learning rate too high"
+    return Finding("accuracy", (), cause, evidence, remedy, f"{lost:.2f} points without training")
 
 
 def _measured(facts: Facts, order: list[str], lost: float, noise: float) -> Finding:

@@ -39,6 +39,7 @@ class Facts:
         profile: of `profile.json`.
         certificate: of `certificate.json`.
         bench: the lines of `bench.jsonl`.
+        trained: metrics of `qat.pth`, where the file of the run is made from it.
         looked_at: names of the files that were read.
     """
 
@@ -49,6 +50,7 @@ class Facts:
     profile: Json | None = None
     certificate: Json | None = None
     bench: Sequence[Json] = ()
+    trained: Json | None = None
     looked_at: tuple[str, ...] = field(default=())
 
     @classmethod
