@@ -136,13 +136,22 @@ def test_scores_and_drops_have_a_unit_and_a_meaning(metric, unit, said) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "unit"), [(None, "points of top-1"), ("relative", "% of float's top-1")]
+    ("kind", "judge", "unit"),
+    [
+        (None, "", "0.25 points of top-1"),
+        (None, "top1", "0.25 points of top-1"),
+        (None, "miou", "0.25 points of miou"),
+        (None, "psnr", "0.25 dB of psnr"),
+        (None, "judge:sure", "0.2500 of judge:sure"),
+        ("relative", "", "0.25 % of float's top-1"),
+        ("relative", "judge:sure", "0.25 % of float's judge:sure"),
+    ],
 )
-def test_a_measured_drop_has_a_unit(kind, unit) -> None:
+def test_a_measured_drop_has_the_unit_of_its_metric(kind, judge, unit) -> None:
     result = SearchResult(effective_bits=5.0, weight_bytes=1, predicted_bytes=1, bitops=1.0,
                           predicted_drop=0.1, measured_drop=0.25)  # fmt: skip
     policy = Policy(result=result, constraints=Constraints(max_drop=0.3, drop_type=kind))
-    assert _said(policy).endswith(f"measured drop 0.25 {unit}")
+    assert _said(policy, judge).endswith(f"measured drop {unit}")
 
 
 def test_only_a_checkpoint_that_says_so_was_trained_without_the_held_out_images(

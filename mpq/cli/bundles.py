@@ -23,9 +23,9 @@ _BUDGETS = (
                   "tensor at its width."),
     options.limit("--max-latency-ms", "Milliseconds, as a profile of `mpq profile` predicts them."),
     click.option("--max-drop", metavar="NUMBER", type=click.FloatRange(min=0),
-                 help="Top-1 that may be lost, measured on validation images."),
+                 help="What may be lost of top-1, or of --metric, measured on validation images."),
     click.option("--drop-type", type=click.Choice(get_args(DropType)), default="absolute",
-                 show_default=True, help="--max-drop in points, or in percent of float."),
+                 show_default=True, help="Of --max-drop: the metric's unit, or percent of float."),
 )  # fmt: skip
 
 

@@ -29,6 +29,10 @@ SCHEMA = ".policy.schema.json"
 FOR_EDITORS = f"# yaml-language-server: $schema={SCHEMA}"
 """The first line of a policy file, by which editors complete and check it."""
 
+POINTS = ("top-1", "top5", "miou", "map", "agreement")
+UNITS = {**dict.fromkeys(POINTS, "points of"), "psnr": "dB of"}
+"""Of drops by metrics that mpq brings; of others what the metric itself counts in."""
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -87,7 +91,7 @@ class Analysis(Shown):
     def shown(self) -> list[Any]:
         """The layers' scores, the front, and each policy in a line."""
         data = self.to_json()
-        notes = [f"{choice.file}: {_said(choice.policy)}{self._how_sure(choice)}"
+        notes = [f"{choice.file}: {_said(choice.policy, self.judge)}{self._how_sure(choice)}"
                  for choice in self.choices]  # fmt: skip
         if truth := self.validation:
             notes.append(
@@ -103,7 +107,7 @@ class Analysis(Shown):
         for one in self.measured:
             if one.allocation is choice.allocation and one.interval is not None:
                 low, high = one.interval
-                return f" of {self.judge} (95 %: {low:.3g} to {high:.3g})"
+                return f" (95 %: {low:.3g} to {high:.3g})"
         return ""
 
     def plot(self, what: Literal["front", "sensitivity"] = "front") -> Figure:
@@ -151,19 +155,19 @@ def _allocation(point: Mapping[str, Any], scores: Sensitivity) -> Allocation:
     )
 
 
-def _said(policy: Policy) -> str:
-    """What a search found, in a line."""
+def _said(policy: Policy, judge: str = "") -> str:
+    """What a search found, in a line; `judge` is the metric of the drop, of none top-1."""
     result = policy.result
     if result is None:
         return "no result"
     relative = policy.constraints.drop_type == "relative"
-    kind = "% of float's top-1" if relative else "points of top-1"
-    drop = (
-        "" if result.measured_drop is None else f", measured drop {result.measured_drop:.2f} {kind}"
-    )
+    named = judge if judge not in ("", "top1") else "top-1"
+    kind = "% of float's" if relative else UNITS.get(named, "of")
+    drop, digits = result.measured_drop, 2 if relative or named in UNITS else 4
+    lost = "" if drop is None else f", measured drop {drop:.{digits}f} {kind} {named}"
     return (
         f"{result.status}: {result.effective_bits:.2f} effective bits, "
-        f"{result.weight_bytes:,} bytes of weights, file of about {result.predicted_bytes:,}{drop}"
+        f"{result.weight_bytes:,} bytes of weights, file of about {result.predicted_bytes:,}{lost}"
     )
 
 
