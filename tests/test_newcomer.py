@@ -11,12 +11,14 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import click
 import pytest
 from nets import MINE
+from rich.console import Console
 
 from mpq import origins, rundir
 from mpq.cli import COMMANDS as COMMANDS_OF_CLI
-from mpq.cli import main, places
+from mpq.cli import cli, main, places, terminal
 from mpq.data import DataSource
 from mpq.pipeline.quantizing import load_quantized
 from mpq.policy import Policy
@@ -188,6 +190,7 @@ def test_a_network_is_that_of_a_run_as_well(here: Path, capsys: Capture, form: s
     before = Policy.load("runs/a/policy.yaml")
     out, err = say(capsys, f"analyze {form} --effective-bits 6 -o runs/six --json")
     assert json.loads(out)["effective_bits"] <= 6
+    assert keys(json.loads(out)) <= documented()["analyze"]
     made = Policy.load("runs/six/policy.yaml")
     assert (made.model, made.data) == (before.model, before.data)
     assert made.constraints.effective_bits == 6
@@ -204,6 +207,14 @@ def test_a_network_of_a_run_is_profiled_there(here: Path, capsys: Capture) -> No
     (here / "fast").mkdir()
     shutil.copy("runs/a/profile.json", "fast")
     assert "policy fast/policy.yaml does not exist" in fails(capsys, "profile fast")
+
+
+def test_what_is_looked_at_has_the_keys_of_the_page(here: Path, capsys: Capture) -> None:
+    page = documented()
+    for command in ("diagnose runs/a", "targets", "cache", "doctor"):
+        found = keys(json.loads(say(capsys, f"{command} --json")[0]))
+        assert len(found) >= 3
+        assert found <= page[command.split()[0]], command
 
 
 @pytest.mark.parametrize("form", ["runs/a", "runs/a/certificate.json", "runs/a/qat.pth", ""])
@@ -250,6 +261,28 @@ def test_what_fails_in_code_of_the_users_is_shown_by_its_line(
         assert line in fails(capsys, command)
     finally:
         sys.modules.pop("broken", None)
+
+
+@pytest.mark.parametrize("command", COMMANDS_OF_CLI)
+def test_help_fits_a_terminal_of_80_columns(command: str) -> None:
+    found = cli.get_command(click.Context(cli), command)
+    assert found is not None
+    context = click.Context(found, info_name=f"mpq {command}", terminal_width=80)
+    assert [line for line in found.get_help(context).splitlines() if len(line) > 80] == []
+
+
+def test_lines_fit_a_terminal_of_80_columns(
+    here: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("stdout", "stderr"):
+        wide = {"width": 80, "force_terminal": True, "color_system": None, "highlight": False}
+        monkeypatch.setattr(terminal, name, Console(stderr=name == "stderr", **wide))
+    for command in ("certify runs/a", "verify runs/a --num-test 5", "diagnose runs/a",
+                    "diff runs/a runs/b", "bench runs/a --runs 1 --data none",
+                    "ptq runs/b --num-calib 16 --effort fast", "report runs/a"):  # fmt: skip
+        text = re.sub(r"\x1b\[[^A-Za-z]*[A-Za-z]", "", "".join(say(capsys, command)))
+        lines = [line.rpartition("\r")[2].rstrip() for line in text.splitlines()]
+        assert [line for line in lines if len(line) > 80] == [], command
 
 
 def test_no_colours_without_a_terminal(here: Path) -> None:

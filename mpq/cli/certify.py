@@ -32,8 +32,9 @@ def certify(file: Path | None, target: str | None, as_json: bool) -> None:
         raise UsageError(f"{path} does not exist. Name an ONNX file, or a run that holds one.")
     origins.require(path)
     found = judge(path, target=target)
-    text = found.to_json()
-    terminal.result(as_json, text, certificate_table(json.loads(text)), *found.notes)
+    content = json.loads(found.to_json())
+    told = {"file": str(path), **content}
+    terminal.result(as_json, told, certificate_table(content), *found.notes)
     if found.broken():
         names = ", ".join(row.name for row in found.broken())
         raise ExportError(f"{path} does not run as its policy asks: {names}.")

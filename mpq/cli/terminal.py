@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -93,12 +94,25 @@ def quiet_c() -> Iterator[None]:
 def say(text: str) -> None:
     """One line on stderr: what was chosen, what was written. The leading process speaks."""
     if leading():
-        stderr.print(printable(text), markup=False, soft_wrap=True)
+        stderr.print(_folded(printable(text), stderr), markup=False, soft_wrap=True)
 
 
 def show(text: str) -> None:
-    """A line of the result on stdout, not broken where the terminal ends."""
-    stdout.print(printable(text), markup=False, soft_wrap=True)
+    """A line of the result on stdout."""
+    stdout.print(_folded(printable(text), stdout), markup=False, soft_wrap=True)
+
+
+def _folded(text: str, console: Console) -> str:
+    """A line, on a terminal broken between words where that ends; in a pipe it stays whole."""
+    if not console.is_terminal:
+        return text
+    return textwrap.fill(
+        text,
+        console.width,
+        break_long_words=False,
+        break_on_hyphens=False,
+        subsequent_indent=" " * (len(text) - len(text.lstrip())),
+    )
 
 
 def hint(folder: Path) -> None:

@@ -130,7 +130,8 @@ def _keeps(path: Path) -> bool:
 def _tell(path: Path, name: str, text: str, as_json: bool) -> None:
     """Show a report; keep it where the file is the model of a run."""
     table = exact_table if name == "exact.json" else verify_table
-    terminal.result(as_json, text, table(json.loads(text)))
+    content = json.loads(text)
+    terminal.result(as_json, {"file": str(path), **content}, table(content))
     if _keeps(path):
         origins.keep(path.parent, name, text + "\n", "verify", [path])
         terminal.say(f"wrote {path.parent / name}")
