@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import fcntl
 import functools
 import os
 import shutil
@@ -18,6 +17,11 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # helpers such as nets.py, in every import mode
+
+try:
+    import fcntl
+except ImportError:  # Windows: there each worker makes its own
+    fcntl = None
 
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the first command in a process would
@@ -104,12 +108,13 @@ def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
     The first to ask makes it in its place and marks it as whole; another waits for that.
     """
     root = tmp_path_factory.getbasetemp()
-    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+    root = root.parent if fcntl and "PYTEST_XDIST_WORKER" in os.environ else root
 
     def folder(name: str, make: Callable[[Path], None]) -> Path:
         place, whole = root / name, root / f"{name}.whole"
         with (root / f"{name}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            if fcntl:
+                fcntl.flock(lock, fcntl.LOCK_EX)
             if not whole.exists():
                 shutil.rmtree(place, ignore_errors=True)
                 place.mkdir()

@@ -246,7 +246,7 @@ def test_the_whole_way_in_the_exact_forms(here, capsys, monkeypatch):
     assert "together (mean)" in out
     assert "measured on 144 validation images of digits" in err
 
-    out, err = say(capsys, "analyze", "model.pth", "--num-calib", "128")
+    out, err = say(capsys, "analyze", "model.pth")
     assert "optimal: 4." in out
     assert "wrote runs/model/policy.yaml" in err
     names = {p.name for p in Path("runs/model").iterdir()}
