@@ -9,6 +9,7 @@ site into its QuantizeLinear's. Rewriting hands metadata on.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import math
 import warnings
@@ -263,7 +264,20 @@ def _simplify(model: ir.Model) -> None:
         for _ in range(2):
             fold_constants(model, onnx_shape_inference=True, should_fold=_should_fold)
             rewrite(model)
+            _register_bounds(model.graph)
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+
+
+def _register_bounds(graph: ir.Graph) -> None:
+    """Onnxscript gives the bounds of all clips of one tensor the same names, and keeps one pair."""
+    known = graph.initializers
+    for value in [v for node in graph for v in node.inputs if v is not None]:
+        if value.const_value is None or value.producer() is not None or value.name is None:
+            continue
+        if known.get(value.name) is not value and not value.is_graph_input():
+            free = (f"{value.name}_{k}" for k in itertools.count())
+            value.name = next(name for name in free if name not in known)
+            known[value.name] = value
 
 
 def _should_fold(node: ir.Node) -> bool | None:

@@ -1,4 +1,4 @@
-"""Attention over tensors of any rank answers as torch's own, in the graph and in the file."""
+"""What transformers do beside their layers comes into the file: attention, tables, bounds."""
 
 from __future__ import annotations
 
@@ -97,3 +97,30 @@ def test_a_table_is_stored_and_not_the_rows_that_are_looked_up(form: str, tmp_pa
     stored = {int(np.prod(t.dims)) for t in onnx.load(path).graph.initializer}
     assert 31 * 8 in stored
     assert 256 * 8 not in stored
+
+
+class Bounds(nn.Module):
+    """One tensor within three pairs of bounds that are buffers, as the inputs of Gemma's layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 4, stride=4)
+        self.heads = nn.ModuleList(nn.Linear(8, 5) for _ in range(3))
+        for i in range(3):
+            self.register_buffer(f"low_{i}", torch.tensor(-0.1 * (i + 1)))
+            self.register_buffer(f"high_{i}", torch.tensor(0.1 * (i + 1)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).mean((2, 3)) * 2
+        bounds = [(getattr(self, f"low_{i}"), getattr(self, f"high_{i}")) for i in range(3)]
+        return sum(f(x.clamp(*pair)) for f, pair in zip(self.heads, bounds, strict=True))
+
+
+def test_a_tensor_is_clamped_to_bounds_of_its_own_by_each_reader(tmp_path) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(16, 3, 16, 16)
+    graph = to_float(Bounds().eval(), x[:2])
+    graph = quantize_graph(prepare(graph, Policy.uniform(8)), x, effort="fast")
+    made = to_onnx(graph, tmp_path / "model.onnx", images=x)
+    assert made.verification is not None
+    assert made.verification.agreement == 1.0
