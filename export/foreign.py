@@ -187,25 +187,41 @@ def run(there: Foreign, model: Path, job: Job) -> Result:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         _write(folder, model, job)
-        before, after = there.command
-        quiet = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-        try:
-            done = subprocess.run(
-                [*before, name, *after],
-                env={**os.environ, **quiet},
-                capture_output=True,
-                text=True,
-                errors="replace",
-                timeout=SECONDS,
-                check=False,
-            )
-        except (OSError, subprocess.TimeoutExpired) as error:
-            raise ExportError(f"{there.name} does not run: {error}") from None
-        if done.returncode < 0 or done.returncode > 128:
-            raise ExportError(f"{there.name} crashed (exit code {done.returncode})")
-        if done.returncode:
-            raise ExportError(f"{there.name} refuses it: {_last(done.stderr)}")
+        start(there, folder)
         return _read(folder)
+
+
+def start(there: Foreign, folder: Path, program: str = "") -> None:
+    """Run a runtime's program on a folder.
+
+    Args:
+        there: the runtime.
+        folder: what the program reads, and where it leaves its result.
+        program: another one of `runners/` than that of jobs, without its suffix.
+
+    Raises:
+        ExportError: it fails, crashes or takes too long.
+    """
+    (*before, path), after = there.command
+    if program:
+        path = str(RUNNERS / f"{program}{Path(path).suffix}")
+    quiet = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    try:
+        done = subprocess.run(
+            [*before, path, str(folder), *after],
+            env={**os.environ, **quiet},
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=SECONDS,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise ExportError(f"{there.name} does not run: {error}") from None
+    if done.returncode < 0 or done.returncode > 128:
+        raise ExportError(f"{there.name} crashed (exit code {done.returncode})")
+    if done.returncode:
+        raise ExportError(f"{there.name} refuses it: {_last(done.stderr)}")
 
 
 def of_target(target: Target) -> Foreign:

@@ -9,6 +9,7 @@ that says so; the others still run.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -23,10 +24,13 @@ from mpq.target import Arithmetic
 
 from . import foreign, runtime
 from .executed import INTEGER_OPS, MATRIX, constant_roots, executions, weight_of
+from .feeds import Feed, feeds
+from .fileinfo import file_info
 from .foreign import Foreign, Job, Result
 from .reference import BATCH, Reference
 
 Array = NDArray[Any]
+Outputs = dict[str, Array]
 RUNS = 20
 """Timed runs of one image; the median counts."""
 
@@ -44,10 +48,13 @@ class Row:
         layers: of all.
         n: images.
         predicted: images whose logits equal its own reference in every bit; None without one.
-        same_class: images of the class that the reference of x86 gives.
+        same_class: images of the class that the reference of x86 gives; None where the first output
+            is no class.
         top1: percent of the labels, None without labels.
         ms: milliseconds of one image; None on an emulated CPU.
         ratio: times faster than the float file in this runtime; None without one.
+        sqnr_db: of all floats that come out, against the reference of x86, in dB, at most 999; None
+            where the first output is a class.
     """
 
     runtime: str
@@ -62,6 +69,7 @@ class Row:
     top1: float | None = None
     ms: float | None = None
     ratio: float | None = None
+    sqnr_db: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +87,7 @@ class Portability:
 
 def portability(
     file: Path,
-    images: Array,
+    images: Feed,
     *,
     labels: Array | None = None,
     float_file: Path | None = None,
@@ -90,8 +98,8 @@ def portability(
     """Run a file in each runtime.
 
     Args:
-        file: an ONNX file that takes images.
-        images: as it takes them.
+        file: an ONNX file.
+        images: one array of them as the file takes them, or an array for each of its inputs.
         labels: int64 `[n]`, or None.
         float_file: what speed is relative to, fed noise if it takes something else.
         runtimes: which; None: all that are known, installed or not.
@@ -100,18 +108,19 @@ def portability(
 
     Raises:
         ExportError: the runtime of this Python cannot load the file.
-        DataError: the images are not what it takes.
+        DataError: the inputs are not what it takes.
     """
-    takes = runtime.model_input(runtime.session(file))
-    images = np.ascontiguousarray(runtime.arrange(images, takes))
-    job = Job({takes.name: images}, takes.batch or BATCH, takes.batch or 1)
-    references: dict[Arithmetic, Array] = {}
+    loaded = runtime.session(file)
+    given, step = feeds(loaded, images), runtime.fixed_batch(loaded)
+    n = max((len(x) for x in given.values() if x.ndim), default=0)
+    job = Job(given, step or BATCH, step or 1)
+    classes = _is_class(file, loaded)
+    references: dict[Arithmetic, Outputs] = {}
 
-    def reference(kind: Arithmetic) -> Array:
+    def reference(kind: Arithmetic) -> Outputs:
         if kind not in references:
             progress(f"integer reference of {kind}")
-            found = Reference(kind).answers(file.read_bytes(), images)
-            references[kind] = next(iter(found.values())).reshape(len(images), -1)
+            references[kind] = Reference(kind).answers(file.read_bytes(), given)
         return references[kind]
 
     rows = []
@@ -129,21 +138,20 @@ def portability(
             rows.append(Row(there.name, problem=str(error)))
             continue
         own = None if there.arithmetic is None else reference(there.arithmetic)
-        rows.append(_row(there, file, done, times, (own, reference("x86")), labels))
-    return Portability(file.name, len(images), tuple(rows))
+        row = _row(there, file, done, times)
+        rows.append(_compared(row, done, (own, reference("x86")), classes, labels))
+    return Portability(file.name, n, tuple(rows))
 
 
-def _row(
-    there: Foreign,
-    file: Path,
-    done: Result,
-    float_seconds: float | None,
-    references: tuple[Array | None, Array],
-    labels: Array | None,
-) -> Row:
-    own, common = references
-    logits = next(iter(done.outputs.values())).reshape(len(common), -1)
-    classes = logits.argmax(1)
+def _is_class(file: Path, loaded: runtime.Session) -> bool:
+    """Whether the first output gives a class, as the file says or by its shape."""
+    first = loaded.get_outputs()[0]
+    said = (file_info(file, loaded).outputs or {}).get(first.name)
+    return said == "classes" if said else len(first.shape) == 2 and first.type == "tensor(float)"
+
+
+def _row(there: Foreign, file: Path, done: Result, float_seconds: float | None) -> Row:
+    """What a runtime tells of itself."""
     seconds = float(np.median(done.seconds)) if done.seconds else None
     integer, layers = done.layers or _integers(file, done.optimized)
     return Row(
@@ -151,13 +159,45 @@ def _row(
         done.version.partition("-")[0],
         integer=integer,
         layers=layers,
-        n=len(logits),
-        predicted=None if own is None else int((logits == own).all(1).sum()),
-        same_class=int((classes == common.argmax(1)).sum()),
-        top1=None if labels is None else round(100 * float((classes == labels).mean()), 2),
         ms=None if seconds is None else round(1e3 * seconds, 4),
         ratio=round(float_seconds / seconds, 3) if float_seconds and seconds else None,
     )
+
+
+def _compared(
+    row: Row,
+    done: Result,
+    references: tuple[Outputs | None, Outputs],
+    classes: bool,
+    labels: Array | None,
+) -> Row:
+    """The row with how its answers compare with the references, its own and that of x86."""
+    own, common = references
+    # Runtimes name outputs as they like; all give them in the order of the file.
+    found = [
+        x.reshape(y.shape) for x, y in zip(done.outputs.values(), common.values(), strict=True)
+    ]
+    n = len(found[0])
+    equal = None
+    if own is not None:
+        pairs = zip(found, own.values(), strict=True)
+        equal = np.all([(a == b).reshape(n, -1).all(1) for a, b in pairs], axis=0)
+    row = replace(row, n=n, predicted=None if equal is None else int(equal.sum()))
+    if not classes:
+        return replace(row, sqnr_db=_sqnr(found, list(common.values())))
+    best = found[0].reshape(n, -1).argmax(1)
+    wanted = next(iter(common.values())).reshape(n, -1).argmax(1)
+    top1 = None if labels is None else round(100 * float((best == labels).mean()), 2)
+    return replace(row, same_class=int((best == wanted).sum()), top1=top1)
+
+
+def _sqnr(found: Sequence[Array], wanted: Sequence[Array]) -> float | None:
+    pairs = [(a, b) for a, b in zip(found, wanted, strict=True) if b.dtype.kind == "f"]
+    if not pairs:
+        return None
+    noise = sum(float(np.square(a - b, dtype=np.float64).sum()) for a, b in pairs)
+    power = sum(float(np.square(b, dtype=np.float64).sum()) for _, b in pairs)
+    return round(min(999.0, 10 * math.log10(power / noise)), 1) if power and noise else 999.0
 
 
 def _integers(file: Path, optimized: bytes | None) -> tuple[int | None, int | None]:
@@ -175,6 +215,6 @@ def _float_seconds(there: Foreign, float_file: Path | None, runs: int) -> float 
     """Median seconds of the float file in this runtime; None without one."""
     if float_file is None or not runs:
         return None
-    feeds = runtime.noise(runtime.session(float_file), 1)
-    found = foreign.run(there, float_file, Job(feeds, runs=runs))
+    noise = runtime.noise(runtime.session(float_file), 1)
+    found = foreign.run(there, float_file, Job(noise, runs=runs))
     return float(np.median(found.seconds))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -60,27 +61,62 @@ def profile(
     say = progress or (lambda _: None)
     names = list(graph.layers)
     say("exporting four files")
-    plain = serialize(lower(graph))
-    integer = at_8_bits(graph, ())
-    odd, even = at_8_bits(graph, names[1::2]), at_8_bits(graph, names[::2])
+    files = four_files(graph)
     say("measuring the whole")
-    totals = measure([integer, plain, odd, even], threads=threads, batch=batch, runs=runs)
+    totals = measure(files, threads=threads, batch=batch, runs=runs)
     say("measuring node by node")
-    parts = [_layers(data, names, threads, batch, runs) for data in (integer, plain)]
+    parts = [_layers(data, names, threads, batch, runs) for data in files[:2]]
+    times = Times(cpu_identity(), f"onnxruntime {runtime.version()}", threads, batch)
+    return profile_of(graph, times, totals, parts)
+
+
+@dataclass(frozen=True, slots=True)
+class Times:
+    """Where times were measured and how: as in `LatencyProfile`."""
+
+    cpu: str
+    runtime: str
+    threads: int
+    batch: int
+
+
+def four_files(graph: QuantGraph) -> list[bytes]:
+    """The network as integers, in float, and with every second layer in float, both ways."""
+    names = list(graph.layers)
+    plain = serialize(lower(graph))
+    integer, odd, even = (at_8_bits(graph, floats) for floats in ((), names[1::2], names[::2]))
+    return [integer, plain, odd, even]
+
+
+def profile_of(
+    graph: QuantGraph,
+    times: Times,
+    totals: Sequence[float],
+    parts: Sequence[dict[str, float]],
+    target: str = "",
+) -> LatencyProfile:
+    """The profile that measured milliseconds give.
+
+    Args:
+        graph: in stage `float`.
+        times: where they were measured.
+        totals: of `four_files`.
+        parts: of each layer, in the first two of them.
+        target: as in `LatencyProfile`.
+    """
+    names = list(graph.layers)
     base, scaled = scaled_to(parts, totals[:2])
     layers = {n: LayerLatency(scaled[0][n], scaled[1][n]) for n in names}
-    elements = {edge: graph.layers[edge[1]].in_elements * batch for edge in edges(graph)}
+    elements = {edge: graph.layers[edge[1]].in_elements * times.batch for edge in edges(graph)}
     rate = boundary_rate(
         layers, elements, base, [(names[1::2], totals[2]), (names[::2], totals[3])]
     )
     return LatencyProfile(
-        cpu=cpu_identity(),
-        runtime=f"onnxruntime {runtime.version()}",
-        threads=threads,
-        batch=batch,
+        **asdict(times),
         layers=layers,
         boundary_ms={edge: rate * count for edge, count in elements.items()},
         base_ms=base,
+        target=target,
     )
 
 

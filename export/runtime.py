@@ -71,6 +71,7 @@ def session(
     optimize: bool = True,
     dump_to: Path | None = None,
     profile_to: Path | None = None,
+    without: Sequence[str] = (),
 ) -> Session:
     """Load a model on the CPU.
 
@@ -80,6 +81,7 @@ def session(
         optimize: the runtime's default optimizations, or none at all.
         dump_to: where to write the graph after optimization.
         profile_to: how the files of the runtime's profiler begin, if it shall run.
+        without: optimizations to leave out, by the runtime's names.
 
     Raises:
         UsageError: there is no such file.
@@ -103,7 +105,12 @@ def session(
         options.profile_file_prefix = str(profile_to)
     source = model if isinstance(model, bytes) else str(model)
     try:
-        return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(
+            source,
+            options,
+            providers=["CPUExecutionProvider"],
+            disabled_optimizers=list(without) or None,
+        )
     except Exception as error:  # the runtime's exceptions share no base of their own
         raise ExportError(
             f"{name} must be an ONNX model that onnxruntime {version()} can load. {_brief(error)}"
@@ -207,13 +214,13 @@ def node_times(model: bytes, threads: int, batch: int, runs: int) -> dict[str, f
     return times
 
 
-def optimized_model(model: str | Path | bytes) -> Any:
+def optimized_model(model: str | Path | bytes, *, without: Sequence[str] = ()) -> Any:
     """The graph that really runs: an `onnx.ModelProto` after the default optimizations."""
     import onnx
 
     with scratch() as folder:
         dump = folder / "optimized.onnx"
-        session(model, dump_to=dump)
+        session(model, dump_to=dump, without=without)
         # Large weights may still lie in the data file of the original, which is not beside it.
         return onnx.load(dump, load_external_data=False)
 

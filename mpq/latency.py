@@ -51,6 +51,7 @@ class LatencyProfile:
         boundary_ms: cost of the conversions on the edge between two layers, (from, to), when one of
             them runs as integers and the other in float.
         base_ms: all else: what is paid whatever the widths are.
+        target: name of the target that was measured, where it was not the computer at hand.
     """
 
     cpu: str
@@ -60,6 +61,7 @@ class LatencyProfile:
     layers: dict[str, LayerLatency]
     boundary_ms: dict[Edge, float]
     base_ms: float
+    target: str = ""
 
     def __post_init__(self) -> None:
         """Refuse edges to nowhere and numbers that are no times.
@@ -120,6 +122,8 @@ class LatencyProfile:
         """The contents of `profile.json`."""
         data = asdict(self)
         data["boundary_ms"] = [[a, b, ms] for (a, b), ms in self.boundary_ms.items()]
+        if not self.target:
+            del data["target"]
         return json.dumps({"version": VERSION, **data}, indent=1, allow_nan=False)
 
     @classmethod
@@ -144,6 +148,7 @@ class LatencyProfile:
                 layers={name: _layer(cost) for name, cost in data["layers"].items()},
                 boundary_ms={(str(a), str(b)): float(ms) for a, b, ms in data["boundary_ms"]},
                 base_ms=float(data["base_ms"]),
+                target=str(data.get("target", "")),
             )
         except UsageError as error:
             message = str(error)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import nets
 import numpy as np
+import onnx
 import pytest
 
 import mpq
@@ -158,6 +159,27 @@ def test_the_command(
     assert main([*argv, "--runtime", "nothing"]) == 2
     assert main(["portability", str(tmp_path / "gone.onnx")]) == 2
     assert "does not exist" in capsys.readouterr().err
+
+
+def test_a_file_that_takes_no_images_is_run_on_noise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setenv("MPQ_RUNTIMES", str(tmp_path))
+    text = """<ir_version: 8, opset_import: ["" : 18]>
+        g (float[N, 3, 2] x, int64[N, 2] ids) => (float[N, 3, 2] y, int64[N, 2] z) {
+            a = Exp(x)
+            b = Cast<to = 1>(ids)
+            axes = Constant<value_ints = [1]>()
+            c = Unsqueeze(b, axes)
+            y = Add(a, c)
+            z = Add(ids, ids) }"""
+    onnx.save(onnx.parser.parse_model(text), tmp_path / "odd.onnx")
+    argv = ["portability", str(tmp_path / "odd.onnx"), "--num-test", "5"]
+    assert main([*argv, "--runtime", "onnxruntime", "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["rows"]
+    assert (row["n"], row["predicted"], row["same_class"]) == (5, 5, None)
+    assert row["sqnr_db"] == 999
+    assert main([*argv, "--runtime", "onnxruntime", "--data", "cifar10"]) == 2
 
 
 @REAL

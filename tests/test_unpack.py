@@ -3,13 +3,17 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
 import pytest
 import torch
 from torch import nn
 
 import mpq
 from mpq.export import to_onnx
-from mpq.export.unpack import decode, encode
+from mpq.export.edit import Writer
+from mpq.export.unpack import decode, encode, unpack
 
 
 @pytest.mark.parametrize("bits", range(2, 8))
@@ -37,3 +41,27 @@ def test_odd_widths_are_packed_in_the_file_and_run_as_integers(bits: int, tmp_pa
     assert {row.stored for row in result.certificate.layers} == {"UINT8"}
     weights = sum(layer.params for layer in graph.layers.values())
     assert result.bytes < weights * bits / 8 + 7_000
+
+
+@pytest.mark.parametrize("bits", [3, 4, 6])
+def test_a_layer_folds_where_its_widest_integers_are_within_a_bound(
+    bits: int, tmp_path: Path
+) -> None:
+    """docs/portability.md: 4 bytes a weight, so 2**28 weights within onnxruntime's 1 GiB."""
+    weights = np.ones((64, 32), np.int8)
+    x = ir.val("x", ir.DataType.INT8, ir.Shape([64, 32]))
+    last = ir.node("Identity", [x])
+    graph = ir.Graph([x], [last.outputs[0]], nodes=[last], opset_imports={"": 18}, name="folding")
+    read = unpack(Writer(graph, last), weights, bits)
+    both = ir.node("Concat", [x, read], attributes={"axis": 0})
+    graph.insert_before(last, both)
+    last.replace_input_with(0, both.outputs[0])
+    data = ir.to_proto(ir.Model(graph, ir_version=8)).SerializeToString()
+    for bound, folded in ((4 * weights.size, True), (4 * weights.size - 1, False)):
+        options = ort.SessionOptions()
+        key = "optimization.constant_folding_max_output_size_in_bytes"
+        options.add_session_config_entry(key, str(bound))
+        options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+        ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+        ops = {node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node}
+        assert ("Sub" not in ops) == folded, ops

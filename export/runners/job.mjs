@@ -11,8 +11,9 @@ const require = createRequire(path.join(path.resolve(prefix), 'index.js'));
 const version = JSON.parse(
   fs.readFileSync(path.join(prefix, 'node_modules', name, 'package.json'))).version;
 
-const ARRAYS = {uint8: Uint8Array, int8: Int8Array, uint16: Uint16Array, int32: Int32Array,
-                float32: Float32Array};
+const ARRAYS = {uint8: Uint8Array, int8: Int8Array, uint16: Uint16Array, int16: Int16Array,
+                int32: Int32Array, int64: BigInt64Array, bool: Uint8Array,
+                float32: Float32Array, float64: Float64Array};
 
 function rows(tensor, start, count) {
   const size = tensor.shape.slice(1).reduce((a, b) => a * b, 1);

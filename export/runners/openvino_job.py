@@ -24,18 +24,28 @@ def main(folder: Path) -> None:
     """Load, answer all images in batches, time one image, write what came out."""
     job = json.loads((folder / "job.json").read_text())
     compiled = openvino.Core().compile_model(job["model"], "CPU", ONE)
-    given, data = job["feeds"][0], (folder / "feeds.bin").read_bytes()
-    images = np.frombuffer(data, given["type"], given["count"]).reshape(given["shape"])
-    step, answer = job["batch"] or len(images), compiled.output(0)
-    parts = [np.array(compiled(images[i : i + step])[answer]) for i in range(0, len(images), step)]
+    data = (folder / "feeds.bin").read_bytes()
+    feeds = {
+        t["name"]: np.frombuffer(data, t["type"], t["count"], t["offset"]).reshape(t["shape"])
+        for t in job["feeds"]
+    }
+    step = job["batch"] or job["rows"]
+    parts = []
+    for start in range(0, job["rows"], step):
+        found = compiled({k: x[start : start + step] for k, x in feeds.items()})
+        parts.append([np.array(found[o]) for o in compiled.outputs])
+    outputs = [np.concatenate(p) for p in zip(*parts, strict=True)]
+    one = {k: x[: job["one"]] for k, x in feeds.items()}
     seconds = []
     for _ in range(job["runs"]):
         begun = time.perf_counter()
-        compiled(images[: job["one"]])
+        compiled(one)
         seconds.append(time.perf_counter() - begun)
-    found = np.concatenate(parts)
-    (folder / "outputs.bin").write_bytes(found.tobytes())
-    told = [{"name": "output", "type": str(found.dtype), "shape": list(found.shape)}]
+    (folder / "outputs.bin").write_bytes(b"".join(x.tobytes() for x in outputs))
+    told = [
+        {"name": f"output{i}", "type": str(x.dtype), "shape": list(x.shape)}
+        for i, x in enumerate(outputs)
+    ]
     nodes = [op.get_rt_info() for op in compiled.get_runtime_model().get_ordered_ops()]
     matrix = [
         str(i["runtimePrecision"].astype(str))

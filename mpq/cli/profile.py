@@ -1,4 +1,4 @@
-"""`mpq profile`: measured latency of each layer on this CPU."""
+"""`mpq profile`: measured latency of each layer, on this CPU or where the file will run."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ import click
 from mpq import rundir
 from mpq.checkpoint import open_model
 from mpq.cli import network, options, terminal
+from mpq.export.probe import profile_there, read_result, runtime_of, write_probe
 from mpq.pipeline.profiling import check as hold
-from mpq.pipeline.profiling import profile_module
+from mpq.pipeline.profiling import graph_of, profile_module
 from mpq.report.grid import Grid, columns
+from mpq.targets import get_target, this_target
 
 
 @click.command()
@@ -23,6 +25,10 @@ from mpq.report.grid import Grid, columns
 @options.trust_code
 @options.threads
 @options.batch
+@options.target("What is measured: wasm, in node.")
+@options.path("--export-probe", metavar="FOLDER",
+              help="Write a folder that is to be run on another computer.")  # fmt: skip
+@options.path("--import", "imported", metavar="RESULT", help="Read what it measured there.")
 @options.path("--check", help="Hold the prediction against this exported file.")
 @options.as_json
 @click.option("--force", is_flag=True, help="Measure again, and replace profile.json.")
@@ -30,6 +36,9 @@ def profile(
     of: network.Network,
     threads: int | None,
     batch: int,
+    target: str | None,
+    export_probe: Path | None,
+    imported: Path | None,
     check: Path | None,
     as_json: bool,
     force: bool,
@@ -45,20 +54,41 @@ def profile(
     \b
     mpq profile model.pth
     mpq profile runs/model --check runs/model/model.onnx
+    mpq profile model.pth --target wasm
+    mpq profile model.pth --export-probe probe      copy it to a device, run probe.py there
+    mpq profile model.pth --import probe            what it measured
     """
+    if export_probe is not None:
+        rundir.refuse_overwrite(export_probe / "probe.json", force)
+        graph = graph_of(open_model(of.path, of.reading))
+        write_probe(graph, export_probe, threads=threads or 1, batch=batch)
+        terminal.say(
+            f"wrote {export_probe}; next: python3 probe.py in it on the device, which needs "
+            f"onnxruntime and numpy, then mpq profile {of.path} --import {export_probe}"
+        )
+        return
     loaded = open_model(of.path, of.reading)
     kept = of.folder / "profile.json"
     with terminal.status() as tell:
-        found = profile_module(
-            loaded.module,
-            loaded.info.input,
-            call=loaded.call,
-            threads=threads or 1,
-            batch=batch,
-            again=force,
-            on_start=lambda: rundir.refuse_overwrite(kept, force),
-            progress=tell,
-        )
+        if imported is not None:
+            found = read_result(graph_of(loaded), imported, target=target)
+        elif target not in (None, this_target().name):
+            place = get_target(target)
+            runtime_of(place)
+            rundir.refuse_overwrite(kept, force)
+            tell(f"measuring for {target}")
+            found = profile_there(graph_of(loaded), place, threads=threads or 1, batch=batch)
+        else:
+            found = profile_module(
+                loaded.module,
+                loaded.info.input,
+                call=loaded.call,
+                threads=threads or 1,
+                batch=batch,
+                again=force,
+                on_start=lambda: rundir.refuse_overwrite(kept, force),
+                progress=tell,
+            )
         if kept.is_file() and kept.read_text(encoding="utf-8") != found.to_json() + "\n":
             rundir.refuse_overwrite(kept, force)  # of another CPU, runtime, batch or threads
         checked = None if check is None else hold(found, check)

@@ -99,6 +99,15 @@ def find_policy(
     return work.find([_default(budget) for budget in budgets])
 
 
+def warn_elsewhere(profile: LatencyProfile | None, target: Target) -> None:
+    """Say so where a profile is of another target than the policy is for."""
+    if profile is None or profile.target in ("", target.name, *target.members):
+        return
+    logger.warning(
+        "the profile was measured for %s, the policy is for %s", profile.target, target.name
+    )
+
+
 def _default(constraints: Constraints) -> Constraints:
     if constraints.budgets() or constraints.max_drop is not None:
         return constraints
@@ -117,6 +126,7 @@ class _Work:
         """Score, search each budget, and the front."""
         how, names, target = self.how, _names(budgets), get_target(self.how.target)
         widths = _candidates(how.scoring, target)
+        warn_elsewhere(how.profile, target)
         graph = self.subject.graph()
         locked = locked_widths(how.locked, graph.layers) if how.locked else {}
         scoring, images, labels = self._images()

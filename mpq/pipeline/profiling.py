@@ -17,11 +17,13 @@ import torch
 from torch import nn
 
 from mpq.capture.network import Network
+from mpq.checkpoint import Loaded
 from mpq.data.cache import cache_folder, trim
 from mpq.errors import PolicyError, UsageError
 from mpq.export import runtime
 from mpq.export.certify import certify
 from mpq.export.meta import from_metadata
+from mpq.export.probe import measure_there
 from mpq.export.profile import cpu_identity, measure, profile
 from mpq.graph.ir import QuantGraph
 from mpq.graph.passes import to_float
@@ -44,6 +46,15 @@ class Check:
     def error(self) -> float:
         """By how much the prediction is off, in percent of the measured time."""
         return 100 * (self.predicted_ms / self.measured_ms - 1)
+
+
+def graph_of(loaded: Loaded) -> QuantGraph:
+    """The float graph of a checkpoint that was opened.
+
+    Raises:
+        GraphError: the network cannot be traced.
+    """
+    return to_float(loaded.module, loaded.call or torch.zeros(2, *loaded.info.input))
 
 
 def profile_module(
@@ -104,7 +115,10 @@ def check(found: LatencyProfile, file: Path) -> Check:
     if from_metadata(runtime.metadata(runtime.session(file)), str(file)) is None:
         raise PolicyError(f"{file} must be a file of mpq, with its policy inside. It has none.")
     predicted = found.predict({row.name: row.integer for row in certify(file).layers})
-    (measured,) = measure([file], threads=found.threads, batch=found.batch)
+    if found.target:
+        measured = measure_there(file, found)
+    else:
+        (measured,) = measure([file], threads=found.threads, batch=found.batch)
     return Check(str(file), predicted, measured)
 
 

@@ -129,12 +129,18 @@ def exact_run(
 
 
 def _arrays(path: Path, loaded: runtime.Session, source: DataSource, count: int, seed: int) -> Feed:
-    """Inputs of a file that takes no images: from the data named here, else noise."""
-    takes = file_info(path, loaded).inputs
-    if source.data in (None, "none") or takes is None:
-        return runtime.noise(loaded, count)
-    split = open_data(source.data, root=source.root, takes=takes).compared
-    return list(split.read(sample_indices(split, count, seed)).values())
+    """Inputs of a file that takes no images: of data named here or in the file, else noise."""
+    info = file_info(path, loaded)
+    name, takes = source.data or info.data or "none", info.inputs
+    if name != "none" and takes is not None:
+        try:
+            split = open_data(name, root=source.root, takes=takes).compared
+            return list(split.read(sample_indices(split, count, seed)).values())
+        except DataError as error:
+            if source.data is not None:
+                raise
+            logger.warning("comparing on noise: %s", error)
+    return runtime.noise(loaded, count)
 
 
 def portability_run(
@@ -150,7 +156,7 @@ def portability_run(
     """Run a file in several runtimes on test images, or on noise where nothing is known.
 
     Args:
-        path: any ONNX classifier.
+        path: any ONNX file.
         source: where test images come from.
         runtimes: in which it is run.
         float_file: what speed is relative to.
@@ -163,7 +169,12 @@ def portability_run(
         DataError: data that are named here cannot be read, or do not fit the file.
         ExportError: the runtime of this Python cannot load the file.
     """
-    batch, labels = _batch(path, runtime.session(path), source, images, seed)
+    loaded = runtime.session(path)
+    batch: Feed
+    if takes_images(loaded):
+        batch, labels = _batch(path, loaded, source, images, seed)
+    else:
+        batch, labels = _arrays(path, loaded, source, images, seed), None
     return portability(
         path,
         batch,

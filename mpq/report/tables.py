@@ -271,7 +271,7 @@ def portability_table(found: Json) -> Grid:
     """A file in every runtime: `found` is `portability.json`."""
     heads = columns(
         *("runtime", "?version", "#integer layers", "#predicted", "#same class", "?#top-1"),
-        *("#ms", "#speed", "note"),
+        *("?#SQNR dB", "#ms", "#speed", "note"),
     )
     body = [
         (
@@ -283,6 +283,7 @@ def portability_table(found: Json) -> Grid:
                 for key in ("predicted", "same_class")
             ),
             fixed(row["top1"], 2),
+            fixed(row.get("sqnr_db"), 1),
             fixed(row["ms"], 3),
             "-" if row["ratio"] is None else f"{row['ratio']:.2f}x",
             # The command that installs it is long and stands below.
@@ -293,9 +294,8 @@ def portability_table(found: Json) -> Grid:
     installs = dict.fromkeys(row["install"] for row in found["rows"] if row["install"])
     note = (
         "predicted: images whose logits equal the integer reference of that CPU in every bit; same "
-        "class: as the reference of x86; top-1 in percent of these images; speed: float/this in "
-        "the same runtime, of one image on "
-        "one thread; emulated CPUs have none"
+        "class, SQNR: as the reference of x86, and against it; top-1 in percent of these images; "
+        "speed: float/this in the same runtime, of one image on one thread; emulated CPUs have none"
     )
     note += f"; to install: {', '.join(installs)}" if installs else ""
     return Grid(f"{found['file']} in other runtimes", heads, tuple(body), note)
