@@ -10,23 +10,22 @@ import statistics
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 
-FOLDER = Path(sys.argv[1] if len(sys.argv) > 1 else __file__).resolve()
-FOLDER = FOLDER if FOLDER.is_dir() else FOLDER.parent
+FOLDER = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).resolve().parent
 
 
-def name_of_cpu():
+def name_of_cpu() -> str:
     """The model of the board or of the CPU, as the system names it."""
     board = Path("/proc/device-tree/model")
-    if board.exists():
-        return board.read_text().strip("\0\n ")
-    return platform.processor() or platform.machine()
+    named = board.read_text().strip("\0\n ") if board.exists() else platform.processor()
+    return named or platform.machine()
 
 
-def open_file(file, threads):
+def open_file(file: str, threads: int) -> tuple[Any, dict[str, Any]]:
     """A session and noise for it. Pieces are run as they stand, whole networks are optimized."""
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
@@ -47,14 +46,14 @@ def open_file(file, threads):
 probe = json.loads((FOLDER / "probe.json").read_text())
 opened = [open_file(file, probe["threads"]) for file in probe["files"]]
 clock = time.thread_time if probe["threads"] == 1 and sys.platform != "win32" else time.perf_counter
-times = [[] for _ in opened]
+times: list[list[float]] = [[] for _ in opened]
 for _ in range(probe["runs"] + 3):
-    for spent, (session, feeds) in zip(times, opened):  # noqa: B905 - Python 3.8 too
+    for spent, (session, feeds) in zip(times, opened):  # noqa: B905 - Python 3.9 too
         begun = clock()
         session.run(None, feeds)
         spent.append(1e3 * (clock() - begun))
 result = {**probe, "cpu": name_of_cpu(), "machine": platform.machine()}
-result["runtime"] = f"onnxruntime {ort.__version__}"
-result["ms"] = [statistics.median(spent[3:]) for spent in times]
+ms = [statistics.median(spent[3:]) for spent in times]
+result.update(runtime=f"onnxruntime {ort.__version__}", ms=ms)
 (FOLDER / "result.json").write_text(json.dumps(result))
 print(f"wrote {FOLDER / 'result.json'}")
