@@ -78,7 +78,8 @@ def _fixed(data: bytes, batch: int) -> bytes:
     for one in model.graph.input:
         for dim, size in zip(one.type.tensor_type.shape.dim, feeds[one.name].shape, strict=True):
             dim.dim_value = size
-    return model.SerializeToString()
+    fixed: bytes = model.SerializeToString()
+    return fixed
 
 
 def read_result(graph: QuantGraph, result: Path, *, target: str | None = None) -> LatencyProfile:
