@@ -157,9 +157,11 @@ def test_no_cycles():
 
 def test_torch_and_onnxruntime_stay_where_they_belong():
     outside = {m: {name.split(".")[0] for name in imports(m)} for m in MODULES}
-    alone = "mpq.export.runners.onnxruntime_job"  # a program for another Python, imported nowhere
+    # Programs for another Python, imported nowhere.
+    alone = {f"mpq.export.runners.{name}" for name in ("onnxruntime_job", "probe")}
+    assert not alone & {name for m in MODULES for name in own_imports(m)}
     users = {m for m, names in outside.items() if "onnxruntime" in names}
-    assert users - {alone} == {"mpq.export.runtime"}
+    assert users - alone == {"mpq.export.runtime"}
     assert [m for m, names in outside.items() if area(m) in LIGHT and "torch" in names] == []
 
 
