@@ -37,7 +37,7 @@ from .executed import (
     weight_of,
 )
 from .form import INT4, NEEDS
-from .grids import UNKNOWN, Grid, asked_of_grids, grid_of
+from .grids import UNKNOWN, InputGrid, asked_of_grids, grid_of
 from .reasons import Wiring, saturating, why_float
 from .stored import Stored, stored_weights
 
@@ -133,7 +133,7 @@ class _Asked:
 
     choice: LayerChoice
     support: Support
-    grid: Grid = UNKNOWN
+    grid: InputGrid = UNKNOWN
     bits: int = 0
 
 

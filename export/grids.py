@@ -24,7 +24,7 @@ _WIDTHS = {TensorProto.UINT4: 4, TensorProto.INT4: 4, TensorProto.UINT2: 2, Tens
 
 
 @dataclass(frozen=True, slots=True)
-class Grid:
+class InputGrid:
     """The grid that a layer's input lies on.
 
     Args:
@@ -53,10 +53,10 @@ class Grid:
         return f"the file rounds its input {found} in place of {asked}"
 
 
-UNKNOWN = Grid()
+UNKNOWN = InputGrid()
 
 
-def grid_of(node: onnx.NodeProto, wiring: Wiring) -> Grid:
+def grid_of(node: onnx.NodeProto, wiring: Wiring) -> InputGrid:
     """The grid of a matrix node's first input."""
     name, before = node.input[0], wiring.producers.get(node.input[0])
     while before is not None and before.op_type in _THROUGH:
@@ -65,17 +65,17 @@ def grid_of(node: onnx.NodeProto, wiring: Wiring) -> Grid:
     if before is None:
         return UNKNOWN
     if before.op_type == "DynamicQuantizeLinear":
-        return Grid(name, 8, dynamic=True)
+        return InputGrid(name, 8, dynamic=True)
     if before.op_type == "QuantizeLinear":
         zero = before.input[2] if len(before.input) > 2 else ""
-        return Grid(name, _WIDTHS.get(wiring.dtype(zero), 8))
+        return InputGrid(name, _WIDTHS.get(wiring.dtype(zero), 8))
     bounds = [wiring.array(i) for i in before.input[1:3]] if before.op_type == "Clip" else []
     if len(bounds) == 2 and bounds[0] is not None and bounds[1] is not None:
-        return Grid(name, int(bounds[1] - bounds[0]).bit_length())
+        return InputGrid(name, int(bounds[1] - bounds[0]).bit_length())
     return UNKNOWN
 
 
-def asked_of_grids(readers: Iterable[tuple[Grid, LayerChoice]]) -> dict[str, int]:
+def asked_of_grids(readers: Iterable[tuple[InputGrid, LayerChoice]]) -> dict[str, int]:
     """The widest width that integer layers ask of each tensor that they read, by its name."""
     widest: dict[str, int] = {}
     for grid, choice in readers:
