@@ -186,7 +186,10 @@ def test_a_file_that_takes_no_images_is_run_on_noise(
 def test_the_real_ones(file: Path):
     for name in ("web", "node", "openvino", "arm64"):
         if not all(r.there for r in foreign.runtimes() if r.install == name):
-            foreign.install(name, print)
+            try:
+                foreign.install(name, print)
+            except ExportError as error:  # no registry can be reached, say
+                pytest.skip(str(error))
     images = nets.images(64, seed=6).numpy()
     rows = portability(file, images, runs=0).rows
     assert not [row.problem for row in rows if row.problem]
@@ -200,6 +203,9 @@ def test_the_real_ones(file: Path):
 @REAL
 @pytest.mark.parametrize("target", ["arm64", "wasm"])
 def test_the_real_ones_node_by_node(file: Path, target: str):
-    there = foreign.of_target(get_target(target))
+    try:
+        there = foreign.of_target(get_target(target))
+    except UsageError as error:
+        pytest.skip(str(error))
     report = verify_exact(file, nets.images(8, seed=7).numpy(), there)
     assert report.exact, report.differing()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -127,6 +128,18 @@ def test_a_policy_for_another_target_than_was_measured_is_told(here: Path, caplo
         assert not caplog.records
         warn_elsewhere(found, get_target("wasm"))
     assert "was measured for onnxruntime-arm64, the policy is for onnxruntime-wasm" in caplog.text
+
+
+def test_the_probe_runs_on_an_emulated_arm(here: Path, tmp_path: Path):
+    try:
+        there = foreign.of_target(get_target("arm64"))
+    except UsageError as error:
+        pytest.skip(str(error))
+    shutil.copytree(here / "probe", tmp_path, dirs_exist_ok=True)
+    foreign.start(there, tmp_path, "probe")
+    found = probe.read_result(graph(), tmp_path)
+    assert found.target == "onnxruntime-arm64"
+    assert all(cost.integer_ms > 0 for cost in found.layers.values())
 
 
 @pytest.mark.skipif(not WEB.is_dir(), reason="mpq portability --install web")
