@@ -1,8 +1,8 @@
-"""Transforms of torchvision (v2) for training, applied by worker processes to single samples.
+"""Transforms of torchvision (v2) for training, applied by worker processes to single pictures.
 
 `crop` is torchvision's `RandomResizedCrop` to the network's size, with which ImageNet networks are
-trained; anything else is `module:factory`, which gives a transform of the user's. Of a sample with
-boxes, masks or keypoints (`torchvision.tv_tensors`) these follow their image.
+trained; anything else is `module:factory`, which gives a transform of the user's. It is given the
+picture alone: boxes and masks are transformed by the data set of the user's own `--batches`.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ CROP = "crop"
 
 @dataclass(frozen=True)
 class Transform:
-    """What is done to a sample.
+    """What is done to a picture.
 
     Args:
         name: as the user gave it.
-        apply: to a picture, or to a picture with its target.
+        apply: to a picture.
     """
 
     name: str
