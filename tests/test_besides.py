@@ -102,6 +102,25 @@ def test_recurrent_layers_are_named_with_bytes_and_macs(
     assert [p.macs for p in certify(made.path).besides] == [part.macs]
 
 
+class Cell(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.step = nn.Conv2d(3, 8, 3, 2, 1), nn.LSTMCell(8, 6)
+        self.head = nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.conv(x)).mean((2, 3))
+        state = self.step(y)
+        return self.head(self.step(y, state)[0])
+
+
+def test_each_call_of_a_recurrent_cell_counts(images: Tensor) -> None:
+    cells = [p for p in graph_of(Cell(), images).besides if p.kind == "LSTMCell"]
+    assert [p.macs for p in cells] == 2 * [4 * 6 * (8 + 6)]
+    assert sum(p.bytes for p in cells) == 4 * 4 * 6 * (8 + 6 + 2)
+    assert all("recurrent" in p.reason for p in cells)
+
+
 def test_tables_places_and_products_of_activations_are_named(
     images: Tensor, tmp_path: Path
 ) -> None:

@@ -57,6 +57,33 @@ def test_a_residual_block_is_one_block_and_a_chain_is_cut_in_threes() -> None:
     assert [len(b.layers) for b in blocks(graph.module)] == [0, 3, 3, 1]
 
 
+class Answering(nn.Module):
+    """Answers with what it computes on the way, and with a head on it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(3, 3, 1) for _ in range(6))
+        self.head = nn.Conv2d(3, 2, 1)
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        early = self.convs[1](torch.relu(self.convs[0](x)))
+        side, y = self.head(early), torch.relu(early)
+        for conv in self.convs[2:]:
+            y = torch.relu(conv(y))
+        return {"early": early, "side": side, "late": y}
+
+
+def test_what_is_answered_on_the_way_ends_no_learning() -> None:
+    graph = prepare(to_float(Answering(), images(2)), Policy.uniform(4, 8))
+    learned = [b.layers for b in blocks(graph.module) if b.entry is not None and b.exit is not None]
+    assert sum(learned, ()) == tuple(graph.layers)
+    before = {
+        name: m.weight.clone() for name, m in graph.module.named_modules() if name in graph.layers
+    }  # type: ignore[union-attr]
+    quantize_graph(graph, images(32), effort="best", learning=BRIEF)
+    assert all(not torch.equal(graph.module.get_submodule(n).weight, w) for n, w in before.items())
+
+
 @pytest.mark.parametrize("effort", ["good", "best"])
 def test_what_lies_on_disk_changes_nothing(effort: str) -> None:
     batch, states = images(160), []

@@ -44,7 +44,7 @@ NODE_BYTES = {
 }
 """Average bytes in a file of a quantizer, and of what each kind of node becomes."""
 _REASONS: dict[type[nn.Module], str] = {
-    nn.RNNBase: "no integer kernel for recurrent layers",
+    **dict.fromkeys((nn.RNNBase, nn.RNNCellBase), "no integer kernel for recurrent layers"),
     nn.Embedding: "a table that is looked up, no matrix product",
     nn.MultiheadAttention: "attention with masks or to another sequence is not opened",
 }
@@ -135,7 +135,7 @@ def _module_macs(module: nn.Module, given: Any, out: Any) -> int:
     if x is None or not x.ndim:
         return 0
     weights = sum(p.numel() for n, p in module.named_parameters() if "weight" in n)
-    if isinstance(module, nn.RNNBase):
+    if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
         return x.shape[:-1].numel() * weights
     if isinstance(module, nn.MultiheadAttention):
         other = int(given[1].shape[-2 if module.batch_first else 0]) if len(given) > 1 else 0

@@ -55,8 +55,9 @@ def blocks(module: fx.GraphModule) -> list[Block]:
             chain = chain and single
         current.extend(segment)
     if current:
-        given = current[-1].args[0]  # the last node of every graph is its output
-        found.append(_block(module, current, entry, given if isinstance(given, fx.Node) else None))
+        # the last node of every graph is its output: what it takes of the others, if that is one
+        given = [n for n in current[-1].all_input_nodes if n in current]
+        found.append(_block(module, current, entry, given[0] if len(given) == 1 else None))
     return found
 
 
@@ -75,7 +76,8 @@ def _segments(graph: fx.Graph) -> list[tuple[list[fx.Node], fx.Node | None]]:
     """Nodes from cut to cut, each with the tensor that was alive where it begins."""
     nodes = list(graph.nodes)
     place = {n: i for i, n in enumerate(nodes)}
-    last = {n: max((place[u] for u in n.users), default=-1) for n in nodes}
+    readers = {n: [u for u in n.users if u.op != "output"] for n in nodes}
+    last = {n: max((place[u] for u in readers[n]), default=-1) for n in nodes}
     found: list[tuple[list[fx.Node], fx.Node | None]] = []
     alive: set[fx.Node] = set()
     segment: list[fx.Node] = []
