@@ -48,13 +48,10 @@ logger = logging.getLogger(__name__)
 
 WHITENED = 2000
 """Training images whose patches whiten the first layer: two million patches of 32x32 images."""
-
 SPREAD = 64
 """Training images from which the spread of a teacher's answers is taken."""
-
 CHECK_EVERY = 16
 """Steps between looks at the loss on an accelerator, where each look would stall the queue."""
-
 SLOW_BF16 = (
     "this CPU has no instructions for bf16 and takes many times as long as in float32: "
     "--set precision=float32"
