@@ -58,10 +58,18 @@ UNKNOWN = InputGrid()
 
 def grid_of(node: onnx.NodeProto, wiring: Wiring) -> InputGrid:
     """The grid of a matrix node's first input."""
-    name, before = node.input[0], wiring.producers.get(node.input[0])
+    return _grid(node.input[0], wiring)
+
+
+def _grid(name: str, wiring: Wiring) -> InputGrid:
+    """The grid of a tensor; that of all parts of what is put together, as circular padding is."""
+    before = wiring.producers.get(name)
     while before is not None and before.op_type in _THROUGH:
         name = before.input[0]
         before = wiring.producers.get(name)
+    if before is not None and before.op_type == "Concat":
+        parts = {_grid(part, wiring) for part in before.input}
+        return parts.pop() if len(parts) == 1 else UNKNOWN
     if before is None:
         return UNKNOWN
     if before.op_type == "DynamicQuantizeLinear":

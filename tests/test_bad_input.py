@@ -145,7 +145,6 @@ def test_spoiled_files(here, fails, file, how):
     ("command", "told"),
     [
         ("analyze ens-model.pth", "mpq/ensemble"),
-        ("analyze runs/model/ptq.pth", "mpq/quantized"),
         ("export model.pth", "model.pth must be a quantized network"),
         ("qat --teacher runs/model/ptq.pth -o a", "runs/model/ptq.pth"),
         ("ensemble runs/model/ptq.pth -o e.pth", "mpq/quantized"),
@@ -461,7 +460,6 @@ def test_budgets_out_of_reach_are_answered_with_the_range(fails):
         ("analyze model.pth --effective-bits nan", ["--effective-bits", "above 0"]),
         ("analyze model.pth --effective-bits -1", ["--effective-bits", "above 0", "-1"]),
         ("analyze model.pth --effective-bits many", ["--effective-bits", "many"]),
-        ("analyze", ["CHECKPOINT", "mpq analyze --help"]),
         ("analyze model.pth --normalize 1,2/3", ["3 means"]),
         ("ptq --calibration entropy", ["--calibration", "percentile"]),
         ("ptq --num-calib 0", ["--num-calib"]),

@@ -28,6 +28,7 @@ from mpq.rundir import Progress, Run, silent
 from mpq.train.ensemble import Ensemble, Member, load_ensemble
 from mpq.train.plan import Hooks, TrainingPlan
 from mpq.train.recipe import Recipe
+from mpq.train.transforms import Transform, transform_of
 from mpq.wide import Int16Form, take_form
 
 Model = nn.Module | str | Path
@@ -208,6 +209,7 @@ def qat(
     validation: Data | None = None,
     normalize: str = "",
     outputs: Mapping[str, OutputKind] | None = None,
+    transform: Transform | str | None = None,
     recipe: str | Recipe = "qat",
     epochs: int | None = None,
     settings: Mapping[str, object] | None = None,
@@ -237,6 +239,7 @@ def qat(
         validation: images to measure on. None: a tenth of `data`, which is not trained on.
         normalize: what has been done to the images, as `--normalize`.
         outputs: kinds of outputs by name; None: as the policy says, or what is proposed.
+        transform: of each training picture, or its name, as `--transform`.
         recipe: its name, its file, or itself.
         epochs: instead of the recipe's.
         settings: other keys of the recipe.
@@ -262,9 +265,15 @@ def qat(
     changes = dict(settings or {}) | ({} if epochs is None else {"epochs": epochs})
     loaded = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
     plan = TrainingPlan(loaded.override(changes), _teacher(teacher, subject))
+    if transform is not None:
+        plan = replace(plan, transform=_transform(transform, subject.info.input))
     run = Run(None if folder is None else Path(folder), seed, device, resume)
     own = None if loss is None else loss_of(loss)
     return run_qat(chosen, subject, plan, run, hooks, loss=own)
+
+
+def _transform(asked: Transform | str, size: tuple[int, ...]) -> Transform:
+    return transform_of(asked, (size[1], size[2])) if isinstance(asked, str) else asked
 
 
 def _several(budget: Any) -> list[Any]:

@@ -55,7 +55,7 @@ def profile(
     mpq profile model.pth
     mpq profile runs/model --check runs/model/model.onnx
     mpq profile model.pth --target wasm
-    mpq profile model.pth --export-probe probe      copy it to a device, run probe.py there
+    mpq profile model.pth --export-probe probe    run probe/probe.py on a device
     mpq profile model.pth --import probe            what it measured
     """
     if export_probe is not None:

@@ -206,7 +206,7 @@ def test_an_archive_of_pictures_is_unpacked_in_bounds(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"exceeds the limit image-mb=64: it has 65\.0 MB"):
         open_data(tmp_path / "d.zip", size=(8, 8)).train.read([0])
     os.mkfifo(tmp_path / "pipe.zip")
-    with pytest.raises(DataError, match="must be a folder or a zip archive"):
+    with pytest.raises(DataError, match="must be a folder or an archive"):
         open_data(tmp_path / "pipe.zip")
 
 
