@@ -15,12 +15,15 @@ import pytest
 import torch
 from PIL import Image
 from test_loop import NORMALIZE, assert_equal_weights, network, pictures
+from torch import nn
 
-from mpq.data import load_arrays, open_data, sample_indices
+from mpq.data import Normalization, load_arrays, open_data, sample_indices
 from mpq.data.folders import FolderSplit
 from mpq.data.stream import Stream, working
 from mpq.errors import DataError
 from mpq.limits import limited
+from mpq.pipeline.subject import Subject
+from mpq.policy import ModelInfo
 from mpq.processes import ranks_of
 from mpq.rundir import Run
 from mpq.train.deliver import deliver
@@ -236,6 +239,25 @@ def raises():
     def transform(image): raise ValueError("cannot")
     return transform
 """
+
+
+def test_pictures_without_labels_get_the_same_ones_in_files_and_in_memory(tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for index, image in enumerate(pictures(24)[0]):
+        (folder / f"{index:02}.png").write_bytes(png(image))
+    torch.manual_seed(0)
+    net, info = (
+        nn.Sequential(nn.Flatten(), nn.Linear(3 * 64, 4)),
+        ModelInfo(arch="net", classes=4, input=(3, 8, 8)),
+    )
+    subject = Subject(net, info, open_data(str(folder)), "pictures", Normalization.parse("none"))
+    images, labels = subject.learned()
+    streamed, told = subject.learned(in_files=True)
+    assert isinstance(streamed, Stream)
+    assert np.array_equal(streamed[:], images)
+    assert told.tolist() == labels.tolist()
+    assert len(set(told.tolist())) > 1
 
 
 @pytest.fixture

@@ -30,17 +30,19 @@ FORMAT = 1
 """Part of the key: raise it when decoding changes."""
 
 
-def load_arrays(split: Split) -> tuple[Samples, Labels]:
+def load_arrays(split: Split, *, in_files: bool = False) -> tuple[Samples, Labels]:
     """All images `[n, H, W, C]` uint8 and labels `[n]` int64 of a split.
 
-    Images beyond the limit `arrays-mb` are a `Stream`, which decodes what is asked of it. Subsets
-    of one parent (train and validation) share the parent's cache file.
+    Images beyond the limit `arrays-mb`, and with `in_files` all that lie in files, are a `Stream`,
+    which decodes what is asked of it. Subsets of one parent (train and validation) share the
+    parent's cache file.
 
     Raises:
         DataError: a damaged image.
     """
-    if too_large(split):
-        return streamed(split), split.labels
+    stream = streamed(split) if in_files or too_large(split) else None
+    if stream is not None:
+        return stream, split.labels
     parent, indices = split, np.arange(len(split))
     if isinstance(split, Subset):
         parent, indices = split.parent, split.indices

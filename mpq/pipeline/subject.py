@@ -27,7 +27,6 @@ from mpq.data import (
 from mpq.data.cache import joined
 from mpq.data.dataset import Labels, Samples, Split
 from mpq.data.normalize import NAMED
-from mpq.data.stream import streamed
 from mpq.errors import DataError
 from mpq.graph.ir import QuantGraph
 from mpq.graph.passes import to_float
@@ -128,15 +127,12 @@ class Subject:
             DataError: there are no data.
         """
         train = self.require_data("training").train
-        found = streamed(train) if in_files else None
-        images, labels = self.arrays(train) if found is None else (found, train.labels)
-        if self.unlabelled is None:
-            return images, labels
-        return joined((images, labels), self.unlabelled)
+        found = self.arrays(train, in_files=in_files)
+        return found if self.unlabelled is None else joined(found, self.unlabelled)
 
-    def arrays(self, split: Split) -> tuple[Samples, Labels]:
-        """All images and labels of a split of the data."""
-        images, labels = load_arrays(split)
+    def arrays(self, split: Split, *, in_files: bool = False) -> tuple[Samples, Labels]:
+        """All images and labels of a split of the data, as `load_arrays` gives them."""
+        images, labels = load_arrays(split, in_files=in_files)
         return images, self._labels(images, labels)
 
     def read(self, split: Split, picked: NDArray[np.int64]) -> tuple[Samples, Labels]:

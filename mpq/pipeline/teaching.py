@@ -13,7 +13,6 @@ from torch import Tensor
 from mpq.data import DataSet, load_arrays
 from mpq.data.cache import joined
 from mpq.data.dataset import rows
-from mpq.data.stream import streamed
 from mpq.errors import DataError, UsageError
 from mpq.graph.ir import QuantGraph
 from mpq.graph.outputs import classifier
@@ -94,9 +93,8 @@ def _data(subject: Subject, task: Task, plan: TrainingPlan) -> TrainingData:
     data = subject.require_data("qat")
     if not data.pixels:
         return TrainingData(None, None, subject.normalize, _batches(subject, data, plan.recipe))
-    found = streamed(data.train) if plan.transform else None
     images: Any
-    images, labels = load_arrays(data.train) if found is None else (found, data.train.labels)
+    images, labels = load_arrays(data.train, in_files=plan.transform is not None)
     if not data.labelled:
         labels = np.full(len(images), -1)
     if subject.unlabelled is not None:
