@@ -63,15 +63,13 @@ def grid_of(node: onnx.NodeProto, wiring: Wiring) -> InputGrid:
 
 def _grid(name: str, wiring: Wiring) -> InputGrid:
     """The grid of a tensor; that of all parts of what is put together, as circular padding is."""
-    before = wiring.producers.get(name)
-    while before is not None and before.op_type in _THROUGH:
-        name = before.input[0]
-        before = wiring.producers.get(name)
-    if before is not None and before.op_type == "Concat":
-        parts = {_grid(part, wiring) for part in before.input}
-        return parts.pop() if len(parts) == 1 else UNKNOWN
+    before = wiring.producer(name, _THROUGH)
     if before is None:
         return UNKNOWN
+    name = before.output[0]
+    if before.op_type == "Concat":
+        parts = {_grid(part, wiring) for part in before.input}
+        return parts.pop() if len(parts) == 1 else UNKNOWN
     if before.op_type == "DynamicQuantizeLinear":
         return InputGrid(name, 8, dynamic=True)
     if before.op_type == "QuantizeLinear":

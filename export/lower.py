@@ -286,12 +286,12 @@ def _should_fold(node: ir.Node) -> bool | None:
     Decoding of weights; tables that are looked up more often than they are long, as the bias by
     relative position is in window attention; positions that are stretched to the size of the image.
     """
-    stored = [v.const_value for v in node.inputs if v is not None and v.is_initializer()]
+    constants = [v.const_value for v in node.inputs if v is not None and v.is_initializer()]
+    stored = [tensor for tensor in constants if tensor is not None]
     if node.op_type in _KEEP and stored:
         return False
-    shape, size = node.outputs[0].shape, sum(t.nbytes for t in stored if t is not None)
-    if node.op_type not in _GROW or shape is None or not shape.is_static() or not size:
+    shape = node.outputs[0].shape
+    if node.op_type not in _GROW or not stored or shape is None or not shape.is_static():
         return None
-    rows = stored[0]
-    assert rows is not None
-    return False if math.prod(shape.numpy()) * rows.dtype.itemsize > size else None
+    made = math.prod(shape.numpy()) * stored[0].dtype.itemsize
+    return False if made > sum(tensor.nbytes for tensor in stored) else None

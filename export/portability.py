@@ -9,7 +9,6 @@ that says so; the others still run.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,6 +19,7 @@ import onnx
 from numpy.typing import NDArray
 
 from mpq.errors import ExportError
+from mpq.numerics import decibels
 from mpq.target import Arithmetic
 
 from . import foreign, runtime
@@ -197,7 +197,7 @@ def _sqnr(found: Sequence[Array], wanted: Sequence[Array]) -> float | None:
         return None
     noise = sum(float(np.square(a - b, dtype=np.float64).sum()) for a, b in pairs)
     power = sum(float(np.square(b, dtype=np.float64).sum()) for _, b in pairs)
-    return round(min(999.0, 10 * math.log10(power / noise)), 1) if power and noise else 999.0
+    return round(min(999.0, decibels(power, noise)), 1) if power else 999.0
 
 
 def _integers(file: Path, optimized: bytes | None) -> tuple[int | None, int | None]:

@@ -264,16 +264,11 @@ def qat(
     _check_weights(chosen, subject)
     changes = dict(settings or {}) | ({} if epochs is None else {"epochs": epochs})
     loaded = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
-    plan = TrainingPlan(loaded.override(changes), _teacher(teacher, subject))
-    if transform is not None:
-        plan = replace(plan, transform=_transform(transform, subject.info.input))
+    random = transform_of(transform, subject.info.input[1:])
+    plan = TrainingPlan(loaded.override(changes), _teacher(teacher, subject), transform=random)
     run = Run(None if folder is None else Path(folder), seed, device, resume)
     own = None if loss is None else loss_of(loss)
     return run_qat(chosen, subject, plan, run, hooks, loss=own)
-
-
-def _transform(asked: Transform | str, size: tuple[int, ...]) -> Transform:
-    return transform_of(asked, (size[1], size[2])) if isinstance(asked, str) else asked
 
 
 def _several(budget: Any) -> list[Any]:

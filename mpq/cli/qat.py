@@ -21,6 +21,7 @@ from mpq.policy import OutputKind, Policy
 from mpq.processes import leading
 from mpq.rundir import Run
 from mpq.train.plan import TrainingPlan
+from mpq.train.transforms import transform_of
 from mpq.wide import Int16Form, take_form
 
 
@@ -92,7 +93,7 @@ def qat(
     policy = policy.with_outputs(outputs)
     subject = policy_subject(policy, path, source, weights=True, trust_pickle=trust_pickle)
     subject = with_wishes(subject, wishes, Wanted(None, seed=seed))
-    random = training.transform_for(transform, subject.info.input)
+    random = transform_of(transform, subject.info.input[1:])
     guide = training.load_teacher(teacher, teacher_normalize, teacher_model)
     plan = TrainingPlan(chosen, guide, answers=answers, transform=random)
     run = Run(folder, seed, device, resume)

@@ -15,6 +15,7 @@ from mpq.report.grid import counted
 from mpq.report.words import NOWHERE, top1_text
 from mpq.rundir import Run
 from mpq.train.plan import TrainingPlan
+from mpq.train.transforms import transform_of
 
 
 @click.command()
@@ -85,7 +86,7 @@ def train(
     )
     if init is not None:
         initial_weights(subject, init)
-    random = training.transform_for(transform, subject.info.input)
+    random = transform_of(transform, subject.info.input[1:])
     guide = training.load_teacher(teacher, teacher_normalize, teacher_model)
     plan = TrainingPlan(chosen, guide, answers=answers, transform=random)
     run = Run(seed=seed, device=device, resume=resume)

@@ -24,7 +24,6 @@ from mpq.train.ensemble import Ensemble, load_ensemble
 from mpq.train.metrics import Record
 from mpq.train.plan import Hooks
 from mpq.train.recipe import Recipe
-from mpq.train.transforms import Transform, transform_of
 
 
 def _device(ctx: click.Context, param: click.Parameter, value: str) -> str:
@@ -80,11 +79,6 @@ transform = click.option(
     help="Of each training picture by the workers: crop (torchvision's RandomResizedCrop), or "
     "module:factory of a torchvision v2 transform.",
 )
-
-
-def transform_for(name: str | None, size: tuple[int, ...]) -> Transform | None:
-    """The transform that is asked for, to the `(C, H, W)` of a network."""
-    return None if name is None else transform_of(name, (size[1], size[2]))
 
 
 def _loss(ctx: click.Context, param: click.Parameter, value: str | None) -> LossFunction | None:

@@ -14,14 +14,6 @@ from mpq.errors import DataError
 from mpq.limits import current, exceeded
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-
-
-def is_image(name: str) -> bool:
-    """Whether the name is that of an image; hidden files and macOS litter are none."""
-    hidden = name.startswith((".", "__MACOSX/")) or "/." in name
-    return not hidden and name.lower().endswith(SUFFIXES)
-
-
 CENTRE = 0.875
 """Share of the shorter side that is kept of a large photograph: 224 of 256 pixels, the way the
 published accuracies of ImageNet networks are measured."""
@@ -71,6 +63,12 @@ def fit_array(images: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.ui
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 """Pillow's name for the pixels of an image, by their channels."""
+
+
+def is_image(name: str) -> bool:
+    """Whether the name is that of an image; hidden files and macOS litter are none."""
+    hidden = name.startswith((".", "__MACOSX/")) or "/." in name
+    return not hidden and name.lower().endswith(SUFFIXES)
 
 
 def mode_of(channels: int) -> str:

@@ -17,7 +17,6 @@ SMALL = 500_000
 """Multiply-accumulates that take about that long in float on one core."""
 BOUNDARIES = 0.15
 """Conversions per node from which on they are many; a file that is all integers has one or two."""
-CONVERT = ("QuantizeLinear", "DequantizeLinear")
 
 
 def find(facts: Facts) -> Iterator[Finding]:

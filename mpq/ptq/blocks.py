@@ -76,8 +76,7 @@ def _segments(graph: fx.Graph) -> list[tuple[list[fx.Node], fx.Node | None]]:
     """Nodes from cut to cut, each with the tensor that was alive where it begins."""
     nodes = list(graph.nodes)
     place = {n: i for i, n in enumerate(nodes)}
-    readers = {n: [u for u in n.users if u.op != "output"] for n in nodes}
-    last = {n: max((place[u] for u in readers[n]), default=-1) for n in nodes}
+    last = {n: max((place[u] for u in n.users if u.op != "output"), default=-1) for n in nodes}
     found: list[tuple[list[fx.Node], fx.Node | None]] = []
     alive: set[fx.Node] = set()
     segment: list[fx.Node] = []

@@ -37,8 +37,8 @@ class Transform:
     apply: Callable[..., Any]
 
 
-def transform_of(name: str, size: tuple[int, int]) -> Transform:
-    """The transform under a name.
+def transform_of(name: Transform | str | None, size: tuple[int, int]) -> Transform | None:
+    """The transform under a name; one that is one already, or None, as it is.
 
     Args:
         name: `crop`, or `module:factory`.
@@ -48,6 +48,8 @@ def transform_of(name: str, size: tuple[int, int]) -> Transform:
         UsageError: there is none.
         DataError: the factory fails, or gives nothing that can be called.
     """
+    if not isinstance(name, str):
+        return name
     if name == CROP:
         return Transform(name, transforms().RandomResizedCrop(size, antialias=True))
     if ":" not in name:
@@ -88,7 +90,7 @@ class Transformed:
 
     def _one(self, index: int) -> NDArray[Any]:
         with seeded(self.seed[0] % 2**32, self.seed[1], index):
-            made = applied(self.transform, self._picture(index))
+            made = self._applied(self._picture(index))
         found = as_pixels(made, f"what --transform {self.transform.name} gives of image {index}")
         if found.shape != self.images.shape[1:] or found.dtype != self.images.dtype:
             wanted = f"{self.images.dtype} {list(self.images.shape[1:])}"
@@ -106,14 +108,9 @@ class Transformed:
 
         return Image.fromarray(self.images[index].squeeze())
 
-
-def applied(transform: Transform, *sample: Any) -> Any:
-    """What a transform makes of a sample.
-
-    Raises:
-        DataError: it fails; the message has the user's line.
-    """
-    try:
-        return transform.apply(*sample)
-    except Exception as error:
-        raise DataError(f"--transform {transform.name} failed with {raised(error)}") from error
+    def _applied(self, picture: Any) -> Any:
+        try:
+            return self.transform.apply(picture)
+        except Exception as error:  # the user's code can fail in any way
+            name = self.transform.name
+            raise DataError(f"--transform {name} failed with {raised(error)}") from error
