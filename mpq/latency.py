@@ -18,7 +18,7 @@ from typing import Any
 
 from mpq.errors import PolicyError, UsageError, nearest
 from mpq.files import write_text
-from mpq.limits import read_text
+from mpq.limits import read_named
 
 VERSION = 1
 Edge = tuple[str, str]
@@ -170,15 +170,8 @@ class LatencyProfile:
         Raises:
             UsageError: there is no such file, or it is something else.
         """
-        try:
-            text = read_text(path, UsageError)
-        except FileNotFoundError:
-            raise UsageError(
-                f"latency profile {path} does not exist. `mpq profile MODEL` writes one."
-            ) from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"latency profile {path} cannot be read: {error}") from None
-        return cls.from_json(text, str(path))
+        remedy = "`mpq profile MODEL` writes one."
+        return cls.from_json(read_named(path, "latency profile", UsageError, remedy), str(path))
 
 
 def _layer(cost: dict[str, Any]) -> LayerLatency:

@@ -135,6 +135,23 @@ def read_text(path: Path, error: type[MpqError]) -> str:
     return path.read_text(encoding="utf-8")
 
 
+def read_named(path: str | Path, what: str, error: type[MpqError], remedy: str) -> str:
+    """The text of a file that a user has named.
+
+    Args:
+        path: the file.
+        what: what it should hold, for messages: "policy".
+        error: raised with one message.
+        remedy: what to do where there is no such file.
+    """
+    try:
+        return read_text(Path(path), error)
+    except FileNotFoundError:
+        raise error(f"{what} {path} does not exist. {remedy}") from None
+    except (OSError, UnicodeDecodeError) as wrong:
+        raise error(f"{what} {path} cannot be read: {wrong}") from None
+
+
 def read_json(path: Path, error: type[MpqError], writer: str) -> Any:
     """Content of a JSON file; of `.jsonl` its lines, None where there are none.
 

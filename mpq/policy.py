@@ -13,7 +13,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
-import yaml
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -27,10 +26,10 @@ from mpq.errors import PolicyError, nearest
 from mpq.fields import Float, Input, Spec
 from mpq.files import write_text
 from mpq.layers import LayerChoice
-from mpq.limits import current, exceeded, read_text
+from mpq.limits import current, exceeded, read_named
 from mpq.spec import QuantSpec, activation_spec, weight_spec
 from mpq.targets import get_target, this_target
-from mpq.yamltext import explain, load, one_line, section
+from mpq.yamltext import explain, mapping, section
 
 CHANNELS = 1024
 """Of an image, at most."""
@@ -285,15 +284,7 @@ class Policy(_Value):
         Raises:
             PolicyError: text that is not YAML, an unknown key, a value of the wrong form.
         """
-        try:
-            data = load(text)
-        except yaml.YAMLError as error:
-            raise PolicyError(f"{where} is not valid YAML: {one_line(error)}") from None
-        if not isinstance(data, dict):
-            raise PolicyError(
-                f"{where} must be a YAML mapping that begins with `version: 1`. "
-                f"Got {type(data).__name__} instead."
-            )
+        data = mapping(text, where, PolicyError, "that begins with `version: 1`")
         if data.get("version") != 1:
             raise PolicyError(f"{where}: version must be 1. Got {data.get('version')!r} instead.")
         try:
@@ -308,15 +299,8 @@ class Policy(_Value):
         Raises:
             PolicyError: the file is missing, unreadable or not a policy.
         """
-        try:
-            text = read_text(Path(path), PolicyError)
-        except FileNotFoundError:
-            raise PolicyError(
-                f"policy {path} does not exist. `mpq analyze MODEL` writes one."
-            ) from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise PolicyError(f"policy {path} cannot be read: {error}") from None
-        return cls.from_yaml(text, str(path))
+        remedy = "`mpq analyze MODEL` writes one."
+        return cls.from_yaml(read_named(path, "policy", PolicyError, remedy), str(path))
 
 
 def _none_if_float(spec: QuantSpec | Float) -> QuantSpec | None:

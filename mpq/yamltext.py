@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import yaml
 from pydantic import ValidationError
 
 from mpq import limits
-from mpq.errors import nearest
+from mpq.errors import MpqError, nearest
 
 
 def section(key: str, value: object) -> str:
@@ -66,6 +67,19 @@ def load(text: str) -> object:
         raise yaml.YAMLError(str(error)) from None
     finally:
         loader.dispose()
+
+
+def mapping(text: str, where: str, error: type[MpqError], example: str) -> dict[Any, Any]:
+    """`load` of a text that must be a mapping; `where` and `example` go into the message."""
+    try:
+        values = load(text)
+    except yaml.YAMLError as wrong:
+        raise error(f"{where} is not valid YAML: {one_line(wrong)}") from None
+    if not isinstance(values, dict):
+        raise error(
+            f"{where} must be a YAML mapping {example}. Got {type(values).__name__} instead."
+        )
+    return values
 
 
 def _check(node: yaml.Node, counted: dict[int, int]) -> int:

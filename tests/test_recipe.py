@@ -44,7 +44,7 @@ def test_override_converts_text_and_leaves_the_original():
         ("batch: 10\naccumulate: 3", r"batch must be a multiple of accumulate \(3\)"),
         ("label_weight: 0\ndistill_weight: 0", r"one of label_weight and distill_weight"),
         ("- 1\n- 2", r"must be a YAML mapping.* Got list"),
-        ("a: [", r"is not YAML"),
+        ("a: [", r"is not valid YAML"),
     ],
 )
 def test_bad_recipes_say_why(tmp_path, text, message):

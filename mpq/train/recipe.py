@@ -16,8 +16,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from mpq.errors import UsageError, nearest
-from mpq.limits import read_text
-from mpq.yamltext import load
+from mpq.limits import read_named
+from mpq.yamltext import mapping
 
 WeightingName = Literal["mean", "vote", "entropy", "confidence", "gradient", "dynamic"]
 
@@ -179,29 +179,15 @@ class Recipe(BaseModel):
         if text in cls.names():
             source = resources.files("mpq.train").joinpath("recipes", f"{text}.yaml")
             return cls.parse(source.read_text(encoding="utf-8"), where=f"recipe {text}")
-        if not Path(text).is_file():
-            raise UsageError(
-                f"recipe must be one of {', '.join(cls.names())} or a YAML file. Got {text!r}, "
-                f"which is no file{nearest(text, cls.names())}"
-            )
-        try:
-            return cls.parse(read_text(Path(text), UsageError), where=f"recipe {text}")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"recipe {text} cannot be read: {error}") from None
+        remedy = (
+            f"It must be one of {', '.join(cls.names())} or a YAML file{nearest(text, cls.names())}"
+        )
+        return cls.parse(read_named(text, "recipe", UsageError, remedy), where=f"recipe {text}")
 
     @classmethod
     def parse(cls, text: str, *, where: str = "recipe") -> Recipe:
         """Read YAML text; `where` names it in messages. Raises as `load`."""
-        try:
-            values = load(text)
-        except yaml.YAMLError as error:
-            raise UsageError(f"{where} is not YAML: {' '.join(str(error).split())}") from None
-        if not isinstance(values, dict):
-            raise UsageError(
-                f"{where} must be a YAML mapping such as `lr: 0.1`. "
-                f"Got {type(values).__name__} instead."
-            )
-        return _validate(values, where)
+        return _validate(mapping(text, where, UsageError, "such as `lr: 0.1`"), where)
 
     def to_yaml(self) -> str:
         """All keys with their values, as a recipe file."""
