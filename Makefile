@@ -52,6 +52,9 @@ lint: $(STAMP)
 	rm -rf build/typed && mkdir -p build/typed
 	cp -r mpq build/typed/mpq && cp -r export policies build/typed/mpq/
 	cd build/typed && $(abspath $(BIN))/mypy --config-file ../../pyproject.toml
+	cp -r benchmarks build/typed/
+	cd build/typed && MYPYPATH=benchmarks $(abspath $(BIN))/mypy --config-file ../../.ci/benchmarks.ini \
+		$(patsubst benchmarks/%.py,-m %,$(wildcard benchmarks/*.py)) -m benchmarks.study.__main__
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

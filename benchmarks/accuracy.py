@@ -31,6 +31,7 @@ from common import UNIFORM, accuracy_of, answers, setting, uniform
 
 from mpq.analyze import Scoring, Search, build_policy, score_layers
 from mpq.analyze.sensitivity import Sensitivity
+from mpq.checkpoint import Reading
 from mpq.data import Normalization, load_arrays
 from mpq.export import float_to_onnx, to_onnx
 from mpq.export.peers import onnxruntime_static
@@ -91,7 +92,7 @@ class Bench:
         self.subject: Subject = open_checkpoint(
             Path(os.environ["MPQ_DATA"]) / "checkpoints" / network.file,
             DataSource(network.data),
-            arch=network.arch,
+            reading=Reading(arch=network.arch),
             normalize=Normalization.parse(network.normalize),
         )
         self.folder: Path = options.out / name

@@ -165,7 +165,7 @@ def _could(made: Network, graph: QuantGraph) -> int:
     Those of the network that are no layers of the graph count as such.
     """
     called: dict[str, Any] = {}
-    names = {module: name for name, module in made.module.named_modules()}
+    names: dict[nn.Module, str] = {module: name for name, module in made.module.named_modules()}
     with hooked(
         module.register_forward_hook(lambda one, *_: called.setdefault(names[one], one))
         for module in names

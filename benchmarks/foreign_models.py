@@ -113,3 +113,28 @@ class TinyResNet8(nn.Module):
 def mlperf_tiny_resnet8(classes: int = 10) -> nn.Module:
     """ResNet-8 of MLPerf Tiny."""
     return TinyResNet8(classes)
+
+
+def leaky_mobilenet(classes: int = 10) -> nn.Module:
+    """MobileNetV1 x0.25 (Howard et al. 2017, arXiv:1704.04861) with LeakyReLU, for 32 pixels.
+
+    The kind of network that face detectors stand on, where depthwise layers meet an activation
+    that is not flat below zero (slope 0.1). The stem keeps the size and three layers halve it.
+    """
+    widths = [(8, 16, 1), (16, 32, 2), (32, 32, 1), (32, 64, 2), (64, 64, 1), (64, 128, 2)]
+    widths += [(128, 128, 1)] * 5 + [(128, 256, 1), (256, 256, 1)]
+    return nn.Sequential(
+        _leaky(3, 8, 3),
+        *(
+            nn.Sequential(_leaky(i, i, 3, stride=s, groups=i), _leaky(i, o, 1))
+            for i, o, s in widths
+        ),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(256, classes),
+    )
+
+
+def _leaky(inputs: int, outputs: int, size: int, *, stride: int = 1, groups: int = 1) -> nn.Module:
+    conv = nn.Conv2d(inputs, outputs, size, stride, size // 2, groups=groups, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.LeakyReLU(0.1))

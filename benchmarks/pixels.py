@@ -60,11 +60,11 @@ def main() -> None:
     runners.append(lambda: HOW.apply(pixels[:1]))
     times = interleave(runners, runs=args.rounds, clock=time.thread_time)
     print(f"{args.model}, onnxruntime {runtime.version()}, {args.rounds} rounds")
-    for name, made, row in zip(INPUTS, certificates, times, strict=False):
+    for name, told, row in zip(INPUTS, certificates, times, strict=False):
         ratio = np.median(row / times[0])
         print(
             f"{name}: {1000 * np.median(row):.3f} ms, {ratio:.3f} of that of normalized images, "
-            f"{made.integer_macs_fraction:.2%} integer, {made.boundaries} boundaries"
+            f"{told.integer_macs_fraction:.2%} integer, {told.boundaries} boundaries"
         )
     print(f"numpy: {1000 * np.median(times[-1]):.3f} ms")
 

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from mpq.analyze import Scoring, Search, candidates, score_layers
 from mpq.analyze.cost import effective_bits
 from mpq.analyze.sensitivity import Sensitivity
+from mpq.checkpoint import Reading
 from mpq.data import Normalization
 from mpq.files import write_json
 from mpq.graph.ir import QuantGraph
@@ -167,7 +168,7 @@ def main() -> None:
     normalize = Normalization.parse(args.normalize) if args.normalize else None
     trust(args.model or "")  # the user has named it
     subject = open_checkpoint(
-        args.checkpoint, DataSource(args.data), arch=args.model, normalize=normalize
+        args.checkpoint, DataSource(args.data), reading=Reading(args.model), normalize=normalize
     )
     graph = subject.graph()
     start = time.process_time()

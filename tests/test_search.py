@@ -2,9 +2,12 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
 import random
+from typing import Any
 
 import pytest
+from scipy.optimize import milp
 
 from mpq.analyze import Search, build_policy, candidates, cost, locked_widths
 from mpq.analyze.cost import Allocation
@@ -176,6 +179,20 @@ def test_a_large_search_is_exact() -> None:
             changed = {**found.widths, name: other}
             worse = s.predict(changed) >= found.objective - 1e-12
             assert pair == other or worse or not meets(s, changed, constraints)
+
+
+def test_what_the_solver_leaves_on_stdout_is_not_told(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """HiGHS prints some debugging to the C stdout; others may write there at the same time."""
+
+    def leaky(*args: Any, **options: Any) -> Any:
+        os.write(1, b"HighsMipSolverData::debris\nanother thread's line\n")
+        return milp(*args, **options)
+
+    monkeypatch.setattr("mpq.analyze.solver.milp", leaky)
+    Search(problem(5)).allocate(Constraints(effective_bits=6.0))
+    assert set(capfd.readouterr().out.splitlines()) == {"another thread's line"}
 
 
 def test_the_least_cost_is_found_by_halves() -> None:

@@ -23,6 +23,7 @@ from benchmarks.study.plan import PLANS, Plan  # noqa: E402
 from benchmarks.study.shelf import Shelf  # noqa: E402
 from benchmarks.study.stages import select, stages_of  # noqa: E402
 from benchmarks.study.work import Study  # noqa: E402
+from mpq import trusting  # noqa: E402
 from mpq.errors import UsageError  # noqa: E402
 
 SMALL = """
@@ -227,6 +228,14 @@ def test_a_teacher_of_other_classes_is_refused_before_any_work(
     with pytest.raises(UsageError, match=r"network teacher must tell the 100 classes of cifar100"):
         study.run()
     assert told == []
+
+
+def test_a_checkpoint_of_a_users_architecture_is_read(mpq_data: Path, tmp_path: Path) -> None:
+    short = Plan.load(PLANS / "cifar100-resnet20.yaml").rehearsal(16)
+    made = Shelf(tmp_path / "runs", short.name)
+    with trusting(*short.code()):
+        Study(short, made, tmp_path / "kept", "cpu", Clock(), print).run(("network-public*",))
+    assert len(list(made.root.glob("network-public-s0-*/model.pth"))) == 1
 
 
 @pytest.mark.parametrize("path", sorted(PLANS.glob("*.yaml")), ids=lambda p: p.stem)

@@ -18,7 +18,7 @@ from torch import nn
 
 from benchmarks.study.clock import Clock
 from benchmarks.study.plan import Data, Network, Plan, checkpoint_file
-from mpq.checkpoint import load_model, save_model
+from mpq.checkpoint import Reading, load_model, save_model
 from mpq.data import DataSet, Normalization, open_data, sample_indices
 from mpq.data.dataset import subset
 from mpq.pipeline.subject import DataSource, Subject, open_checkpoint
@@ -200,7 +200,7 @@ def _read(part: Network, data: Data) -> Subject:
     assert part.checkpoint is not None
     how = Normalization.parse(part.normalize) if part.normalize else None
     subject = open_checkpoint(
-        checkpoint_file(part.checkpoint), source_of(data), arch=part.arch, normalize=how
+        checkpoint_file(part.checkpoint), source_of(data), reading=Reading(part.arch), normalize=how
     )
     return replace(subject, data=shaped(subject.require_data("the study"), data))
 

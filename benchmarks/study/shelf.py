@@ -13,11 +13,11 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import mpq
-import mpq.export
 from benchmarks.study.stages import Stage
 from mpq import files
 from mpq.errors import UsageError
@@ -32,7 +32,7 @@ Result = dict[str, Any]
 def code_version() -> str:
     """Short hash of the sources that compute: mpq, its back end and this study."""
     digest = hashlib.sha256()
-    for file in (mpq.__file__, mpq.export.__file__, __file__):
+    for file in (mpq.__file__, str(import_module("mpq.export").__file__), __file__):
         root = Path(file).parent
         for path in sorted(p for p in root.rglob("*") if p.suffix in (".py", ".yaml")):
             place = path.relative_to(root)

@@ -10,6 +10,11 @@ and E. Zemel, "An Algorithm for Large Zero-One Knapsack Problems", 1980).
 
 from __future__ import annotations
 
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -119,17 +124,18 @@ def _relax(program: Program) -> tuple[float, Vector] | None:
 def _search(program: Program, core: Flags) -> tuple[Vector, float, bool] | None:
     """Best vector among those that are 0 outside of `core`, its value, whether time ran out."""
     picked = np.flatnonzero(core)
-    result: OptimizeResult = milp(
-        program.objective[picked],
-        integrality=program.integer[picked].astype(float),
-        bounds=Bounds(0, program.upper[picked]),
-        constraints=[
-            LinearConstraint(program.equal[:, picked], program.to, program.to),
-            LinearConstraint(program.less[:, picked], -np.inf, program.limit),
-        ],
-        # Without presolve: mapping a solution back, HiGHS 1.12 may write to the C stdout.
-        options={"mip_rel_gap": 0.0, "presolve": False, "time_limit": SECONDS},
-    )
+    with _without_debris():
+        result: OptimizeResult = milp(
+            program.objective[picked],
+            integrality=program.integer[picked].astype(float),
+            bounds=Bounds(0, program.upper[picked]),
+            constraints=[
+                LinearConstraint(program.equal[:, picked], program.to, program.to),
+                LinearConstraint(program.less[:, picked], -np.inf, program.limit),
+            ],
+            # Without presolve: mapping a solution back, HiGHS 1.12 may write to the C stdout.
+            options={"mip_rel_gap": 0.0, "presolve": False, "time_limit": SECONDS},
+        )
     if result.x is None:
         if result.status in INFEASIBLE:
             return None
@@ -138,3 +144,24 @@ def _search(program: Program, core: Flags) -> tuple[Vector, float, bool] | None:
     z[picked] = result.x
     z[program.integer] = np.round(z[program.integer])
     return z, float(result.fun), result.status == 1
+
+
+@contextmanager
+def _without_debris() -> Iterator[None]:
+    """HiGHS 1.12 leaves lines of debugging on the C stdout, where a result may be read from.
+
+    What anybody else writes there meanwhile is passed on.
+    """
+    sys.stdout.flush()
+    kept = os.dup(1)
+    with tempfile.TemporaryFile() as caught:
+        os.dup2(caught.fileno(), 1)
+        try:
+            yield
+        finally:
+            os.dup2(kept, 1)
+            os.close(kept)
+            caught.seek(0)
+            for line in caught:
+                if not line.startswith(b"Highs"):
+                    os.write(1, line)

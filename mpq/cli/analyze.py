@@ -133,7 +133,7 @@ def analyze(
     )
     subject = with_wishes(subject, wishes, Wanted(how.samples, HELD_OUT, seed))
     _introduce(of.path, subject)
-    with terminal.bars() as tell, terminal.quiet_c():
+    with terminal.bars() as tell:
         found = find_policy(subject, budgets, how, Run(folder, seed, device, progress=tell))
     if leading():
         write_analysis(found, folder, force=force)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -73,22 +71,6 @@ def bars() -> Iterator[Tell]:
             progress.update(tasks[phase], completed=done, total=total, note=escape(note))
 
         yield tell
-
-
-@contextmanager
-def quiet_c() -> Iterator[None]:
-    """What C libraries print to their stdout goes to stderr; the search's solver does so at times.
-
-    Nothing may be printed inside: Python's own stdout goes the same way.
-    """
-    sys.stdout.flush()
-    kept = os.dup(1)
-    try:
-        os.dup2(2, 1)
-        yield
-    finally:
-        os.dup2(kept, 1)
-        os.close(kept)
 
 
 def say(text: str) -> None:
