@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import mpq
-from mpq import zoo
+from mpq import origins, zoo
 from mpq.analyze.validate import spearman
 from mpq.checkpoint import save_model
 from mpq.cli import main
@@ -342,6 +342,27 @@ def test_a_run_is_diagnosed_by_its_files_alone(
     assert "channel 2 of its input is an outlier" in mpq.report("runs/a").read_text()
     hint(Path("runs/a"))
     assert capsys.readouterr().err == "1 finding: mpq diagnose runs/a\n"
+
+
+def test_page_and_hint_know_of_a_bad_training_as_diagnose_does(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mpq.analyze(tiny(), images(), num_calib=64).save(tmp_path)
+    hint(tmp_path)
+    assert capsys.readouterr().err == ""
+    metrics = {"calibrated_top1": 90.0, "validation_top1": 60.0, "validation_images": 500}
+    torch.save({"metrics": {**metrics, "epochs": 1}}, tmp_path / "qat.pth")
+    origins.note(tmp_path, tmp_path, "qat", {"qat.pth": {}})
+    (one,) = mpq.diagnose(tmp_path).findings
+    assert one.cause.startswith("the training made it worse")
+    assert one.cause in mpq.report(tmp_path).read_text()
+    capsys.readouterr()
+    hint(tmp_path)
+    assert capsys.readouterr().err.startswith("1 finding: mpq diagnose ")
+    (tmp_path / "origins.json").unlink()  # then the file itself is all there is to ask
+    (tmp_path / "qat.pth").write_bytes(b"cut off")
+    hint(tmp_path)
+    assert capsys.readouterr().err == ""
 
 
 def test_stale_and_damaged_files_are_not_believed(

@@ -1,15 +1,18 @@
-"""`Facts`: what the files of a run say, as the rules of diagnosis read it. No torch here."""
+"""`Facts`: what the files of a run say, as the rules of diagnosis read it.
+
+No torch here, except to read what a training says of itself.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from mpq import limits, origins
-from mpq.errors import UsageError
+from mpq import limits, origins, rundir
+from mpq.errors import CheckpointError, UsageError
 from mpq.layers import Widths
 from mpq.policy import Policy
 
@@ -70,7 +73,7 @@ class Facts:
         policy = folder / "policy.yaml"
         if policy.is_file():
             found["policy"], looked = Policy.load(policy), ("policy.yaml", *looked)
-        return replace(cls(**found), looked_at=looked)
+        return cls(**found, trained=_trained(folder), looked_at=looked)
 
     @property
     def missing(self) -> dict[str, str]:
@@ -143,3 +146,20 @@ def _content(path: Path) -> Any:
     if path.name == "bench.jsonl" and not origins.is_of(path, "model.onnx"):
         return None
     return limits.read_json(path, UsageError, READ[path.name])
+
+
+def _trained(folder: Path) -> Json | None:
+    """The metrics of `qat.pth`, where the run's file is made from it, or will be."""
+    model, trained = folder / "model.onnx", folder / rundir.STAGES["qat"]
+    name = origins.made_of(model, rundir.QUANTIZED) if model.is_file() else None
+    newest = folder / name if name else origins.newest(folder, rundir.QUANTIZED)
+    if newest != trained or not trained.is_file() or origins.doubt(trained):
+        return None
+    from mpq._torchfile import load_safe  # torch: seconds of import, for trained runs alone
+
+    try:
+        content = load_safe(trained)
+    except CheckpointError:  # as what is stale; whoever takes it says what is wrong with it
+        return None
+    metrics = content.get("metrics") if isinstance(content, dict) else None
+    return metrics if isinstance(metrics, dict) else None

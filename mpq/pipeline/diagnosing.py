@@ -9,8 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mpq import files, origins, rundir
-from mpq._torchfile import load_safe
+from mpq import files, origins
 from mpq.data import DataSource
 from mpq.diagnose import Diagnosis, Facts, findings
 from mpq.diagnose.tensors import IMAGES, measure
@@ -51,24 +50,11 @@ def diagnose_run(
         if tensors is not None:
             _keep(folder, TENSORS, tensors)
             facts = Facts.of(folder)
-    facts = replace(facts, trained=_trained(folder))
     if not facts.looked_at:
         raise UsageError(f"{folder} holds nothing of a run. Name one, as mpq analyze writes it.")
     found = findings(facts)
     _keep(folder, "diagnosis.json", found.to_json())
     return found
-
-
-def _trained(folder: Path) -> dict[str, Any] | None:
-    """The metrics of `qat.pth`, where the run's file is made from it, or will be."""
-    model, trained = folder / "model.onnx", folder / rundir.STAGES["qat"]
-    name = origins.made_of(model, rundir.QUANTIZED) if model.is_file() else None
-    newest = folder / name if name else origins.newest(folder, rundir.QUANTIZED)
-    if newest != trained or not trained.is_file() or origins.doubt(trained):
-        return None
-    content = load_safe(trained)
-    metrics = content.get("metrics") if isinstance(content, dict) else None
-    return metrics if isinstance(metrics, dict) else None
 
 
 def diagnose_results(results: Sequence[Result]) -> Diagnosis:
