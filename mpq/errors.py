@@ -7,6 +7,8 @@ turns any `MpqError` into one message and exit code 2.
 from __future__ import annotations
 
 import difflib
+import re
+import textwrap
 from collections.abc import Iterable
 
 
@@ -50,6 +52,22 @@ def printable(text: str) -> str:
     """A text as a terminal may get it: control characters, which it would obey, are escaped."""
     plain = (c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
     return "".join(plain)
+
+
+def folded(text: str, width: int) -> str:
+    """A text whose lines are broken between words at `width`; a `command` in it stays whole."""
+    bound = re.sub(r"`[^`]*`", lambda found: found[0].replace(" ", "\xa0"), text)
+    lines = (
+        textwrap.fill(
+            line,
+            width,
+            break_long_words=False,
+            break_on_hyphens=False,
+            subsequent_indent=" " * (len(line) - len(line.lstrip())),
+        )
+        for line in bound.split("\n")
+    )
+    return "\n".join(lines).replace("\xa0", " ")
 
 
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:

@@ -130,7 +130,8 @@ def touch_run(folder: Path) -> Path:
         write_text(_pointer(), lines)
         sweep(RUNS, older_than=60.0)  # other commands write there too
     except OSError as error:
-        logger.info("which run is the newest is not noted: %s: %s", RUNS, error.strerror)
+        told = "%s cannot be written (%s): name %s to the commands that follow"
+        logger.warning(told, RUNS, error.strerror, folder)
     remember_trust(folder)
     return folder
 

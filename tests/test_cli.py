@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import re
 import signal
@@ -13,9 +14,10 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from rich.console import Console
 
 from mpq import files, rundir
-from mpq.cli import COMMANDS, Entry, main
+from mpq.cli import COMMANDS, Entry, main, terminal
 from mpq.errors import UsageError
 from mpq.export.meta import KEY, to_metadata
 from mpq.policy import DataInfo, ModelInfo, Policy
@@ -111,6 +113,29 @@ def test_an_error_of_ours_is_one_message(command, capsys):
     command("from mpq.errors import PolicyError", "raise PolicyError('no such layer')")
     assert main(["probe"]) == 2
     assert capsys.readouterr().err == "error: no such layer\n"
+
+
+def test_messages_are_folded_on_a_terminal_and_whole_in_a_pipe(command, capsys, monkeypatch):
+    told = "one " * 18 + "`mpq analyze model.pth` does it"
+    command("from mpq.errors import PolicyError", f"raise PolicyError({told!r})")
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["probe"]) == 2
+    assert capsys.readouterr().err == f"error: {told}\n"
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert main(["probe"]) == 2
+    folded = "error: " + "one " * 18  # a command is not broken, so that it can be copied
+    assert capsys.readouterr().err == f"{folded.rstrip()}\n`mpq analyze model.pth` does it\n"
+
+
+def test_notes_stand_above_the_bars_of_progress(capsys, monkeypatch):
+    terminal_of_80 = Console(stderr=True, width=80, force_terminal=True, color_system=None)
+    monkeypatch.setattr(terminal, "stderr", terminal_of_80)
+    with terminal.bars() as tell:
+        tell("scoring", 1, 2)
+        note = logging.makeLogRecord({"msg": "%s is not \x07 kept", "args": ("this",)})
+        terminal.Notes().emit(note)
+    lines = re.split(r"\r|\n|\x1b\[[^A-Za-z]*[A-Za-z]", capsys.readouterr().err)
+    assert r"note: this is not \x07 kept" in lines
 
 
 def test_what_the_system_refuses_is_one_message(command, capsys):

@@ -6,8 +6,8 @@ A command is one file with one click command and no logic. `mpq --help` imports 
 from __future__ import annotations
 
 import importlib
-import logging
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from click.shell_completion import CompletionItem
 from mpq import __version__, interrupts, threads
 from mpq.allocator import keep_freed
 from mpq.cli.everywhere import listen, renamed, with_common
-from mpq.errors import MpqError, UsageError, nearest, printable
+from mpq.errors import MpqError, UsageError, folded, nearest, printable
 from mpq.limits import limited, set_limit
 from mpq.userimport import trusting
 
@@ -136,18 +136,7 @@ def cli(quiet: bool, verbose: bool, limits: tuple[str, ...]) -> None:
     """
     for limit in limits:
         set_limit(limit)
-    handler = logging.StreamHandler()
-    handler.setFormatter(_Printable("note: %(message)s"))
-    logging.basicConfig(handlers=[handler])
     listen(quiet=quiet, verbose=verbose)
-
-
-class _Printable(logging.Formatter):
-    """Without the control characters that names in files may hold."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """As of the base class."""
-        return printable(super().format(record))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -226,4 +215,8 @@ def _fail(message: str) -> int:
 
 
 def _tell(message: str) -> None:
-    click.echo(printable(message), err=True)
+    """A message on stderr, on a terminal broken between words where that ends."""
+    message = printable(message)
+    if sys.stderr.isatty():
+        message = folded(message, shutil.get_terminal_size().columns)
+    click.echo(message, err=True)

@@ -41,6 +41,7 @@ def listen(*, quiet: bool, verbose: bool) -> None:
     """Say everything on stderr, the usual, or nothing but errors."""
     from mpq.cli import terminal  # rich, which the list of commands need not wait for
 
+    logging.basicConfig(format="%(message)s", handlers=[terminal.Notes()])
     terminal.stderr.quiet = quiet
     level = logging.ERROR if quiet else logging.INFO if verbose else logging.WARNING
     logging.getLogger("mpq").setLevel(level)

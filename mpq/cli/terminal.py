@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import textwrap
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +22,7 @@ from rich.progress import (
 )
 
 from mpq.diagnose import Facts, findings
-from mpq.errors import printable
+from mpq.errors import folded, printable
 from mpq.processes import leading
 from mpq.report.grid import Grid, counted
 
@@ -76,25 +76,27 @@ def bars() -> Iterator[Tell]:
 def say(text: str) -> None:
     """One line on stderr: what was chosen, what was written. The leading process speaks."""
     if leading():
-        stderr.print(_folded(printable(text), stderr), markup=False, soft_wrap=True)
+        _print(stderr, text)
 
 
 def show(text: str) -> None:
     """A line of the result on stdout."""
-    stdout.print(_folded(printable(text), stdout), markup=False, soft_wrap=True)
+    _print(stdout, text)
 
 
-def _folded(text: str, console: Console) -> str:
-    """A line, on a terminal broken between words where that ends; in a pipe it stays whole."""
-    if not console.is_terminal:
-        return text
-    return textwrap.fill(
-        text,
-        console.width,
-        break_long_words=False,
-        break_on_hyphens=False,
-        subsequent_indent=" " * (len(text) - len(text.lstrip())),
-    )
+def _print(console: Console, text: str) -> None:
+    """Text, on a terminal broken between words where that ends; in a pipe it stays whole."""
+    shown = printable(text)
+    shown = folded(shown, console.width) if console.is_terminal else shown
+    console.print(shown, markup=False, soft_wrap=True)
+
+
+class Notes(logging.Handler):
+    """What is logged, said above the progress bars if there are any."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Say it."""
+        say(f"note: {self.format(record)}")
 
 
 def hint(folder: Path) -> None:

@@ -98,7 +98,7 @@ def profile_module(
         found.save(path)
         trim(path)
     except OSError as error:
-        logger.warning("the profile is not cached in %s: %s", path.parent, error)
+        logger.warning("the profile is not cached in %s: %s", path.parent, error.strerror)
     return found
 
 

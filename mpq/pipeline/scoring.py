@@ -51,7 +51,7 @@ def scores_of(
     if run.folder is None:
         return score_layers(graph, images, labels, how, progress=tell), None
     key = how.key(graph, images, labels)
-    kept = rundir.RUNS / KEPT / f"{key}.json"
+    kept = rundir.RUNS / KEPT / f"{key[:16]}.json"
     for place in () if rescore else (run.folder / "sensitivity.json", kept):
         found = _read(place, key)
         if found is not None:
@@ -79,4 +79,4 @@ def _keep(made: Sensitivity, path: Path) -> None:
     try:
         files.write_json(path, made.to_json())
     except OSError as error:
-        logger.warning("scores are not kept in %s: %s", path.parent, error)
+        logger.warning("scores are not kept in %s: %s", path.parent, error.strerror)

@@ -152,9 +152,10 @@ def test_the_newest_run_need_not_be_noted(
     """A working directory that cannot be written to: here, `runs` is a file."""
     monkeypatch.chdir(tmp_path)
     Path("runs").touch()
-    with caplog.at_level(logging.INFO, logger="mpq"):
+    with caplog.at_level(logging.WARNING, logger="mpq"):
         rundir.touch_run(tmp_path / "elsewhere")
-    assert "which run is the newest is not noted" in caplog.text
+    told = f"runs cannot be written (File exists): name {tmp_path / 'elsewhere'} to the commands"
+    assert told in caplog.text
     assert (tmp_path / "elsewhere").is_dir()
 
 
