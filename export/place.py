@@ -8,6 +8,8 @@
   weights of its own. Its WeightBiasQuantization pass matches a Conv or Gemm whose output reaches a
   QuantizeLinear directly or through Relu or Clip, and its QDQPropagation pass first moves that
   QuantizeLinear up through moves. A Max after the layer is outside the pattern.
+- So is an integer Gemm or MatMul before a Relu or Clip that no QuantizeLinear absorbs: onnxruntime
+  looks through a lone clamp for a QuantizeLinear, and leaves the layer in float without one.
 - A strided stem works on blocks of pixels (`stem.py`).
 """
 
@@ -98,26 +100,61 @@ def _sink_one(graph: ir.Graph, dq: ir.Node, move: ir.Node) -> list[ir.Node]:
 
 
 def guard(graph: ir.Graph) -> int:
-    """Keep the runtime from quantizing layers that the policy keeps in float or 16 bits."""
+    """Put a Max behind layers that the runtime would take for others; return how many times."""
     count = 0
     for node in list(graph):
-        if node.op_type not in GUARDED or weight_decoding(node) is not None:
-            continue
-        out = node.outputs[0]
-        for reader, index in list(out.uses()):
-            if not _reaches_quantize(reader):
-                continue
-            relu, write = reader.op_type == "Relu", Writer(graph, reader)
-            bound = write.constant(np.float32(0) if relu else LOWEST)
-            guarded = write.node("Max", out, bound)
-            if relu:
-                take_over(reader.outputs[0], guarded)
-                graph.remove(reader, safe=True)
-            else:
-                guarded.shape, guarded.type = out.shape, out.type
-                reader.replace_input_with(index, guarded)
-            count += 1
+        floats = node.op_type in GUARDED and weight_decoding(node) is None
+        for reader, index in list(node.outputs[0].uses()):
+            if _reaches_quantize(reader) if floats else _hides(node, reader):
+                _put_max(graph, reader, index)
+                count += 1
     return count
+
+
+def _put_max(graph: ir.Graph, reader: ir.Node, index: int) -> None:
+    """A Max in the place of a Relu, or before any other reader."""
+    relu, write, out = reader.op_type == "Relu", Writer(graph, reader), reader.inputs[index]
+    assert out is not None
+    guarded = write.node("Max", out, write.constant(np.float32(0) if relu else LOWEST))
+    if relu:
+        take_over(reader.outputs[0], guarded)
+        graph.remove(reader, safe=True)
+    else:
+        guarded.shape, guarded.type = out.shape, out.type
+        reader.replace_input_with(index, guarded)
+
+
+def _hides(node: ir.Node, clamp: ir.Node) -> bool:
+    """Whether a Relu or Clip keeps the runtime from an integer layer whose answer is floats."""
+    if node.op_type not in ("Gemm", "MatMul") or clamp.op_type not in ("Relu", "Clip"):
+        return False
+    read = None if node.inputs[0] is None else node.inputs[0].producer()
+    decoded = read is not None and read.op_type == "DequantizeLinear" and weight_decoding(node)
+    readers = list(clamp.outputs[0].uses())
+    if not decoded or len(node.outputs[0].uses()) != 1 or len(readers) != 1:
+        return False
+    return not _absorbs(readers[0][0], clamp)
+
+
+def _absorbs(quantize: ir.Node, clamp: ir.Node) -> bool:
+    """Whether the saturation of a QuantizeLinear does what a clamp before it does."""
+    grid = [v.const_value for v in quantize.inputs[1:] if v is not None and v.const_value]
+    if quantize.op_type != "QuantizeLinear" or len(grid) != 2:
+        return False
+    scale, zero = (tensor.numpy() for tensor in grid)
+    ends = np.iinfo(zero.dtype)
+    low, high = (float((end - float(zero)) * scale) for end in (ends.min, ends.max))
+    least = 0.0 if clamp.op_type == "Relu" else _bound(clamp, 1, -np.inf)
+    most, slack = _bound(clamp, 2, np.inf), 1e-3 * float(scale)
+    return low >= least - slack and high <= most + slack
+
+
+def _bound(clamp: ir.Node, index: int, none: float) -> float:
+    """A bound of a Clip; NaN, which nothing is within, where it is computed."""
+    value = clamp.inputs[index] if index < len(clamp.inputs) else None
+    if value is None:
+        return none
+    return np.nan if value.const_value is None else float(value.const_value.numpy())
 
 
 def _reaches_quantize(node: ir.Node) -> bool:

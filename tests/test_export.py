@@ -502,6 +502,31 @@ def test_the_guard_holds_where_the_runtime_moves_quantizers_up(between):
     assert not after.broken(), after.operators
 
 
+class Clamped(nn.Module):
+    """A linear layer, an activation, and what reads that in float."""
+
+    def __init__(self, act: nn.Module, *, bias: bool) -> None:
+        super().__init__()
+        self.first, self.act, self.norm = nn.Linear(16, 16, bias=bias), act, nn.LayerNorm(16)
+        self.last = nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.norm(self.act(self.first(x))))
+
+
+@pytest.mark.parametrize("act", [nn.ReLU(), nn.ReLU6(), nn.Hardtanh(-2, 2)])
+@pytest.mark.parametrize(("steps", "bias"), [((), True), ((), False), ((5,), False)])
+def test_an_activation_read_in_float_keeps_no_linear_layer_from_integers(
+    tmp_path, act, steps, bias
+):
+    x = torch.randn(8, *steps, 16, generator=torch.Generator().manual_seed(0))
+    graph = prepare(to_float(Clamped(act, bias=bias).eval(), x[:2]), Policy.uniform(8))
+    calibrate(graph, x)
+    made = to_onnx(graph, tmp_path / "m.onnx", images=x)
+    assert made.certificate.integer_macs_fraction == 1
+    assert made.verification.max_own_step <= 1
+
+
 def edit(data: bytes, change) -> bytes:
     """The file with the initializers that `change(graph, constants)` replaces."""
     proto = onnx.load_from_string(data)

@@ -100,7 +100,7 @@ def conv(  # noqa: PLR0913 - one argument for each detail that can be wrong
     return file.bytes(out, [1, 3, SIDE, SIDE])
 
 
-def gemm(*, zero_points: bool) -> bytes:
+def gemm(*, zero_points: bool = True, after: tuple[str, ...] = ()) -> bytes:
     file = File()
     x = file.quantized("x", 0.02, np.uint8(128))
     w = file.constant(RNG.integers(-100, 100, (4, 16)).astype(np.int8))
@@ -108,6 +108,10 @@ def gemm(*, zero_points: bool) -> bytes:
     if zero_points:
         decoding.append(file.constant(np.zeros(4, np.int8)))
     out = file.node("Gemm", x, file.node("DequantizeLinear", *decoding, axis=0), transB=1)
+    for op in after:
+        bounds = [file.constant(np.float32(b)) for b in (0, 6)] if op == "Clip" else []
+        quantize = op == "Quantize"
+        out = file.quantized(out, 0.05, np.uint8(3)) if quantize else file.node(op, out, *bounds)
     return file.bytes(out, [1, 16])
 
 
@@ -121,7 +125,10 @@ RIGHT = [
     conv(clamp=""),
     conv(bias_factor=None),
     conv(bias_factor=1.005),
-    gemm(zero_points=True),
+    gemm(),
+    gemm(after=("Relu",)),
+    gemm(after=("Quantize",)),
+    gemm(after=("Softplus", "Relu")),
 ]
 WRONG = {
     "a Relu before a QuantizeLinear of zero point 0: it is absorbed only at -128": conv(
@@ -139,6 +146,10 @@ WRONG = {
     "its output is read by 2 nodes": conv(readers=2, clamp=""),
     "its weights are FLOAT, not integers": conv(float_weights=True, quantize_output=False),
     "needs its weight zero points written out": gemm(zero_points=False),
+    "a Relu that Softplus alone reads, in float": gemm(after=("Relu", "Softplus")),
+    "a Clip that Softplus alone reads, in float": gemm(after=("Clip", "Softplus")),
+    "a Relu before a QuantizeLinear of zero point 3": gemm(after=("Relu", "Quantize")),
+    "a Clip to 0..6 before a range of -0.15..12.6": gemm(after=("Clip", "Quantize")),
 }
 
 
