@@ -221,7 +221,12 @@ def yolov8n() -> nn.Module:
     from ultralytics.nn.tasks import DetectionModel
 
     torch.manual_seed(0)
-    whole = DetectionModel("yolov8n.yaml", verbose=False).eval()
+    whole = DetectionModel("yolov8n.yaml", verbose=False)
+    for norm in (m for m in whole.modules() if isinstance(m, nn.BatchNorm2d)):
+        norm.momentum = None  # statistics of real pictures, or nothing is left of these in the end
+    with torch.no_grad():
+        whole.train()(planes([np.asarray(p.resize((160, 160))) for p in pictures(16)]))
+    whole.eval()
 
     class Maps(nn.Module):
         def __init__(self) -> None:
@@ -245,6 +250,7 @@ def yolov8n() -> nn.Module:
 
 def segformer() -> nn.Module:
     """SegFormer-B0 with random weights and 19 classes."""
+    _torchvision.models()
     from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
     torch.manual_seed(0)

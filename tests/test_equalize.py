@@ -88,6 +88,19 @@ def test_bad_ranges_are_mended(act: type[nn.Module]) -> None:
     assert mended < 1.5 * even
 
 
+@pytest.mark.parametrize("slope", [-0.01, 0.0005])
+def test_a_prelu_that_hides_large_values_below_zero_hides_no_range(slope: float) -> None:
+    """What it reads is stored as well, and a channel of it may be wide where little comes out."""
+    torch.manual_seed(0)
+    act = nn.PReLU(8)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), act, nn.Conv2d(8, 4, 1)).eval()
+    with torch.no_grad():
+        act.weight[::2] = slope
+        net[0].bias[::2] = -8.0  # type: ignore[index,union-attr]
+    batch = torch.rand(16, 3, 12, 12)
+    assert error(net, batch, "on") < 1.1 * error(net, batch, "off")
+
+
 def test_even_ranges_are_left_alone() -> None:
     batch = images(32)
     graph = to_float(build("residual"), batch)

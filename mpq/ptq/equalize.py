@@ -14,12 +14,13 @@ and chosen by the noise that is to be expected of both roundings at the widths o
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from mpq.calls import Inputs, call, split, take
 from mpq.errors import UsageError
@@ -100,10 +101,13 @@ def equalize(
 
 
 class _Inputs:
-    """Range and mean square of each channel that the second layer of a link reads."""
+    """Range of each channel between the layers of a link, and mean square where it is read.
+
+    What a LeakyReLU or PReLU reads is stored as well: there the range is that of both.
+    """
 
     def __init__(self, qg: QuantGraph, chains: list[Link]) -> None:
-        self.qg, self.chains = qg, {link.second: len(link.limit) for link in chains}
+        self.qg, self.chains = qg, chains
         self.high: dict[str, Tensor] = {}
         self.low: dict[str, Tensor] = {}
         self.power: dict[str, Tensor] = {}
@@ -111,22 +115,31 @@ class _Inputs:
     def run(self, images: Inputs) -> None:
         """Look at every batch."""
         parts = split(images, 32)
-        modules = [(n, self.qg.module.get_submodule(n)) for n in self.chains]
-        hooks = (m.register_forward_pre_hook(self._watch(n, len(parts))) for n, m in modules)
-        with hooked(hooks):
+        with hooked(hook for link in self.chains for hook in self._hooks(link, len(parts))):
             for part in parts:
                 call(self.qg.module, part)
 
-    def _watch(self, name: str, parts: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            x, channels = args[0], self.chains[name]
-            rows = LayerOp.of(module).by_channel(x).reshape(channels, -1)
-            zero = torch.zeros(channels)
+    def _hooks(self, link: Link, parts: int) -> Iterator[RemovableHandle]:
+        first, second = (self.qg.module.get_submodule(n) for n in (link.first, link.second))
+        name, channels = link.second, len(link.limit)
+        zero = torch.zeros(channels)
+
+        def ranged(layer: nn.Module, x: Tensor) -> Tensor:
+            rows = LayerOp.of(layer).by_channel(x).reshape(channels, -1)
             self.high[name] = torch.maximum(self.high.get(name, zero), rows.amax(1))
             self.low[name] = torch.minimum(self.low.get(name, zero), rows.amin(1))
-            self.power[name] = self.power.get(name, zero) + rows.square().mean(1) / parts
+            return rows
 
-        return hook
+        def write(module: nn.Module, args: tuple[Tensor, ...], x: Tensor) -> None:
+            ranged(module, x)
+
+        def read(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            squares = ranged(module, args[0]).square().mean(1) / parts
+            self.power[name] = self.power.get(name, zero) + squares
+
+        yield second.register_forward_pre_hook(read)
+        if link.leaky:
+            yield first.register_forward_hook(write)
 
 
 def _treat(qg: QuantGraph, link: Link, seen: _Inputs, choice: LayerChoice, worth: float) -> Pair:
@@ -135,8 +148,7 @@ def _treat(qg: QuantGraph, link: Link, seen: _Inputs, choice: LayerChoice, worth
         return Pair(link.first, link.second, 1.0, 1.0, link.reason)
     layer = float_layer(qg.module.get_submodule(link.second))
     op, weight = LayerOp.of(layer), layer.weight.detach()
-    # A LeakyReLU's input is stored as well, with the whole of its range below zero.
-    high, low = seen.high[link.second], seen.low[link.second] / link.slope
+    high, low = seen.high[link.second], seen.low[link.second]
     ranges = torch.maximum(high, -low)
     spread = float(ranges.max() / ranges.median().clamp(min=1e-12))
     columns = _columns(op, weight, len(ranges))

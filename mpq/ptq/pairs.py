@@ -10,8 +10,7 @@ provably stays below 6, that is where the layer's own input lies in 0..6 and `b 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
-from functools import reduce
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -25,8 +24,6 @@ from mpq.quant.operation import LayerOp
 
 HOMOGENEOUS = ("relu", "maxpool", "avgpool", "global_avgpool", "adaptive_avgpool")
 CEILING = 6.0
-LEAST_SLOPE = 0.01
-"""Below zero by less than this share, values hardly count."""
 Sizes = dict[str, torch.Size]
 
 
@@ -40,14 +37,14 @@ class Link:
         limit: `[C]`, the factor by which each channel may at most be multiplied; channels of 1 stay
             as they are.
         reason: why no channel may be rescaled, or an empty string.
-        slope: `[]` or `[C]`, in (0, 1], by which values below zero were multiplied in between.
+        leaky: whether a LeakyReLU or PReLU lies between, whose input is stored as well.
     """
 
     first: str
     second: str
     limit: Tensor
     reason: str = ""
-    slope: Tensor = field(default_factory=lambda: torch.ones(()))
+    leaky: bool = False
 
 
 def links(qg: QuantGraph) -> list[Link]:
@@ -72,9 +69,8 @@ def links(qg: QuantGraph) -> list[Link]:
             fixed = "" if bool((limit > 1).any()) else "every channel may reach the 6 of its ReLU6"
             found.append(Link(name, second, limit, fixed))
         else:
-            slopes = [s for n in path if (s := _slope(n, modules)) is not None]
-            slope = reduce(torch.mul, slopes, torch.ones(()))
-            found.append(Link(name, second, torch.full((channels,), torch.inf), slope=slope))
+            free = torch.full((channels,), torch.inf)
+            found.append(Link(name, second, free, leaky=any(_leaky(n, modules) for n in path)))
     return found
 
 
@@ -93,26 +89,17 @@ def _chain(node: fx.Node, modules: dict[str, nn.Module], sizes: Sizes) -> list[f
             return path if matched else None
         if not (
             kind in (*HOMOGENEOUS, "relu6")
-            or _slope(at, modules) is not None
+            or _leaky(at, modules)
             or _zero_pad(at, kind)
             or (kind == "flatten" and _flattens(sizes.get(before.name), sizes.get(at.name)))
         ):
             return None
 
 
-def _slope(node: fx.Node, modules: dict[str, nn.Module]) -> Tensor | None:
-    """What a LeakyReLU or PReLU multiplies values below zero with, in the range of a `Link`'s."""
+def _leaky(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     module = modules.get(str(node.target)) if node.op == "call_module" else None
-    if type(module) is nn.PReLU:
-        return module.weight.detach().squeeze().clamp(LEAST_SLOPE, 1)
-    if type(module) is nn.LeakyReLU:
-        slope: float = module.negative_slope
-    elif node.op == "call_function" and node.target is F.leaky_relu:
-        given = node.args[1] if len(node.args) > 1 else node.kwargs.get("negative_slope", 0.01)
-        slope = float(given)  # type: ignore[arg-type]
-    else:
-        return None
-    return torch.tensor(slope).clamp(LEAST_SLOPE, 1)
+    called = node.op == "call_function" and node.target is F.leaky_relu
+    return called or type(module) in (nn.LeakyReLU, nn.PReLU)
 
 
 def _flattens(before: torch.Size | None, after: torch.Size | None) -> bool:
