@@ -35,6 +35,7 @@ from mpq.train.evaluate import predict
 from mpq.train.loop import fit
 from mpq.train.plan import TrainingPlan
 from mpq.train.recipe import Recipe
+from mpq.userimport import trust
 
 RECIPE = {"epochs": 8, "batch": 64, "lr": 0.1, "flip": False, "warmup_epochs": 1}
 DECADES = 5.0
@@ -111,7 +112,9 @@ def main() -> None:
     parser.add_argument("--widths", nargs="+", default=["8,8", "4,8"], help="weight,activation")
     parser.add_argument("--efforts", nargs="+", default=["fast", "good"])
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--trust-code", default="", help="of a checkpoint of your own network")
     options = parser.parse_args()
+    trust(options.trust_code)
     subject = (
         open_checkpoint(options.checkpoint, DataSource(options.data), normalize=options.normalize)
         if options.checkpoint

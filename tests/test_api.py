@@ -322,3 +322,11 @@ def test_limits_are_named() -> None:
         mpq.analyze(net(), form("tensor"), minimize="speed")
     with pytest.raises(PolicyError, match="max_size is not a known key; did you mean max_size_mb"):
         mpq.analyze(net(), form("tensor"), budget={"max_size": 1})
+
+
+@pytest.mark.parametrize(("bits", "budget"), [((8,), 8.0), ((16, 8), 9.6), ((8, 4), 4.8)])
+def test_without_a_budget_the_widths_have_one(bits: tuple[int, ...], budget: float) -> None:
+    """`--bits 8` asks for 8 bits and no more; 4.8 of them was no answer."""
+    found = mpq.analyze(net(), form("tensor"), bits=bits, metric="sqnr").policy
+    assert found.constraints.effective_bits == budget
+    assert min(bits) <= found.result.effective_bits <= budget

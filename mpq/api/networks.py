@@ -69,7 +69,7 @@ def analyze(
         model: a trained network, or its checkpoint.
         data: images to score on; None: the weights alone are looked at.
         budget: effective bits, `{"max_size_mb": 0.4, "max_drop": 0.3}`, or `mpq.Constraints`; of
-            several, each gets a policy. None: 4.8 effective bits.
+            several, each gets a policy. None: 4.8 effective bits, or near the narrowest of `bits`.
         validation: images to measure on, for `max_drop` and `validate`. None: further ones of
             `data`.
         normalize: what has been done to the images, as `--normalize`.

@@ -233,8 +233,8 @@ threads = count("--threads", metavar="N", help="Threads to compute with.  [defau
 # effective_bits: tuple[float, ...]
 effective_bits = limits(
     "--effective-bits",
-    "Mean bits per weight; of several, each gets a policy file.  [default: 4.8 without other "
-    "limits]",
+    "Mean bits per weight; of several, each gets a policy file.  [default: 4.8, or "
+    "near the narrowest of --bits, without other limits]",
 )
 # batch: int
 batch = count("--batch", metavar="N", default=1, help="Images at a time.")

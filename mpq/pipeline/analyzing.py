@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -84,7 +84,8 @@ def find_policy(
 
     Args:
         subject: the network and its data; without data the metric becomes `sqnr`.
-        constraints: budgets; none at all means 4.8 effective bits. Of several, each gets a policy.
+        constraints: budgets; none at all means 4.8 effective bits, or a fifth of the way up
+            from the narrowest width where that has more. Of several, each gets a policy.
         how: all else; None: `Analyzing()`.
         run: its seed draws the images that are looked at, its folder may hold scores that fit, and
             its device scores and validates; `ptq` runs on the CPU.
@@ -96,7 +97,8 @@ def find_policy(
     """
     budgets = [constraints] if isinstance(constraints, Constraints) else constraints
     work = _Work(subject, how or Analyzing(), run or Run())
-    return work.find([_default(budget) for budget in budgets])
+    usual = _usual(work.how.scoring.widths["weight"])
+    return work.find([b if b.budgets() or b.max_drop is not None else usual for b in budgets])
 
 
 def warn_elsewhere(profile: LatencyProfile | None, target: Target) -> None:
@@ -108,10 +110,10 @@ def warn_elsewhere(profile: LatencyProfile | None, target: Target) -> None:
     )
 
 
-def _default(constraints: Constraints) -> Constraints:
-    if constraints.budgets() or constraints.max_drop is not None:
-        return constraints
-    return Constraints(effective_bits=DEFAULT_EFFECTIVE_BITS)
+def _usual(widths: Iterable[int]) -> Constraints:
+    """The budget where none is given: 4.8 bits, or as near the narrowest where that has more."""
+    least, above, *_ = 2 * sorted(set(widths))
+    return Constraints(effective_bits=max(DEFAULT_EFFECTIVE_BITS, least + (above - least) / 5))
 
 
 @dataclass(frozen=True)
