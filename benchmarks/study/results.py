@@ -84,9 +84,9 @@ def write(plan: Plan, shelf: Shelf, kept: Path, stages: Sequence[Stage]) -> None
     if ranked:
         files.write_json(kept / "rank.json", {"rows": ranked})
     _replace(kept / "table.md", table(plan, read_csv(kept / "rows.csv"), ranked).encode())
-    curves = done.curves()
-    _replace(kept / "curves.json", (json.dumps(curves, indent=1) + "\n").encode())
-    files.write_bytes(kept / "curves.png", png(_curve_plot(curves)))
+    if curves := done.curves():
+        _replace(kept / "curves.json", (json.dumps(curves, indent=1) + "\n").encode())
+        files.write_bytes(kept / "curves.png", png(_curve_plot(curves)))
     files.write_bytes(kept / "sizes.png", png(_size_plot(read_csv(kept / "rows.csv"))))
 
 
@@ -261,8 +261,7 @@ def _curve_plot(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
         values = [np.nan if e[key] is None else e[key] for e in epochs]
         axes.plot(range(1, len(epochs) + 1), values, label=name)
     axes.set(xlabel="epoch", ylabel="top-1 in percent, validation")
-    if curves:
-        axes.legend(fontsize=6)
+    axes.legend(fontsize=6)
     return figure
 
 
