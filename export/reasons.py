@@ -103,10 +103,10 @@ def _details(node: onnx.NodeProto, wiring: Wiring) -> Iterator[str]:
     yield from _bias(node, read, decode, wiring)
     if node.op_type == "Gemm":
         yield from _gemm(node, decode, wiring)
-    if node.op_type == "Conv":
+    # A product may end in floats, but behind a lone clamp a QuantizeLinear is looked for.
+    readers = [n.op_type for n in wiring.readers.get(node.output[0], [])]
+    if node.op_type == "Conv" or readers in (["Relu"], ["Clip"]):
         yield from _output(node, wiring)
-    if node.op_type in ("Gemm", "MatMul"):
-        yield from _hidden(node, wiring)
 
 
 def _undecoded(node: onnx.NodeProto, wiring: Wiring) -> str:
@@ -186,26 +186,11 @@ def _output(node: onnx.NodeProto, wiring: Wiring) -> Iterator[str]:
         clamp, out = readers[0], readers[0].output[0]
     quantize = readers[0]
     if quantize.op_type != "QuantizeLinear":
-        yield f"its output is not quantized: {quantize.op_type} reads it in float"
+        behind = "" if clamp is None else f" behind a {clamp.op_type}"
+        yield f"its output{behind} is not quantized: {quantize.op_type} reads it in float"
         return
     if clamp is not None:
         yield from _clamp(clamp, quantize, _grid_type(quantize, wiring), wiring)
-
-
-def _hidden(node: onnx.NodeProto, wiring: Wiring) -> Iterator[str]:
-    """A product may end in floats, but behind a lone clamp a QuantizeLinear is looked for."""
-    clamps = wiring.readers.get(node.output[0], [])
-    if len(clamps) != 1 or clamps[0].op_type not in ("Relu", "Clip"):
-        return
-    (clamp,) = clamps
-    readers = wiring.readers.get(clamp.output[0], [])
-    if len(readers) == 1 and readers[0].op_type == "QuantizeLinear":
-        yield from _clamp(clamp, readers[0], _grid_type(readers[0], wiring), wiring)
-    elif len(readers) == 1:
-        yield (
-            f"a {clamp.op_type} that {readers[0].op_type} alone reads, in float: with no "
-            "QuantizeLinear behind it, it is not fused; a Max or Min in its place is"
-        )
 
 
 def _clamp(

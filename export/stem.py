@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 
@@ -138,3 +139,20 @@ def _image_quantizer(value: ir.Value | None) -> ir.Node | None:
             return node
         value = node.inputs[0]
     return None
+
+
+def blocked(graph: onnx.GraphProto) -> set[str]:
+    """Values that hold the pixels of an image in 2x2 blocks."""
+    found: set[str] = set()
+    for node in graph.node:  # in the order of execution
+        after = node.op_type in ("QuantizeLinear", "Clip") and node.input[0] in found
+        if node.op_type == "SpaceToDepth" or after:
+            found.update(node.output)
+    return found
+
+
+def plain(blocks: NDArray[Any]) -> NDArray[Any]:
+    """`[N, 4 C, H, W]` of such a value as the pixels `[N, C, 2 H, 2 W]` that it holds."""
+    n, c, h, w = blocks.shape
+    pixels = blocks.reshape(n, 2, 2, c // 4, h, w).transpose(0, 3, 4, 1, 5, 2)
+    return pixels.reshape(n, c // 4, 2 * h, 2 * w)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from onnx import TensorProto, helper, numpy_helper
+from onnx.numpy_helper import to_array
 from torch import Tensor, nn
 
 from mpq import Policy, prepare, quantize_graph
@@ -184,6 +186,32 @@ def test_a_broken_output_fails_by_its_name(
     told = verify_file(graph, path, IMAGES).failures()
     named = {text.split()[1] for text in told if text.startswith("output ")}
     assert named == set(broken), told
+
+
+class Tipping(nn.Module):
+    """Classes that turn around with the last bit of a pixel in the middle of the picture."""
+
+    def __init__(self, gain: float) -> None:
+        super().__init__()
+        self.cls, self.gain = nn.Linear(192, 5), gain
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"cls": torch.sin(self.gain * self.cls(x.flatten(1)))}
+
+
+@pytest.mark.parametrize("gain", [0.1, 1e3])
+def test_what_the_network_makes_of_a_single_step_is_measured(tmp_path: Path, gain: float) -> None:
+    torch.manual_seed(0)
+    graph = prepare(to_float(Tipping(gain).eval(), IMAGES[:2]), Policy.uniform(8))
+    quantize_graph(graph, IMAGES, effort="fast")
+    path = to_onnx(graph, tmp_path / "model.onnx", images=IMAGES).path
+    model = onnx.load_from_string(path.read_bytes())
+    (wave,) = (t for t in model.graph.initializer if np.array_equal(to_array(t), np.float32(gain)))
+    wave.CopyFrom(numpy_helper.from_array(np.float32(-gain), wave.name))
+    path.write_bytes(model.SerializeToString())
+    *_, told = verify_file(graph, path, IMAGES).failures()
+    (measured,) = re.findall(r"one such step at one integer of the input takes .* (\S+) dB", told)
+    assert float(measured) < 10 if gain == 1e3 else float(measured) > 30
 
 
 class Empty(Detector):

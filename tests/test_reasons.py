@@ -146,8 +146,8 @@ WRONG = {
     "its output is read by 2 nodes": conv(readers=2, clamp=""),
     "its weights are FLOAT, not integers": conv(float_weights=True, quantize_output=False),
     "needs its weight zero points written out": gemm(zero_points=False),
-    "a Relu that Softplus alone reads, in float": gemm(after=("Relu", "Softplus")),
-    "a Clip that Softplus alone reads, in float": gemm(after=("Clip", "Softplus")),
+    "its output behind a Relu is not quantized: Softplus": gemm(after=("Relu", "Softplus")),
+    "its output behind a Clip is not quantized: Softplus": gemm(after=("Clip", "Softplus")),
     "a Relu before a QuantizeLinear of zero point 3": gemm(after=("Relu", "Quantize")),
     "a Clip to 0..6 before a range of -0.15..12.6": gemm(after=("Clip", "Quantize")),
 }
