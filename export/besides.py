@@ -31,8 +31,9 @@ def besides(
     for kind in RECURRENT:
         of_kind = [part for part in known if part.kind == kind]
         places = [i for i, part in enumerate(found) if part.kind == kind]
-        if not places:  # written as a loop, whose body is not looked into
-            found += of_kind
+        if not places:  # a loop, whose body is not looked into, or a product a step: layers' rows
+            loops = any(node.op_type in ("Loop", "Scan") for node in graph.node)
+            found += of_kind if loops else [replace(part, macs=0) for part in of_kind]
         one_for_all = of_kind * len(places) if len(of_kind) == 1 else of_kind
         for i, part in zip(places, one_for_all, strict=False):
             found[i] = replace(found[i], name=part.name)

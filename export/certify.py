@@ -322,7 +322,7 @@ def _macs(node: onnx.NodeProto, weight: onnx.TensorProto, shapes: dict[str, list
     elif "Conv" in node.op_type:
         positions = shapes.get(node.output[0], [])[2:]
     else:
-        positions = shapes.get(node.output[0], [])[1:-1]
+        positions = shapes.get(node.output[0], [])[:-1]
     count: int = math.prod(weight.dims)
     return count * math.prod(positions)
 
