@@ -61,7 +61,7 @@ from where it should be, though no layer alone is more than one step off; with s
 as here, 35 and 28. Size and latency are ratios to the float file; latencies are
 CPU time of one thread, batch 1, interleaved (`-`: the machine was too busy to tell). The command is
 in `benchmarks/classifiers.py`; it goes on where it stopped.
-What can be captured at all, of these and other packages, is in capture.md.
+What comes through of other packages is in coverage.md.
 """
 
 
