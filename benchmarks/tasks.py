@@ -42,7 +42,7 @@ from mpq.targets import this_target
 CALIBRATION = {"minmax": "MinMax", "percentile": "Percentile"}
 VERIFIED = 16
 """Inputs on which a file is held against its simulation."""
-WIDTHS = {"w8a8": (8, 8), "w4a8": (4, 8)}
+WIDTHS = {"w8a8": (8, 8), "w4a8": (4, 8), "w8a16": (8, 16)}
 SELF_TAUGHT = {
     "optimizer": "adamw",
     "lr": 3e-4,

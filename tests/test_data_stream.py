@@ -195,7 +195,7 @@ def test_only_what_is_asked_for_is_decoded(tmp_path, monkeypatch):
 FACTORIES = """
 import numpy as np, torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
@@ -222,6 +222,15 @@ class Smaller(Pictures):
 class Listed(Pictures):
     targets = [i % 3 for i in range(60)]
 
+class Endless(IterableDataset):
+    def __iter__(self):
+        items, at = Pictures("float"), 0
+        while True:
+            yield items[at % 60]
+            at += 1
+
+def endless(): return Endless()
+def endless_loader(): return DataLoader(Endless(), batch_size=16)
 def pil(): return Pictures()
 def uint8(): return {"train": Pictures("uint8"), "test": Pictures("uint8", 9)}
 def floats(): return Pictures("float")
@@ -294,6 +303,15 @@ def test_floats_are_inputs_as_the_network_takes_them(factories):
 def test_a_loader_beyond_memory_is_read_by_its_data_set(factories):
     with limited(**STREAMED):
         assert isinstance(load_arrays(open_data("streamdata:loader").train)[0], Stream)
+
+
+@pytest.mark.parametrize("name", ["endless", "endless_loader"])
+def test_of_a_stream_without_end_the_first_samples_are_taken(factories, name, caplog):
+    with limited(arrays_mb=0.1):  # 130 samples of 768 bytes
+        data = open_data(f"streamdata:{name}", holdout=16)
+    assert 130 < len(data.train) + len(data.validation) + len(data.test) <= 192
+    assert "samples are taken (limit arrays-mb)" in caplog.text
+    assert sorted(set(data.train.labels)) == [0, 1, 2]
 
 
 # -- transforms ----------------------------------------------------------------------------------

@@ -1,14 +1,16 @@
 """Data of the user's own: `package.module:factory`, a callable without arguments.
 
 It returns a `DataSet`, a torch `Dataset` of pictures (`mpq.data.items`), a pair `(images, labels)`,
-batches (a DataLoader, a list of them) in the forms of `mpq.data.batches`, or a mapping of split
-names to such values. In the place of images may stand what the network takes: a tuple of arrays, or
-a dict of them by name.
+batches (a DataLoader, a list of them) in the forms of `mpq.data.batches`, a stream of items (an
+`IterableDataset`) or of batches, or a mapping of split names to such values. In the place of images
+may stand what the network takes: a tuple of arrays, or a dict of them by name.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -23,8 +25,10 @@ from mpq.data.splits import Splits
 from mpq.data.stream import too_large
 from mpq.errors import DataError, nearest
 from mpq.inputs import InputSpecs
+from mpq.limits import current
 from mpq.userimport import import_callable, raised, working_directory
 
+logger = logging.getLogger(__name__)
 _BATCH = 64
 
 
@@ -102,9 +106,22 @@ def _labelled(found: dict[str, ItemSplit]) -> Splits:
 
 
 def _collated(items: Any) -> Iterator[Any]:
-    """The items of a data set in batches."""
-    for at in range(0, len(items), _BATCH):
-        yield _stacked([items[i] for i in range(at, min(at + _BATCH, len(items)))])
+    """The items of a data set, or of a stream, in batches."""
+    each = (items[i] for i in range(len(items))) if is_items(items) else iter(items)
+    while chunk := list(islice(each, _BATCH)):
+        yield _stacked(chunk)
+
+
+def _held(batches: Iterator[Named], where: str) -> Iterator[Named]:
+    """Of a stream, which may have no end, the first batches: as many as are kept in memory."""
+    size, found = 0, 0
+    for inputs, labels in batches:
+        yield inputs, labels
+        size += sum(array.nbytes for array in inputs.values())
+        found += len(next(iter(inputs.values())))
+        if size > current().arrays_mb * 1e6:
+            logger.warning("%s: the first %d samples are taken (limit arrays-mb)", where, found)
+            return
 
 
 def _stacked(items: list[Any]) -> Any:
@@ -135,14 +152,16 @@ def _read(value: Any, takes: InputSpecs | None, where: str) -> Named:
         return found
     if isinstance(value, Mapping):
         return parts(value, takes, where)
-    value = _collated(value) if is_items(value) else value
-    if not isinstance(value, Iterable) or isinstance(value, str):
+    behind = getattr(value, "dataset", value)
+    stream = any(kind.__name__ == "IterableDataset" for kind in type(behind).__mro__)
+    batches = _collated(value) if is_items(value) or (stream and behind is value) else value
+    if not isinstance(batches, Iterable) or isinstance(batches, str):
         raise DataError(
             f"{where} must be a DataSet, (images, labels) or a dict of those, a torch Dataset, or "
-            "batches. "
-            f"Got {type(value).__name__}."
+            f"batches. Got {type(value).__name__}."
         )
-    return joined((parts(batch, takes, f"a batch of {where}") for batch in value), where)
+    found = (parts(batch, takes, f"a batch of {where}") for batch in batches)
+    return joined(_held(found, where) if stream or isinstance(value, Iterator) else found, where)
 
 
 def _is_pair(value: Any) -> bool:
