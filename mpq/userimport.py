@@ -170,3 +170,13 @@ def import_callable(name: str, option: str, error: type[MpqError]) -> Callable[.
             f"callable {attribute!r}{nearest(attribute, known)}"
         )
     return found
+
+
+def made_by(name: str, option: str, error: type[MpqError]) -> Any:
+    """What the function under `package.module:function` gives; raises as `import_callable`."""
+    factory = import_callable(name, option, error)
+    try:
+        with working_directory():
+            return factory()
+    except (Exception, SystemExit) as reason:  # user code may raise anything
+        raise error(f"{option} {name} failed with {raised(reason)}") from reason

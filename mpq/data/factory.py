@@ -26,7 +26,7 @@ from mpq.data.stream import too_large
 from mpq.errors import DataError, nearest
 from mpq.inputs import InputSpecs
 from mpq.limits import current
-from mpq.userimport import import_callable, raised, working_directory
+from mpq.userimport import made_by
 
 logger = logging.getLogger(__name__)
 _BATCH = 64
@@ -45,7 +45,7 @@ def open_factory(
     Raises:
         DataError: no such module or name, a factory that fails, or another kind of result.
     """
-    made = _call(name)
+    made = made_by(name, "--data", DataError)
     if isinstance(made, DataSet):
         if size is not None and size[-2:] != made.size and made.pixels:
             raise DataError(f"{name} gives images of {made.size}, but {size[-2:]} is asked for.")
@@ -160,24 +160,14 @@ def _read(value: Any, takes: InputSpecs | None, where: str) -> Named:
             f"{where} must be a DataSet, (images, labels) or a dict of those, a torch Dataset, or "
             f"batches. Got {type(value).__name__}."
         )
-    found = (parts(batch, takes, f"a batch of {where}") for batch in batches)
-    return joined(_held(found, where) if stream or isinstance(value, Iterator) else found, where)
+    each = (parts(batch, takes, f"a batch of {where}") for batch in batches)
+    return joined(_held(each, where) if stream or isinstance(value, Iterator) else each, where)
 
 
 def _is_pair(value: Any) -> bool:
     """Whether a value is inputs and labels, and no list of batches."""
-    if not isinstance(value, tuple | list) or len(value) != 2:
-        return False
-    return isinstance(value, tuple) or getattr(value[1], "ndim", None) == 1
-
-
-def _call(name: str) -> Any:
-    factory = import_callable(name, "--data", DataError)
-    try:
-        with working_directory():
-            return factory()
-    except (Exception, SystemExit) as error:  # the user's code can fail in any way
-        raise DataError(f"data {name} failed with {raised(error)}") from error
+    two = isinstance(value, tuple | list) and len(value) == 2
+    return two and (isinstance(value, tuple) or getattr(value[1], "ndim", None) == 1)
 
 
 def _check_pair(pair: Any, where: str) -> Named:

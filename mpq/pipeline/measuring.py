@@ -23,7 +23,7 @@ from mpq.metrics.metric import Loss, Metric, compare
 from mpq.pipeline.wishes import Wishes
 from mpq.policy import OutputKind
 from mpq.train.evaluate import CACHED_PIXELS, evaluating
-from mpq.userimport import import_callable, working_directory
+from mpq.userimport import import_callable, made_by
 
 BATCH = 32
 """Images at a time, at most."""
@@ -86,12 +86,7 @@ def batches_of(name: str) -> Batches:
     Raises:
         DataError: it fails, or gives something else.
     """
-    factory = import_callable(name, "--batches", DataError)
-    try:
-        with working_directory():
-            made = factory()
-    except Exception as error:  # the user's code can fail in any way
-        raise DataError(f"batches {name} failed with {type(error).__name__}: {error}") from error
+    made = made_by(name, "--batches", DataError)
     parts = made if isinstance(made, Mapping) else {"train": made, "validation": made}
     extra = set(parts) - {"train", "validation"}
     again = all(isinstance(p, Iterable) and not isinstance(p, Iterator) for p in parts.values())

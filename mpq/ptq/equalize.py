@@ -51,14 +51,12 @@ class Pair:
     Args:
         first: the layer that writes the channels.
         second: the one that reads them.
-        spread: largest over median range of the channels before.
         gain: expected noise before over after; 1 where nothing was changed.
         reason: why nothing was changed, or an empty string.
     """
 
     first: str
     second: str
-    spread: float
     gain: float
     reason: str = ""
 
@@ -92,11 +90,8 @@ def equalize(
     seen.run(take(images, slice(IMAGES)))
     worth = WORTH if mode == "auto" else 1.0
     found = [_treat(qg, link, seen, choices[link.second], worth) for link in chains]
-    changed = [p for p in found if not p.reason]
     for pair in found:
         logger.info("%s -> %s: %s", pair.first, pair.second, pair.reason or f"{pair.gain:.1f}x")
-    if changed:
-        logger.info("equalized %d of %d pairs of layers", len(changed), len(found))
     return found
 
 
@@ -145,12 +140,11 @@ class _Inputs:
 def _treat(qg: QuantGraph, link: Link, seen: _Inputs, choice: LayerChoice, worth: float) -> Pair:
     """Rescale one pair if that pays."""
     if link.reason:
-        return Pair(link.first, link.second, 1.0, 1.0, link.reason)
+        return Pair(link.first, link.second, 1.0, link.reason)
     layer = float_layer(qg.module.get_submodule(link.second))
     op, weight = LayerOp.of(layer), layer.weight.detach()
     high, low = seen.high[link.second], seen.low[link.second]
     ranges = torch.maximum(high, -low)
-    spread = float(ranges.max() / ranges.median().clamp(min=1e-12))
     columns = _columns(op, weight, len(ranges))
 
     def noise(factor: Tensor) -> float:
@@ -162,9 +156,9 @@ def _treat(qg: QuantGraph, link: Link, seen: _Inputs, choice: LayerChoice, worth
     costs = [noise(factor) for factor in tried]
     best = min(range(len(costs)), key=costs.__getitem__)
     if not plain or not costs[best] < worth * plain:
-        return Pair(link.first, link.second, spread, 1.0, "its ranges are even enough")
+        return Pair(link.first, link.second, 1.0, "its ranges are even enough")
     _apply(qg, link, tried[best])
-    return Pair(link.first, link.second, spread, plain / max(costs[best], 1e-30))
+    return Pair(link.first, link.second, plain / max(costs[best], 1e-30))
 
 
 def _factors(ranges: Tensor, columns: Tensor, exponent: float, limit: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from mpq.data.items import as_pixels
 from mpq.data.stream import Stream, picture
 from mpq.errors import DataError, UsageError
 from mpq.train.deliver import seeded
-from mpq.userimport import import_callable, raised, working_directory
+from mpq.userimport import made_by, raised
 
 CROP = "crop"
 
@@ -54,12 +54,7 @@ def transform_of(name: Transform | str | None, size: tuple[int, int]) -> Transfo
         return Transform(name, transforms().RandomResizedCrop(size, antialias=True))
     if ":" not in name:
         raise UsageError(f"--transform must be {CROP} or module:factory. Got {name!r}.")
-    factory = import_callable(name, "--transform", DataError)
-    try:
-        with working_directory():
-            made = factory()
-    except (Exception, SystemExit) as error:  # the user's code can fail in any way
-        raise DataError(f"--transform {name} failed with {raised(error)}") from error
+    made = made_by(name, "--transform", DataError)
     if not callable(made):
         raise DataError(
             f"--transform {name} must give a transform, such as torchvision.transforms.v2.Compose. "
