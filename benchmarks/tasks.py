@@ -5,10 +5,11 @@ For each network of `task_networks.py` a row for the float file, for onnxruntime
 inputs: the task's own metric, agreement with the float network, bytes, how many times faster, how
 many layers run as integers, and whether the file answers as its simulation.
 
-A row is `float`, `minmax` or `percentile` (onnxruntime's), or widths: `w8a8`, `w4a8`, `8/4` (4.8
-bits as analyzed). Behind them stands ` fast` for `--effort fast`, ` qat` for training where the
-float network teaches, or ` seed1` for another four fifths of the inputs to calibrate on. `rho` is
-the rank correlation of scores against measured divergence.
+A row is `float`, `minmax` or `percentile` (onnxruntime's), or widths: `w8a8`, `w4a8`, `w8a16`
+(inputs of layers stay float), `8/4` (4.8 bits as analyzed). Behind them stands ` fast` for
+`--effort fast`, ` qat` for training where the float network teaches, or ` seed1` for another four
+fifths of the inputs to calibrate on. `rho` is the rank correlation of scores against measured
+divergence.
 
     MPQ_DATA=... python benchmarks/tasks.py detect w8a8 "8/4 qat" rho --epochs 4 --out runs/tasks
 """
