@@ -46,3 +46,16 @@ assert _torchvision.models().resnet18
 def test_importing_the_zoo_does_not_import_torchvision():
     result = _python("import sys, mpq.zoo, mpq.checkpoint; assert 'torchvision' not in sys.modules")
     assert result.returncode == 0, result.stderr
+
+
+def test_torchs_compiler_waits_until_it_is_asked():
+    code = """
+import sys, torch
+from mpq import _torchvision
+assert _torchvision.models().resnet18
+assert not {"torch._dynamo", "torch._dynamo.utils", "sympy"} & set(sys.modules)
+assert sys.modules["torchvision.ops.roi_align"].is_compile_supported("cpu") in (True, False)
+assert torch._dynamo.utils.__file__ and sys.modules["torch._dynamo"].__file__
+"""
+    result = _python(code)
+    assert result.returncode == 0, result.stderr
