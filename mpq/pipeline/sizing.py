@@ -18,8 +18,6 @@ from mpq.analyze.cost import Allocation
 from mpq.analyze.search import Search
 from mpq.checkpoint import weights_hash
 from mpq.errors import MpqError
-from mpq.export.lower import form_for, lower
-from mpq.export.onnx_file import serialize
 from mpq.graph.besides import GRAPH
 from mpq.graph.ir import QuantGraph
 from mpq.graph.passes import freeze, prepare
@@ -71,6 +69,9 @@ def file_bytes(graph: QuantGraph, policy: Policy) -> int:
     Raises:
         ExportError: an operation cannot be lowered.
     """
+    from mpq.export.lower import form_for, lower  # a second of import that large networks save
+    from mpq.export.onnx_file import serialize
+
     generator = torch.Generator().manual_seed(0)
 
     def noise(tensor: Tensor) -> Tensor:

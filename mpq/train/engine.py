@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from torch import Tensor, fx, nn
 
 from mpq.calls import arguments, leaves
@@ -254,9 +253,8 @@ class Engine:
         """The loss of any network, by its task."""
         assert self.task is not None
         task, recipe = self.task, self.recipe
-        inputs = images
+        inputs = images if self.streams else self._input(images)
         if not self.streams:
-            inputs = self._input(images)
             targets = (inputs, targets.first) if not self.feed.partial else (inputs,)
         with self._autocast():
             answer = self.forward(*self._arguments(inputs))
@@ -335,11 +333,13 @@ class Engine:
         )
 
 
-def _accelerator(device: str) -> tuple[Accelerator, torch.device]:
+def _accelerator(device: str) -> tuple[Any, torch.device]:
     """The processes as accelerate sees them, and the device of this one."""
     if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
         has = "cpu or cuda" if torch.cuda.is_available() else "cpu (this torch sees no CUDA device)"
         raise UsageError(f"device must be {has}. Got {device!r} instead.")
+    from accelerate import Accelerator  # which nothing but training needs
+
     try:
         accelerator = Accelerator(cpu=device == "cpu", mixed_precision="no")
     except ValueError:  # the process has one already, with other settings: ours are our own

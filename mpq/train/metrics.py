@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 from mpq.files import write_text
 from mpq.train.objective import Parts
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 METRICS = "metrics.jsonl"
 
