@@ -72,6 +72,7 @@ def fisher_terms(
     seed: int = 0,
     temperature: float = TEMPERATURE,
     loss: Callable[[Any, Any], Tensor] | None = None,
+    squares: bool = True,
 ) -> FisherTerms:
     """`u` and `e` of every image and candidate.
 
@@ -83,13 +84,14 @@ def fisher_terms(
         temperature: >= 1, softens the predicted probabilities.
         loss: of answer and batch (`Batches.labels`), a mean over images; None: the divergence from
             the network's own answers.
+        squares: off, `e` is left out, and zero: it costs a pass over each tensor and candidate.
 
     Raises:
         UsageError: the loss is not finite, or no gradient comes from it.
         GraphError: no gradient reaches an output of the network.
         DataError: NaN or infinity, with the layer where it begins.
     """
-    recorder = _Recorder(candidates, columns)
+    recorder = _Recorder(candidates, columns, squares)
     judge = Judge.of(candidates.graph, batches.images, batches.size)
 
     def measure(part: Batch) -> Rows:
@@ -132,8 +134,8 @@ def gradient_of(loss: Callable[[Any, Any], Tensor], answer: Any, batch: Any) -> 
 class _Recorder:
     """Runs the network; its backward pass then fills `terms`, `[n, 2 columns]`."""
 
-    def __init__(self, candidates: Perturbations, columns: Sequence[Column]) -> None:
-        self.candidates, self.count = candidates, len(columns)
+    def __init__(self, candidates: Perturbations, columns: Sequence[Column], squares: bool) -> None:
+        self.candidates, self.count, self.squares = candidates, len(columns), squares
         self.terms = torch.zeros(0, 2 * self.count, dtype=torch.float64)
         self.weights: dict[str, list[tuple[int, int]]] = {}
         self.tensors: dict[str, dict[int, list[int]]] = {}
@@ -185,7 +187,8 @@ class _Recorder:
             product = torch.stack([product / math.sqrt(images)] * images)
         product = product.reshape(images, -1)  # windows and tokens of an image too
         self.terms[:, index] = product.sum(1).double().cpu()
-        self.terms[:, self.count + index] = product.square_().sum(1).double().cpu()
+        if self.squares:
+            self.terms[:, self.count + index] = product.square_().sum(1).double().cpu()
 
 
 def _reached(x: Tensor) -> Tensor:

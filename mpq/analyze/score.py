@@ -220,9 +220,11 @@ def _score(
     if batches is None or how.metric == "sqnr":
         return [_noise_share(candidates, column) for column in columns]
     if how.metric in ("fisher", "gradient"):
-        terms = fisher_terms(candidates, columns, batches, seed=how.seed, loss=how.loss)
-        block, diagonal = terms.scores()
-        scores: list[float] = (block if how.metric == "fisher" else diagonal).tolist()
+        squares = how.metric == "gradient"
+        terms = fisher_terms(
+            candidates, columns, batches, seed=how.seed, loss=how.loss, squares=squares
+        )
+        scores: list[float] = terms.scores()[squares].tolist()
     elif how.metric in ("fit", "hawq"):
         hessian = how.metric == "hawq"
         scores = trace_scores(candidates, columns, batches, hessian=hessian, seed=how.seed)

@@ -5,16 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mpq.files import write_text
 from mpq.train.objective import Parts
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
 METRICS = "metrics.jsonl"
 
@@ -56,7 +53,7 @@ class Totals:
         row = row.double() * count
         self.sums = row if self.sums is None else self.sums + row
 
-    def record(self, accelerator: Accelerator) -> Record:
+    def record(self, accelerator: Any) -> Record:
         """Means over all processes."""
         assert self.sums is not None, "an epoch has at least one step"
         count, *sums = accelerator.reduce(self.sums, reduction="sum").tolist()
