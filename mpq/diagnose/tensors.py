@@ -31,7 +31,7 @@ from mpq.quant.ranges import weight_scales
 from mpq.spec import weight_spec
 
 FORMAT = "mpq/tensors"
-IMAGES, BATCH = 64, 16
+IMAGES = 64
 FEW = 20
 """One channel in so many, and at least one, may stand apart."""
 FEWEST = 4
@@ -98,7 +98,7 @@ def _ranges(graph: QuantGraph, images: Inputs) -> dict[str, tuple[Tensor, Tensor
 
     places = [(graph.module.get_submodule(name), name) for name in graph.layers]
     with hooked(module.register_forward_pre_hook(hook(name)) for module, name in places):
-        for part in split(images, BATCH):
+        for part in split(images, graph.batch(16)):
             call(graph.module, part)
     return {name: (low.float().cpu(), high.float().cpu()) for name, (low, high) in seen.items()}
 

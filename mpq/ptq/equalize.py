@@ -105,16 +105,16 @@ class _Inputs:
         self.qg, self.chains = qg, chains
         self.high: dict[str, Tensor] = {}
         self.low: dict[str, Tensor] = {}
-        self.power: dict[str, Tensor] = {}
+        self.squares: dict[str, Tensor] = {}
+        self.values: dict[str, int] = {}
 
     def run(self, images: Inputs) -> None:
         """Look at every batch."""
-        parts = split(images, 32)
-        with hooked(hook for link in self.chains for hook in self._hooks(link, len(parts))):
-            for part in parts:
+        with hooked(hook for link in self.chains for hook in self._hooks(link)):
+            for part in split(images, self.qg.batch(32)):
                 call(self.qg.module, part)
 
-    def _hooks(self, link: Link, parts: int) -> Iterator[RemovableHandle]:
+    def _hooks(self, link: Link) -> Iterator[RemovableHandle]:
         first, second = (self.qg.module.get_submodule(n) for n in (link.first, link.second))
         name, channels = link.second, len(link.limit)
         zero = torch.zeros(channels)
@@ -129,8 +129,9 @@ class _Inputs:
             ranged(module, x)
 
         def read(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            squares = ranged(module, args[0]).square().mean(1) / parts
-            self.power[name] = self.power.get(name, zero) + squares
+            rows = ranged(module, args[0])
+            self.squares[name] = self.squares.get(name, zero) + rows.square().sum(1)
+            self.values[name] = self.values.get(name, 0) + rows.shape[1]
 
         yield second.register_forward_pre_hook(read)
         if link.leaky:
@@ -146,10 +147,11 @@ def _treat(qg: QuantGraph, link: Link, seen: _Inputs, choice: LayerChoice, worth
     high, low = seen.high[link.second], seen.low[link.second]
     ranges = torch.maximum(high, -low)
     columns = _columns(op, weight, len(ranges))
+    power = seen.squares[link.second] / seen.values[link.second]
 
     def noise(factor: Tensor) -> float:
         span = float((high * factor).max() - (low * factor).min())
-        return _noise(columns, factor, span, seen.power[link.second], choice)
+        return _noise(columns, factor, span, power, choice)
 
     plain = noise(torch.ones_like(ranges))
     tried = [_factors(ranges, columns, exponent, link.limit) for exponent in EXPONENTS]
