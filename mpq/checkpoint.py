@@ -35,16 +35,9 @@ from mpq.zoo.spelling import strip
 from mpq.zoo.whole import open_whole
 
 __all__ = [
-    "Loaded",
-    "Reading",
-    "load_model",
-    "load_safe",
-    "loaded_from",
-    "open_model",
-    "save_atomic",
-    "save_model",
-    "weights_hash",
-]
+    "Loaded", "Reading", "load_model", "load_safe", "loaded_from", "open_model", "save_atomic",
+    "save_model", "weights_hash",
+]  # fmt: skip
 
 logger = logging.getLogger(__name__)
 

@@ -17,12 +17,6 @@ from mpq.data.normalize import Normalization
 from mpq.data.splits import sample_indices
 
 __all__ = [
-    "DataSet",
-    "DataSource",
-    "Normalization",
-    "Split",
-    "load_arrays",
-    "open_data",
-    "open_unlabelled",
-    "sample_indices",
-]
+    "DataSet", "DataSource", "Normalization", "Split", "load_arrays", "open_data",
+    "open_unlabelled", "sample_indices",
+]  # fmt: skip
