@@ -142,14 +142,15 @@ def read_named(path: str | Path, what: str, error: type[MpqError], remedy: str) 
         path: the file.
         what: what it should hold, for messages: "policy".
         error: raised with one message.
-        remedy: what to do where there is no such file.
+        remedy: what to do where there is none such.
     """
     try:
         return read_text(Path(path), error)
     except FileNotFoundError:
         raise error(f"{what} {path} does not exist. {remedy}") from None
     except (OSError, UnicodeDecodeError) as wrong:
-        raise error(f"{what} {path} cannot be read: {wrong}") from None
+        why = getattr(wrong, "strerror", "it is no text file")
+        raise error(f"{what} {path} cannot be read: {why}. {remedy}") from None
 
 
 def read_json(path: Path, error: type[MpqError], writer: str) -> Any:

@@ -46,6 +46,7 @@ AGAIN = {
     "portability.json": "mpq portability {run}",
     "bench.jsonl": "mpq bench {run}/model.onnx",
     "diagnosis.json": "mpq diagnose {run}",
+    "demo.json": "mpq demo -o {run} --force",
 }
 """The command that makes a file anew."""
 

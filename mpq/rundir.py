@@ -52,6 +52,7 @@ FILES = {
     "portability.json": "mpq portability",
     "bench.jsonl": "mpq bench",
     "diagnosis.json": "mpq diagnose",
+    "demo.json": "mpq demo",
     "report.html": "mpq report",
 }
 """The files of a run, each with the command that writes it."""

@@ -27,7 +27,11 @@ def _flow(value: object) -> str:
 
 
 def one_line(error: Exception) -> str:
-    """The message of an error without its line breaks."""
+    """The message of an error without its line breaks; of YAML where it is and what is wrong."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem and error.problem_mark:
+        at, begin = error.problem_mark, error.context_mark
+        inside = f", {error.context} of line {begin.line + 1}" if begin else ""
+        return f"line {at.line + 1}, column {at.column + 1}: {error.problem}{inside}"
     return " ".join(str(error).split())
 
 

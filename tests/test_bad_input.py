@@ -354,7 +354,7 @@ def test_a_loss_that_is_not_finite(here, capsys):
 
 def test_nothing_to_resume(here, fails):
     shutil.copy("runs/model/ptq.pth", "runs/model/qat.pth")
-    fails("qat --resume", "runs/model/checkpoint.pth", "is finished", "without --resume")
+    fails("qat --resume", "runs/model/checkpoint.pth", "is finished", "with --force")
     fails("train resnet8 --data digits --resume", "model.train/checkpoint.pth")
 
 

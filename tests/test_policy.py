@@ -127,14 +127,14 @@ def test_load_unreadable(tmp_path):
     with pytest.raises(PolicyError, match="cannot be read"):
         Policy.load(tmp_path)
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(PolicyError, match=r"binary.yaml cannot be read"):
+    with pytest.raises(PolicyError, match=r"binary.yaml cannot be read: it is no text file\. `mpq"):
         Policy.load(tmp_path / "binary.yaml")
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("version: [", "p.yaml is not valid YAML"),
+        ("version: [", "p.yaml is not valid YAML: line 1, column 11: expected the node content"),
         ("- 1", "must be a YAML mapping that begins with `version: 1`. Got list"),
         ("", "Got NoneType"),
         ("default: {}", "version must be 1. Got None"),

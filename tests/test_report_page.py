@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from reportdata import CONVS, NAMES, bench_rows, metrics, model, policy, sensiti
 from mpq import origins
 from mpq.cli import main
 from mpq.errors import PolicyError, UsageError
+from mpq.pipeline.demo import DemoRow
 from mpq.policy import Policy
 from mpq.report.compare import comparison
 from mpq.report.front import picked
@@ -116,6 +119,18 @@ def test_what_is_of_another_network_is_left_out_and_said(run):
     assert "verify.json is stale" in text
     assert "Runtime against simulation" not in text
     assert "QLinearConv" in text
+
+
+def test_the_page_of_a_demo_has_its_configurations(run):
+    only(run, "policy.yaml")
+    assert "Configurations of the demo" not in page(run)
+    rows = [DemoRow(name, "model.onnx", 98.05, 9000, 1.5, 1.0, 1.0, 359)
+            for name in ("QAT 8/4", "QAT 8/4, distilled")]  # fmt: skip
+    origins.keep(run, "demo.json", json.dumps([asdict(row) for row in rows]), "demo", ())
+    text = page(run)
+    assert "Configurations of the demo" in text
+    assert "QAT 8/4, distilled" in text
+    assert "98.05" in text
 
 
 def test_curves_of_another_stage_than_the_model_are_not_shown(run):

@@ -56,7 +56,7 @@ def profile(
     mpq profile runs/model --check runs/model/model.onnx
     mpq profile model.pth --target wasm
     mpq profile model.pth --export-probe probe    run probe/probe.py on a device
-    mpq profile model.pth --import probe            what it measured
+    mpq profile model.pth --import probe          what it measured
     """
     if export_probe is not None:
         rundir.refuse_overwrite(export_probe / "probe.json", force)

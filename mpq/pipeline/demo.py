@@ -7,11 +7,12 @@ stage works and how they fit together; 360 test images of 16x16 prove nothing ab
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from mpq import files, rundir
+from mpq import origins, rundir
 from mpq.analyze.score import Scoring
 from mpq.data import DataSource, load_arrays
 from mpq.export.bench import BenchRow, bench
@@ -99,7 +100,8 @@ def run_demo(folder: Path, *, seed: int = 0, tell: Tell = lambda _: None) -> lis
             made.append(_export(label, found, folder))
     tell("measuring all files side by side")
     rows = _measure(made, distilled)
-    files.write_json(folder / "demo.json", [asdict(row) for row in rows])
+    text = json.dumps([asdict(row) for row in rows], indent=1, allow_nan=False) + "\n"
+    origins.keep(folder, "demo.json", text, "demo", ())
     return rows
 
 

@@ -37,8 +37,8 @@ def check_start(
         return False  # the leading process may have begun to write already
     if resume and out.exists() and not force:
         raise UsageError(
-            f"--resume must find {checkpoint}, but it does not exist: {out} is finished. "
-            "Run without --resume."
+            f"--resume must find {checkpoint}, but it does not exist: {out} is finished. Use it, "
+            "or make it anew with --force."
         )
     if checkpoint.exists() and not force:
         raise UsageError(

@@ -20,6 +20,7 @@ from mpq.report.grid import Grid, columns, counted, fixed
 from mpq.report.headline import PEERS, measured, named, named_short, results_table
 from mpq.report.lanes import Drawing
 from mpq.report.render import Part, Plot, Section
+from mpq.report.trained import demo_table
 from mpq.report.wires import begins_float
 from mpq.report.wires import rows as graph_rows
 
@@ -316,6 +317,7 @@ def again(run: Contents) -> Section:
 SECTIONS: tuple[Callable[[Contents], Section | None], ...] = (
     left_out,
     results,
+    _table("demo", "Configurations of the demo", "demo.json", demo_table),
     front,
     layers,
     diagnosis,
