@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -9,10 +10,13 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import redirect_stdout
+from dataclasses import fields
 from pathlib import Path
 
 import click
 import pytest
+from jsonkeys import documented, keys
 from nets import MINE
 from rich.console import Console
 
@@ -20,6 +24,7 @@ from mpq import origins, rundir
 from mpq.cli import COMMANDS as COMMANDS_OF_CLI
 from mpq.cli import cli, main, places, terminal
 from mpq.data import DataSource
+from mpq.pipeline.demo import DemoRow
 from mpq.pipeline.quantizing import load_quantized
 from mpq.policy import Policy
 from mpq.userimport import trusting
@@ -39,7 +44,9 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     os.chdir(folder)
     try:
         train = ["train", "newcomers:tiny", "--data", "newcomers:images", "--epochs", "1"]
-        assert main([*train, "-o", "model.pth"]) == 0
+        with redirect_stdout(io.StringIO()) as told:
+            assert main([*train, "-o", "model.pth", "--json"]) == 0
+        Path("train.json").write_text(told.getvalue())
         assert main(["analyze", "model.pth", *NAMED, "--num-calib", "16", "-o", "runs/a"]) == 0
         assert main(["ptq", "--num-calib", "16", "--effort", "fast"]) == 0
         assert main(["qat", "runs/a", *QAT]) == 0
@@ -139,25 +146,6 @@ def test_a_run_of_the_version_before_is_read_with_a_warning(
     assert "runs/a/quantized.pth is as mpq 0.1 named what ptq and qat wrote" in caplog.text
 
 
-JSON = Path(__file__).parents[1] / "docs" / "json.md"
-
-
-def documented() -> dict[str, set[str]]:
-    """The keys of each command, as the page has them; it explains each of them."""
-    row = re.compile(r"^\| `([^`]+)` \| (.*) \|$", re.M)
-    commands, _, meanings = JSON.read_text().partition("| key |")
-    found = {name: set(re.findall(r"`([^`]+)`", text)) for name, text in row.findall(commands)}
-    assert {key for row in found.values() for key in row} == {k for k, _ in row.findall(meanings)}
-    assert {name.split()[0] for name in found} == COMMANDS_OF_CLI.keys() - {"completion", "schema"}
-    return found
-
-
-def keys(content: dict[str, object]) -> set[str]:
-    """The keys of an object, and of the objects in its lists."""
-    inner = (row for value in content.values() if isinstance(value, list) for row in value)
-    return content.keys() | {key for row in inner if isinstance(row, dict) for key in row}
-
-
 COMMANDS = {
     "ptq runs/a --effort fast --num-calib 16 --force": "ptq.pth",
     "qat runs/a/sensitivity.json --epochs 1 --set batch=32 --force": "qat.pth",
@@ -207,6 +195,22 @@ def test_a_network_of_a_run_is_profiled_there(here: Path, capsys: Capture) -> No
     (here / "fast").mkdir()
     shutil.copy("runs/a/profile.json", "fast")
     assert "policy fast/policy.yaml does not exist" in fails(capsys, "profile fast")
+
+
+def test_every_command_is_on_the_page_of_json() -> None:
+    """Those of `rank` and `portability` are compared where these are run."""
+    page = documented()
+    assert {name.split()[0] for name in page} == COMMANDS_OF_CLI.keys() - {"completion", "schema"}
+    assert page["demo"] == {"rows", *(field.name for field in fields(DemoRow))}
+
+
+def test_what_is_made_and_compared_has_the_keys_of_the_page(here: Path, capsys: Capture) -> None:
+    page = documented()
+    assert keys(json.loads(Path("train.json").read_text())) == page["train"]
+    ensemble = f"ensemble model.pth {' '.join(NAMED)} -o ens.pth --json"
+    assert keys(json.loads(say(capsys, ensemble)[0])) == page["ensemble"]
+    say(capsys, "analyze runs/a --effective-bits 6 -o runs/six")
+    assert keys(json.loads(say(capsys, "diff runs/a runs/six --json")[0])) == page["diff"]
 
 
 def test_what_is_looked_at_has_the_keys_of_the_page(here: Path, capsys: Capture) -> None:

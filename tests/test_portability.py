@@ -15,6 +15,7 @@ import nets
 import numpy as np
 import onnx
 import pytest
+from jsonkeys import documented, keys
 
 import mpq
 from mpq.cli import main
@@ -150,7 +151,9 @@ def test_the_command(
     monkeypatch.setenv("MPQ_RUNTIMES", str(tmp_path))
     argv = ["portability", str(file), "--num-test", "4", "--data", "none"]
     assert main([*argv, "--json"]) == 0
-    rows = {row["runtime"]: row for row in json.loads(capsys.readouterr().out)["rows"]}
+    printed = json.loads(capsys.readouterr().out)
+    assert keys(printed) == documented()["portability"]
+    rows = {row["runtime"]: row for row in printed["rows"]}
     assert rows["onnxruntime"]["predicted"] == 4
     assert rows["onnxruntime"]["ratio"] is not None
     assert "--install arm64" in rows["onnxruntime-arm64 cortex-a76"]["problem"]

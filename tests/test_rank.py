@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from jsonkeys import documented, keys
 from rich.console import Console
 
 from mpq.cli import main
@@ -77,7 +78,9 @@ def test_a_finished_ranking_is_kept_and_a_new_candidate_added(here, monkeypatch,
     monkeypatch.setattr(ranking, "run_ptq", quantize)
     argv = ["rank", "own.pth", "resnet8", *QUICK, *FEW, "-o", "r"]
     assert main([*argv, "--resume", "--json"]) == 0
-    told = {row["name"]: row for row in json.loads(capsys.readouterr().out)["rows"]}
+    printed = json.loads(capsys.readouterr().out)
+    assert keys(printed) == documented()["rank"]
+    told = {row["name"]: row for row in printed["rows"]}
     assert set(measured) == {"own.pth"}
     assert told["resnet8"] == before["resnet8"]
     assert told["own.pth"]["forms"] == before["resnet8_conv"]["forms"]
