@@ -111,6 +111,19 @@ def test_each_stage_has_a_file_of_its_own_and_export_says_which_it_took(
     assert "runs/a/model.onnx was not made from runs/a/qat.pth" in err
 
 
+def test_weights_of_a_training_are_shown_as_they_are(here: Path, capsys: Capture) -> None:
+    """The page held the checkpoint's weights against the steps that training had learned."""
+    say(capsys, "report runs/a")
+    assert "mpq qat runs/a --epochs 1" in Path("runs/a/report.html").read_text()
+    with trusting("newcomers:tiny"):
+        module = load_quantized(Path("runs/a/qat.pth"), DataSource("none")).module
+    for row in json.loads(Path("runs/a/ranges.json").read_text())["layers"]:
+        layer = module.get_submodule(row["layer"])
+        steps = layer.weight.detach().flatten(1) / layer.step().reshape(-1, 1)
+        told = row["weight"]["low"], row["weight"]["high"]
+        assert told == pytest.approx((float(steps.min()), float(steps.max())), rel=1e-4)
+
+
 def test_the_newest_stage_is_the_last_made_wherever_the_run_is_copied(
     here: Path, capsys: Capture
 ) -> None:

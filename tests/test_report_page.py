@@ -145,6 +145,11 @@ def test_curves_of_another_stage_than_the_model_are_not_shown(run):
     made["model.onnx"] = {"qat.pth": known["qat.pth"].sha256}
     origins.note(run, run, "x", made)
     assert "weights of the teachers" in page(run)
+    (run / "metrics.jsonl").write_text(json.dumps(metrics()[0]) + "\n")
+    origins.note(run, run, "x", made)
+    text = page(run)
+    assert "weights of the teachers" not in text  # a single epoch makes no curve
+    assert "train_loss" in text
 
 
 def test_the_page_names_the_file_that_is_wrong(run):

@@ -151,7 +151,12 @@ def _layers(module: nn.Module) -> dict[str, QuantLayer]:
 
 
 def _before(quantized: Path, found: Quantized) -> dict[str, Tensor]:
-    """The weights of the checkpoint, batch norms folded in; nothing where it is gone."""
+    """The weights of the checkpoint, batch norms folded in; nothing where it is gone.
+
+    Nothing either of a training, whose weights are other ones, and are kept before rounding.
+    """
+    if found.metrics.get("stage") == "qat":
+        return {}
     source = DataSource("none")
     try:
         subject = policy_subject(found.policy, quantized, source, weights=True)

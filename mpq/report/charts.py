@@ -233,6 +233,17 @@ def validation(found: Json) -> Figure:
     return made
 
 
+CURVES = {
+    "train_loss": "all",
+    "train_label_loss": "of labels",
+    "train_distill_loss": "of teachers",
+    "train_top1": "training",
+    "val_top1": "held out",
+    "lr": "of the step",
+}
+"""What legends call the values of `metrics.jsonl`, short enough for a phone."""
+
+
 def curves(title: str, lines: Mapping[str, Sequence[tuple[float, float]]]) -> Figure:
     """Some of the curves of a training: (epoch, value) by name; the title stands above it."""
     made = blank(240, "epoch")
@@ -240,7 +251,8 @@ def curves(title: str, lines: Mapping[str, Sequence[tuple[float, float]]]) -> Fi
         epochs, values = zip(*points, strict=True)
         source = ColumnDataSource({"x": epochs, "y": values})
         colour = SERIES[i % len(SERIES)]
-        made.line("x", "y", source=source, color=colour, width=2, legend_label=name)
+        label = CURVES.get(name, name)
+        made.line("x", "y", source=source, color=colour, width=2, legend_label=label)
         dots = made.scatter("x", "y", source=source, color=colour, size=5)
         told = [("", name), ("epoch", "@x"), (title, "@y{0.0000}")]
         made.add_tools(HoverTool(tooltips=told, renderers=[dots]))

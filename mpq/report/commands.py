@@ -28,7 +28,11 @@ def commands(run: Contents) -> str:
     there = {path.name for path in run.there}
     lines = [_analyze(run, policy)] if "sensitivity.json" in there else []
     stages = [name for name in rundir.QUANTIZED if name in there]
-    lines += [f"mpq {by.get(name, 'ptq')} {run.folder}" for name in stages]
+    epochs = run.read("metrics.jsonl", len)
+    for name in stages:
+        stage = by.get(name, "ptq")
+        trained = f" --epochs {epochs}" if stage == "qat" and epochs else ""
+        lines.append(f"mpq {stage} {run.folder}{trained}")
     if "model.onnx" in there:
         lines.append(f"mpq export {run.folder}")
     if "bench.jsonl" in there:

@@ -239,6 +239,8 @@ def training(run: Contents) -> Section | None:
         keys = list(dict.fromkeys(key for row in records for key in row))
         body = tuple(tuple(_cell(row.get(key)) for key in keys) for row in records)
         table = Grid("Epochs", columns(*(f"#{key}" for key in keys)), body)
+        if len(records) == 1:  # which makes no curve
+            return Section("training", "Training", (Part.table(table),))
         parts = (Part("plots", ("plots",), plots), Part.table(table, open=False))
         return Section("training", "Training", parts)
 
@@ -310,7 +312,7 @@ def again(run: Contents) -> Section:
     table = Part.table(Grid("Files", columns("file", "#bytes"), files), open=False)
     told = commands(run)
     parts = (Part("text", (told, "")), table) if told else (table,)
-    lead = "What the files do not say has its default." if told else ""
+    lead = "Options that the files do not tell, such as --teacher, are left out." if told else ""
     return Section("repeat", "Commands that repeat it", parts, lead)
 
 
