@@ -119,9 +119,9 @@ def test_weights_of_a_training_are_shown_as_they_are(here: Path, capsys: Capture
         module = load_quantized(Path("runs/a/qat.pth"), DataSource("none")).module
     for row in json.loads(Path("runs/a/ranges.json").read_text())["layers"]:
         layer = module.get_submodule(row["layer"])
-        steps = layer.weight.detach().flatten(1) / layer.step().reshape(-1, 1)
+        steps = layer.weight.detach().flatten(1) / layer.step().detach().reshape(-1, 1)
         told = row["weight"]["low"], row["weight"]["high"]
-        assert told == pytest.approx((float(steps.min()), float(steps.max())), rel=1e-4)
+        assert told == pytest.approx((steps.min().item(), steps.max().item()), rel=1e-4)
 
 
 def test_the_newest_stage_is_the_last_made_wherever_the_run_is_copied(
@@ -199,6 +199,25 @@ def test_a_network_is_that_of_a_run_as_well(here: Path, capsys: Capture, form: s
     say(capsys, f"analyze {form or 'runs/a'} --force")  # its budget, its scores
     assert Policy.load("runs/a/policy.yaml").constraints == before.constraints
     assert origins.doubt(Path("runs/a/model.onnx")) is None
+
+
+def test_floats_are_said_to_be_normalized_and_are_measured_on(
+    here: Path, capsys: Capture, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As a newcomer's Dataset gives them behind ToTensor: --normalize was left aside in silence."""
+    Path("floating.py").write_text(
+        "import numpy as np\ndef images():\n"
+        "    pair = np.ones((60, 3, 8, 8), np.float32), np.arange(60) % 10\n"
+        "    return {'train': pair, 'validation': pair}\n"
+    )
+    model = "analyze model.pth --model newcomers:tiny --data floating:images --num-calib 16"
+    say(capsys, f"{model} --normalize imagenet -o runs/f")
+    told = "data floating:images are floats, taken as normalized (imagenet) already; uint8 pixels"
+    assert told in caplog.text
+    out, _ = say(capsys, "qat runs/f --epochs 1 --set batch=32 --json")
+    assert json.loads(out)["validation_images"] == 6  # a tenth is held out
+    assert json.loads(out)["float_top1"] is not None
+    sys.modules.pop("floating", None)
 
 
 def test_a_network_of_a_run_is_profiled_there(here: Path, capsys: Capture) -> None:

@@ -14,10 +14,12 @@ from mpq.pipeline.subject import Subject
 VALIDATION_IMAGES = 500
 
 
-def held_out(top1: float | None, subject: Subject) -> dict[str, Any]:
-    """`beside_float` on all held-out images; nothing where there are none."""
+def after_training(top1: float | None, graph: QuantGraph, subject: Subject) -> dict[str, Any]:
+    """`beside_float` on all held-out images; `top1_of` of floats, which training does not judge."""
     held = None if top1 is None else subject.held_out()
-    return {} if held is None else beside_float(top1, subject, *held)
+    if held is not None:
+        return beside_float(top1, subject, *held)
+    return {"validation_top1": None} if subject.data is None else top1_of(graph, subject)
 
 
 def top1_of(graph: QuantGraph, subject: Subject) -> dict[str, Any]:

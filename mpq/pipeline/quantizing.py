@@ -21,7 +21,7 @@ from mpq.graph.norms import absorb_norms, attach_norms
 from mpq.graph.outputs import stated
 from mpq.graph.passes import prepare
 from mpq.outputs import settle as settle_outputs
-from mpq.pipeline.accuracies import held_out
+from mpq.pipeline.accuracies import after_training
 from mpq.pipeline.evaluating import validate
 from mpq.pipeline.subject import Subject, policy_subject, settle
 from mpq.pipeline.teaching import LossFunction, lessons
@@ -214,8 +214,7 @@ def run_qat(
         "epochs": recipe.epochs,
         "seed": run.seed,
         "calibrated_top1": None if recipe.progressive_epochs else result.start,  # at other widths
-        "validation_top1": result.top1,
-        **held_out(result.top1, subject),
+        **after_training(result.top1, graph, subject),
         "teachers": [] if plan.teacher is None else list(plan.teacher.names),
     }
     if plan.task is not None:

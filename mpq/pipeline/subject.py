@@ -229,7 +229,13 @@ def subject_of(
     subject = Subject(
         loaded.module, info, data, name, _NEUTRAL, more, loaded.call, trained_on=loaded.data or ""
     )
-    return normalized(subject, normalize)
+    subject = normalized(subject, normalize)
+    if data is not None and not data.pixels and subject.info.normalize not in ("", "none"):
+        logger.warning(
+            "data %s are floats, taken as normalized (%s) already; uint8 pixels are normalized "
+            "here", name, subject.info.normalize,
+        )  # fmt: skip
+    return subject
 
 
 def normalized(subject: Subject, normalize: Normalization | None) -> Subject:
