@@ -153,7 +153,8 @@ def _layers(module: nn.Module) -> dict[str, QuantLayer]:
 def _before(quantized: Path, found: Quantized) -> dict[str, Tensor]:
     """The weights of the checkpoint, batch norms folded in; nothing where it is gone.
 
-    Nothing either of a training, whose weights are other ones, and are kept before rounding.
+    Nothing either of a training, whose weights are other ones: these are shown as the file has
+    them, rounded.
     """
     if found.metrics.get("stage") == "qat":
         return {}
