@@ -170,8 +170,11 @@ class LatencyProfile:
         Raises:
             UsageError: there is no such file, or it is something else.
         """
-        remedy = "`mpq profile MODEL` writes one."
-        return cls.from_json(read_named(path, "latency profile", UsageError, remedy), str(path))
+        missing, remedy = (
+            f"latency profile {path} does not exist.",
+            "`mpq profile MODEL` writes one.",
+        )
+        return cls.from_json(read_named(path, UsageError, missing, remedy), str(path))
 
 
 def _layer(cost: dict[str, Any]) -> LayerLatency:

@@ -135,22 +135,22 @@ def read_text(path: Path, error: type[MpqError]) -> str:
     return path.read_text(encoding="utf-8")
 
 
-def read_named(path: str | Path, what: str, error: type[MpqError], remedy: str) -> str:
+def read_named(path: str | Path, error: type[MpqError], missing: str, remedy: str) -> str:
     """The text of a file that a user has named.
 
     Args:
         path: the file.
-        what: what it should hold, for messages: "policy".
         error: raised with one message.
-        remedy: what to do where there is none such.
+        missing: what to say where there is no such file.
+        remedy: what to do where there is none, or none of text.
     """
     try:
         return read_text(Path(path), error)
     except FileNotFoundError:
-        raise error(f"{what} {path} does not exist. {remedy}") from None
+        raise error(f"{missing} {remedy}") from None
     except (OSError, UnicodeDecodeError) as wrong:
         why = getattr(wrong, "strerror", "it is no text file")
-        raise error(f"{what} {path} cannot be read: {why}. {remedy}") from None
+        raise error(f"{path} cannot be read: {why}. {remedy}") from None
 
 
 def read_json(path: Path, error: type[MpqError], writer: str) -> Any:

@@ -299,8 +299,8 @@ class Policy(_Value):
         Raises:
             PolicyError: the file is missing, unreadable or not a policy.
         """
-        remedy = "`mpq analyze MODEL` writes one."
-        return cls.from_yaml(read_named(path, "policy", PolicyError, remedy), str(path))
+        missing, remedy = f"policy {path} does not exist.", "`mpq analyze MODEL` writes one."
+        return cls.from_yaml(read_named(path, PolicyError, missing, remedy), str(path))
 
 
 def _none_if_float(spec: QuantSpec | Float) -> QuantSpec | None:

@@ -17,7 +17,7 @@ from mpq.data.splits import Splits, divide
 from mpq.diagnose.facts import score_unit
 from mpq.export.bench import BenchRow, Latency
 from mpq.noise import interval, margin
-from mpq.pipeline.accuracies import held_out
+from mpq.pipeline.accuracies import after_training
 from mpq.pipeline.analysis import _said
 from mpq.pipeline.subject import open_checkpoint
 from mpq.policy import Constraints, ModelInfo, Policy, SearchResult
@@ -172,13 +172,15 @@ def test_only_a_checkpoint_that_says_so_was_trained_without_the_held_out_images(
         normalize=own.normalize,
     )
     assert foreign.seen
-    assert not open_checkpoint(tmp_path / "own.pth", DataSource("none")).seen
-    said = held_out(12.5, foreign)
+    blind = open_checkpoint(tmp_path / "own.pth", DataSource("none"))
+    assert not blind.seen
+    graph = foreign.graph()
+    said = after_training(12.5, graph, foreign)
     assert said["validation_images"] == len(open_data("digits").validation)
     assert said["validation_interval"] == list(interval(12.5, said["validation_images"]))
-    assert said["float_top1"] == held_out(50.0, foreign)["float_top1"]
+    assert said["float_top1"] == after_training(50.0, graph, foreign)["float_top1"]
     assert (said["validation_top1"], said["validation_seen"]) == (12.5, True)
-    assert held_out(None, foreign) == {}
+    assert after_training(None, graph, blind) == {"validation_top1": None}
 
 
 def test_a_validation_split_that_data_bring_is_no_part_of_training() -> None:

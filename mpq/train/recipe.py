@@ -182,7 +182,8 @@ class Recipe(BaseModel):
         remedy = (
             f"It must be one of {', '.join(cls.names())} or a YAML file{nearest(text, cls.names())}"
         )
-        return cls.parse(read_named(text, "recipe", UsageError, remedy), where=f"recipe {text}")
+        read = read_named(text, UsageError, f"recipe {text!r} does not exist.", remedy)
+        return cls.parse(read, where=f"recipe {text}")
 
     @classmethod
     def parse(cls, text: str, *, where: str = "recipe") -> Recipe:

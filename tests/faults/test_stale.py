@@ -64,6 +64,7 @@ NOT_MADE = {
     "metrics.jsonl",
     "exact.json",
     "portability.json",
+    "demo.json",
     "ranges.json",
     "diagnosis.json",
 }
