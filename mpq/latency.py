@@ -170,10 +170,8 @@ class LatencyProfile:
         Raises:
             UsageError: there is no such file, or it is something else.
         """
-        missing, remedy = (
-            f"latency profile {path} does not exist.",
-            "`mpq profile MODEL` writes one.",
-        )
+        missing = f"latency profile {path} does not exist."
+        remedy = "`mpq profile MODEL` writes one."
         return cls.from_json(read_named(path, UsageError, missing, remedy), str(path))
 
 

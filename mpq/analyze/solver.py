@@ -152,8 +152,13 @@ def _without_debris() -> Iterator[None]:
 
     What anybody else writes there meanwhile is passed on.
     """
-    sys.stdout.flush()
-    kept = os.dup(1)
+    try:
+        kept = os.dup(1)
+    except OSError:  # a process without one: nothing can be read from it either
+        yield
+        return
+    if sys.stdout is not None:
+        sys.stdout.flush()
     with tempfile.TemporaryFile() as caught:
         os.dup2(caught.fileno(), 1)
         try:

@@ -112,7 +112,8 @@ def warn_elsewhere(profile: LatencyProfile | None, target: Target) -> None:
 
 def _usual(widths: Iterable[int]) -> Constraints:
     """The budget where none is given: 4.8 bits, or as near the narrowest where that has more."""
-    least, above, *_ = 2 * sorted(set(widths))
+    least, *wider = sorted(set(widths))
+    above = wider[0] if wider else least
     return Constraints(effective_bits=max(DEFAULT_EFFECTIVE_BITS, least + (above - least) / 5))
 
 
