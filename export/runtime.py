@@ -37,10 +37,24 @@ from mpq.export.feeds import (
 from mpq.files import scratch
 
 __all__ = [
-    "ModelInput", "Session", "answers", "arrange", "fixed_batch", "metadata", "model_input",
-    "node_times", "noise", "optimized_model", "peak_memory_mb", "quantize_dynamic",
-    "quantize_static", "run", "session", "values", "version",
-]  # fmt: skip
+    "ModelInput",
+    "Session",
+    "answers",
+    "arrange",
+    "fixed_batch",
+    "metadata",
+    "model_input",
+    "node_times",
+    "noise",
+    "optimized_model",
+    "peak_memory_mb",
+    "quantize_dynamic",
+    "quantize_static",
+    "run",
+    "session",
+    "values",
+    "version",
+]
 Session: TypeAlias = ort.InferenceSession
 _QUIET = 3  # errors only: the runtime warns about every hardware specific optimization
 

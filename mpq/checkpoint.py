@@ -35,9 +35,16 @@ from mpq.zoo.spelling import strip
 from mpq.zoo.whole import open_whole
 
 __all__ = [
-    "Loaded", "Reading", "load_model", "load_safe", "loaded_from", "open_model", "save_atomic",
-    "save_model", "weights_hash",
-]  # fmt: skip
+    "Loaded",
+    "Reading",
+    "load_model",
+    "load_safe",
+    "loaded_from",
+    "open_model",
+    "save_atomic",
+    "save_model",
+    "weights_hash",
+]
 
 logger = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ import mpq
 from mpq.cli import main
 from mpq.errors import DataError, TrainError, UsageError
 from mpq.numerics import kl_divergence
-from mpq.train.feed import Loader
+from mpq.train.feed import Loader, Share
 from mpq.train.plan import Hooks, Stop
 from mpq.train.task import Task
 
@@ -209,14 +209,14 @@ def test_a_loader_that_ends_early_or_has_another_structure() -> None:
     with pytest.raises(DataError, match=r"must come 3 times an epoch.* Got 1"):
         mpq.qat(heads(), batches, policy(8), loss=pixel_loss, epochs=1, settings=SETTINGS)
     with pytest.raises(DataError, match=r"a batch must be.*Got \{mask: float32"):
-        Loader([{"mask": torch.zeros(2)}], 0, torch.device("cpu"), (0, 1)).identity()
+        Loader([{"mask": torch.zeros(2)}], Share(0, torch.device("cpu"))).identity()
     with pytest.raises(DataError, match="must have a length"):
-        Loader(iter([]), 0, torch.device("cpu"), (0, 1))
+        Loader(iter([]), Share(0, torch.device("cpu")))
 
 
 def test_processes_share_batches_out() -> None:
     batch = (torch.arange(6.0).view(6, 1), list("abcdef"))
-    shares = [Loader([batch], 0, torch.device("cpu"), (rank, 2)) for rank in (0, 1)]
+    shares = [Loader([batch], Share(0, torch.device("cpu"), rank, 2)) for rank in (0, 1)]
     parts = [next(iter(share.parts()))[0] for share in shares]
     assert [p[1] for p in parts] == [["a", "c", "e"], ["b", "d", "f"]]
 

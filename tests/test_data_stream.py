@@ -28,7 +28,7 @@ from mpq.processes import ranks_of
 from mpq.rundir import Run
 from mpq.train.deliver import deliver
 from mpq.train.evaluate import accuracy
-from mpq.train.feed import Streamed
+from mpq.train.feed import Share, Streamed
 from mpq.train.loop import fit
 from mpq.train.plan import Hooks, Stop, TrainingData, TrainingPlan
 from mpq.train.recipe import Recipe
@@ -434,7 +434,7 @@ def test_two_processes_stream_each_image_once(tmp_path):
 def feed(place: tuple[int, int], folder: Path) -> Streamed:
     with limited(**STREAMED):
         data = load_arrays(open_data(folder, holdout=0).train)
-    return Streamed(data, RECIPE, 0, torch.device("cpu"), place)
+    return Streamed(data, RECIPE, Share(0, torch.device("cpu"), *place))
 
 
 def epochs(streamed: Streamed) -> list[list[int]]:

@@ -18,7 +18,17 @@ from mpq.analyze.sensitivity import Row, Sensitivity
 from mpq.verb import callable_package
 
 __all__ = [
-    "METRICS", "Allocation", "Measured", "Row", "Scoring", "Search", "Sensitivity", "allocate",
-    "build_policy", "candidates", "locked_widths", "score_layers",
-]  # fmt: skip
+    "METRICS",
+    "Allocation",
+    "Measured",
+    "Row",
+    "Scoring",
+    "Search",
+    "Sensitivity",
+    "allocate",
+    "build_policy",
+    "candidates",
+    "locked_widths",
+    "score_layers",
+]
 callable_package(__name__)

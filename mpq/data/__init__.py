@@ -17,6 +17,12 @@ from mpq.data.normalize import Normalization
 from mpq.data.splits import sample_indices
 
 __all__ = [
-    "DataSet", "DataSource", "Normalization", "Split", "load_arrays", "open_data",
-    "open_unlabelled", "sample_indices",
-]  # fmt: skip
+    "DataSet",
+    "DataSource",
+    "Normalization",
+    "Split",
+    "load_arrays",
+    "open_data",
+    "open_unlabelled",
+    "sample_indices",
+]

@@ -19,10 +19,22 @@ from mpq.verb import callable_package
 from mpq.wide import Int16Form
 
 __all__ = [
-    "EFFORTS", "EQUALIZE", "MEMORY_MB", "METHODS", "Effort", "Equalize", "FinishedBlocks",
-    "Learning", "Method", "Pair", "PtqSettings", "calibrate", "equalize", "quantize_graph",
+    "EFFORTS",
+    "EQUALIZE",
+    "MEMORY_MB",
+    "METHODS",
+    "Effort",
+    "Equalize",
+    "FinishedBlocks",
+    "Learning",
+    "Method",
+    "Pair",
+    "PtqSettings",
+    "calibrate",
+    "equalize",
+    "quantize_graph",
     "quantize_layers",
-]  # fmt: skip
+]
 callable_package(__name__)
 
 FAST_VALUES = 5_000_000

@@ -33,7 +33,7 @@ from mpq.train.answers import Answers, answer_folders
 from mpq.train.augment import Targets, epoch_rng
 from mpq.train.compiled import compiled
 from mpq.train.evaluate import normalize_unit
-from mpq.train.feed import Arrays, Feed, Loader, Streamed
+from mpq.train.feed import Arrays, Feed, Loader, Share, Streamed
 from mpq.train.metrics import Record, Totals
 from mpq.train.objective import Objective, Parts
 from mpq.train.optim import Ema, build_optimizer, learning_rate
@@ -85,16 +85,14 @@ class Engine:
         self.task, self.streams = plan.task, data.batches is not None
         if self.streams and plan.task is None:
             raise UsageError("batches of the user's own need a task: a loss, or a teacher.")
-        place = self.rank, self.ranks
+        share = Share(run.seed, self.device, self.rank, self.ranks)
         self.feed: Feed
         if data.batches is not None:
-            self.feed = Loader(data.batches, run.seed, self.device, place)
+            self.feed = Loader(data.batches, share)
         elif data.train is not None and (plan.transform or isinstance(data.train[0], Stream)):
-            self.feed = Streamed(
-                data.train, recipe, run.seed, self.device, place, transform=plan.transform
-            )
+            self.feed = Streamed(data.train, recipe, share, plan.transform)
         elif data.train is not None:
-            self.feed = Arrays(data.train, recipe, run.seed, self.device, place)
+            self.feed = Arrays(data.train, recipe, share)
         else:
             raise DataError("training needs images or batches. Got neither.")
         self._take_network()

@@ -7,6 +7,7 @@ images whenever they are asked.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sized
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -26,6 +27,23 @@ from mpq.train.transforms import Transform, Transformed
 
 RESIDENT_BYTES = 2**32
 """Images up to this size are kept on the accelerator."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one process takes of the data.
+
+    Args:
+        seed: of order and augmentation.
+        device: where a step wants them.
+        rank: this process.
+        ranks: how many there are.
+    """
+
+    seed: int
+    device: torch.device
+    rank: int = 0
+    ranks: int = 1
 
 
 class Feed(Protocol):
@@ -63,39 +81,24 @@ class Arrays:
     Args:
         data: images and class ids, -1 where there is none.
         recipe: batch and augmentation.
-        seed: of order and augmentation.
-        device: where a step wants them.
-        place: this process, and how many there are.
+        share: of this process.
     """
 
     LOOKED_AT = 256
     """Training images that choose activation ranges when widths change."""
 
-    def __init__(
-        self,
-        data: tuple[Images, Labels],
-        recipe: Recipe,
-        seed: int,
-        device: torch.device,
-        place: tuple[int, int],
-    ) -> None:
+    def __init__(self, data: tuple[Images, Labels], recipe: Recipe, share: Share) -> None:
         images, labels = data
-        self.data, self.recipe, self.seed, self.device, self.place = (
-            data,
-            recipe,
-            seed,
-            device,
-            place,
-        )
+        self.data, self.recipe, self.share = data, recipe, share
         if images.dtype != np.uint8 and (recipe.trivial or recipe.rand_operations):
             raise UsageError(
                 "trivial and rand_operations change the colours of uint8 pixels, but these images "
                 "are floats. Set both to 0 in the recipe, or change the images where they are read."
             )
-        resident = device if self._held(images) else torch.device("cpu")
+        resident = share.device if self._held(images) else torch.device("cpu")
         self.images = self._take(images, resident)
         self.labels = as_tensor(labels.astype(np.int64)).to(resident)
-        self.sides = torch.from_numpy(alternating(len(images), seed)).to(resident)
+        self.sides = torch.from_numpy(alternating(len(images), share.seed)).to(resident)
         self.classes, self.partial = int(labels.max()) + 1, int(labels.min()) < 0
         self.steps = max(1, len(images) // recipe.batch)
         self._mirrored: Tensor | None = None
@@ -110,7 +113,7 @@ class Arrays:
 
     def _some(self, rows: Any) -> Tensor:
         """Some of the images, on the device."""
-        found: Tensor = self.images[rows].to(self.device, non_blocking=True)
+        found: Tensor = self.images[rows].to(self.share.device, non_blocking=True)
         return found
 
     def identity(self) -> str:
@@ -123,7 +126,7 @@ class Arrays:
 
     def begin(self, view: int) -> Any:
         """See `Feed.begin`."""
-        order = torch.from_numpy(epoch_rng(self.seed, view).permutation(len(self.images)))
+        order = torch.from_numpy(epoch_rng(self.share.seed, view).permutation(len(self.images)))
         self._order = order.to(self.labels.device)
         self._mirrored = self.sides ^ bool(view % 2) if self.recipe.alternate else None
         first = self._order[: self.LOOKED_AT]
@@ -131,10 +134,9 @@ class Arrays:
 
     def parts(self) -> Iterator[list[Tensor]]:
         """See `Feed.parts`."""
-        rank, ranks = self.place
         for step in range(self.steps):
             index = self._order[step * self.recipe.batch : (step + 1) * self.recipe.batch]
-            split = index[rank::ranks].tensor_split(self.recipe.accumulate)
+            split = index[self.share.rank :: self.share.ranks].tensor_split(self.recipe.accumulate)
             yield [part for part in split if len(part)]
 
     def size(self, part: Tensor) -> int:
@@ -148,8 +150,9 @@ class Arrays:
     def load(self, part: Tensor, rng: np.random.Generator) -> tuple[Any, Any]:
         """See `Feed.load`."""
         images = self._batch(part)
-        labels = self.labels[part].to(self.device, non_blocking=True)
-        mirrored = None if self._mirrored is None else self._mirrored[part].to(self.device)
+        device = self.share.device
+        labels = self.labels[part].to(device, non_blocking=True)
+        mirrored = None if self._mirrored is None else self._mirrored[part].to(device)
         return mix(augment(images, self.recipe, rng, mirrored), labels, self.recipe, rng)
 
 
@@ -167,12 +170,10 @@ class Streamed(Arrays):
         self,
         data: tuple[Images, Labels],
         recipe: Recipe,
-        seed: int,
-        device: torch.device,
-        place: tuple[int, int],
+        share: Share,
         transform: Transform | None = None,
     ) -> None:
-        super().__init__(data, recipe, seed, device, place)
+        super().__init__(data, recipe, share)
         self.transform, self._view = transform, 0
         self._coming: Iterator[Tensor] = iter(())
 
@@ -184,7 +185,7 @@ class Streamed(Arrays):
 
     def _some(self, rows: Any) -> Tensor:
         picked = rows if isinstance(rows, slice) else rows.numpy()
-        return as_tensor(self.images[picked]).to(self.device)
+        return as_tensor(self.images[picked]).to(self.share.device)
 
     def identity(self) -> str:
         """See `Feed.identity`."""
@@ -201,13 +202,13 @@ class Streamed(Arrays):
         flat = [part.numpy() for step in steps for part in step]
         read = self.images.__getitem__
         if self.transform is not None:
-            read = Transformed(self.images, self.transform, (self.seed, self._view))
-        self._coming = deliver(read, flat, workers(self.place[1]))
+            read = Transformed(self.images, self.transform, (self.share.seed, self._view))
+        self._coming = deliver(read, flat, workers(self.share.ranks))
         yield from steps
         self._coming = iter(())  # the workers end with the epoch
 
     def _batch(self, part: Tensor) -> Tensor:
-        return next(self._coming).to(self.device, non_blocking=True)
+        return next(self._coming).to(self.share.device, non_blocking=True)
 
 
 class Loader:
@@ -215,9 +216,7 @@ class Loader:
 
     Args:
         batches: can be gone through again, in the same order for the same seed of torch.
-        seed: of torch where an epoch begins.
-        device: where a step wants them.
-        place: this process, and how many there are.
+        share: of this process; its seed is that of torch where an epoch begins.
 
     Raises:
         DataError: they have no length.
@@ -225,15 +224,13 @@ class Loader:
 
     classes, partial = 0, True
 
-    def __init__(
-        self, batches: Iterable[Any], seed: int, device: torch.device, place: tuple[int, int]
-    ) -> None:
+    def __init__(self, batches: Iterable[Any], share: Share) -> None:
         if not isinstance(batches, Sized) or not len(batches):
             raise DataError(
                 "batches must have a length, at least 1, by which the learning rate is planned. "
                 f"Got {described(batches)}."
             )
-        self.batches, self.seed, self.device, self.place = batches, seed, device, place
+        self.batches, self.share = batches, share
         self.steps, self._view = len(batches), 0
 
     def identity(self) -> str:
@@ -242,10 +239,10 @@ class Loader:
 
     def first(self, size: int) -> Any:
         """See `Feed.first`: those of one batch, however many they are."""
-        return moved(self._one(), self.device)
+        return moved(self._one(), self.share.device)
 
     def _one(self) -> Any:
-        torch.manual_seed(self.seed)
+        torch.manual_seed(self.share.seed)
         found = next(iter(self.batches), None)
         if found is None:
             raise DataError(f"batches must come {self.steps} times an epoch. Got none.")
@@ -262,10 +259,10 @@ class Loader:
         Raises:
             DataError: they end early.
         """
-        torch.manual_seed(self.seed + self._view)
+        torch.manual_seed(self.share.seed + self._view)
         step = -1
         for step, batch in enumerate(self.batches):
-            yield [shared(batch, *self.place)]
+            yield [shared(batch, self.share.rank, self.share.ranks)]
             if step == self.steps - 1:
                 return
         raise DataError(
@@ -279,5 +276,5 @@ class Loader:
 
     def load(self, part: Any, rng: np.random.Generator) -> tuple[Any, Any]:
         """See `Feed.load`."""
-        batch = moved(part, self.device)
+        batch = moved(part, self.share.device)
         return inputs_of(batch), batch
