@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,33 @@ Model = nn.Module | str | Path
 Budget = float | Constraints | Mapping[str, float]
 """Effective bits, or limits by their names, or the values of these."""
 CALIBRATION, HELD_OUT, MEASURED = 512, 500, 2000
+
+
+@dataclass(frozen=True)
+class _Given:
+    """What a verb works on, as it was given, and how its answers are judged."""
+
+    model: Model
+    data: Data | None
+    validation: Data | None
+    wishes: Wishes
+    normalize: str
+    outputs: Mapping[str, OutputKind] | None
+    loss: LossFunction | None = None
+    example: Inputs | None = None
+
+    def subject(self, wanted: Wanted) -> Subject:
+        """The network, with so many images, its metric and its batches."""
+        found = given(
+            self.model,
+            self.data,
+            wanted,
+            validation=self.validation,
+            normalize=self.normalize,
+            example=self.example,
+            outputs=self.outputs,
+        )
+        return judged(found, self.wishes, self.data, self.validation, learn=self.loss is not None)
 
 
 def analyze(
@@ -102,23 +129,12 @@ def analyze(
     """
     if minimize not in MINIMIZE:
         raise UsageError(f"minimize must be one of {', '.join(MINIMIZE)}. Got {minimize!r}.")
-    limits = [_constraints(one) for one in _several(budget)]
-    measured = MEASURED if any(one.max_drop is not None for one in limits) else 0
-    wanted = Wanted(num_calib or CALIBRATION, max(measured, HELD_OUT if validate else 0), seed)
-    subject = given(
-        model,
-        data,
-        wanted,
-        validation=validation,
-        normalize=normalize,
-        example=example,
-        outputs=outputs,
-    )
     score, wishes = divided(Wishes(metric, lower_is_better, postprocess))
-    subject = judged(subject, wishes, data, validation, learn=loss is not None)
     own = None if loss is None else loss_of(loss)
+    asked = _Given(model, data, validation, wishes, normalize, outputs, own, example)
+    scoring = Scoring(tuple(bits), tuple(act_bits), score, seed, rounding=rounding, loss=own)
     how = Analyzing(
-        Scoring(tuple(bits), tuple(act_bits), score, seed, rounding=rounding, loss=own),
+        scoring,
         num_calib or CALIBRATION,
         target,
         None if locked is None else _policy(locked),
@@ -126,6 +142,8 @@ def analyze(
         MINIMIZE[minimize],
         validate=validate,
     )
+    limits = _limits(budget)
+    subject = asked.subject(Wanted(how.samples, _held_out(limits, validate), seed))
     return find_policy(subject, limits, how, Run(seed=seed, device=device, progress=progress))
 
 
@@ -179,10 +197,9 @@ def ptq(
         PolicyError: the policy does not fit the network, or was made for other weights.
     """
     chosen = _samples(_policy(policy), num_calib).with_outputs(outputs or {})
-    wanted, kinds = Wanted(chosen.data.samples, HELD_OUT, seed), chosen.outputs
-    subject = given(model, data, wanted, validation=validation, normalize=normalize, outputs=kinds)
     wishes = Wishes(metric, lower_is_better, postprocess)
-    subject = judged(subject, wishes, data, validation)
+    asked = _Given(model, data, validation, wishes, normalize, chosen.outputs)
+    subject = asked.subject(Wanted(chosen.data.samples, HELD_OUT, seed))
     _check_weights(chosen, subject)
     settings = PtqSettings(
         method=calibration,
@@ -257,32 +274,37 @@ def qat(
     chosen = _policy(policy).with_outputs(outputs or {})
     chosen = take_form(chosen, int16_form) if int16_form is not None else chosen
     streams = loss is not None and as_batches(data) is not None
-    wanted, kinds = Wanted(CALIBRATION if streams else None, 0, seed), chosen.outputs
-    subject = given(model, data, wanted, validation=validation, normalize=normalize, outputs=kinds)
     wishes = Wishes(metric, lower_is_better, postprocess)
-    subject = judged(subject, wishes, data, validation, learn=loss is not None)
+    own = None if loss is None else loss_of(loss)
+    asked = _Given(model, data, validation, wishes, normalize, chosen.outputs, own)
+    subject = asked.subject(Wanted(CALIBRATION if streams else None, 0, seed))
     _check_weights(chosen, subject)
     changes = dict(settings or {}) | ({} if epochs is None else {"epochs": epochs})
     loaded = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
     random = transform_of(transform, subject.info.input[1:])
     plan = TrainingPlan(loaded.override(changes), _teacher(teacher, subject), transform=random)
     run = Run(None if folder is None else Path(folder), seed, device, resume)
-    own = None if loss is None else loss_of(loss)
     return run_qat(chosen, subject, plan, run, hooks, loss=own)
 
 
-def _several(budget: Any) -> list[Any]:
-    if budget is None:
-        return [Constraints()]
-    alone = isinstance(budget, int | float | Constraints | Mapping)
-    return [budget] if alone else list(budget)
+def _limits(budget: Any) -> list[Constraints]:
+    """The limits of one budget, or of several; without one they limit nothing."""
+    alone = budget is None or isinstance(budget, int | float | Constraints | Mapping)
+    return [_constraints(one) for one in ([budget] if alone else budget)]
 
 
-def _constraints(budget: Budget) -> Constraints:
-    if isinstance(budget, Constraints):
-        return budget
+def _constraints(budget: Budget | None) -> Constraints:
+    if budget is None or isinstance(budget, Constraints):
+        return budget or Constraints()
     limits = dict(budget) if isinstance(budget, Mapping) else {"effective_bits": budget}
     return Constraints().replace(**limits)
+
+
+def _held_out(budgets: list[Constraints], validate: int) -> int:
+    """Images to measure on: where accuracy is a limit, or scores are to be measured against it."""
+    if any(one.max_drop is not None for one in budgets):
+        return MEASURED
+    return HELD_OUT if validate else 0
 
 
 def _policy(policy: Policy | Analysis | str | Path | None) -> Policy:
