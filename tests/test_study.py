@@ -25,6 +25,7 @@ from benchmarks.study.stages import select, stages_of  # noqa: E402
 from benchmarks.study.work import Study  # noqa: E402
 from mpq import trusting  # noqa: E402
 from mpq.errors import UsageError  # noqa: E402
+from mpq.policy import Policy  # noqa: E402
 
 SMALL = """
 name: small
@@ -38,11 +39,11 @@ networks:
   - {name: scratch, arch: resnet8, recipe: short}
   - {name: taught, arch: resnet8, recipe: taught, teachers: [teacher]}
 policies:
-  w8a8: {uniform: [8, 8]}
+  narrow: {uniform: [4, 4], ends: 8}
   mixed: {bits: [8, 4], budget: {effective_bits: 5}}
 rows:
   - {name: float, network: [scratch, taught]}
-  - {name: static, network: taught, policy: w8a8, method: ptq, claim: false, published: 90.5}
+  - {name: static, network: taught, policy: narrow, method: ptq, claim: false, published: 90.5}
   - {name: mixed, network: taught, policy: mixed, method: qat, recipe: tune, teachers: [teacher]}
 effort: fast
 latency_runs: 1
@@ -117,6 +118,17 @@ def test_rows_say_what_was_done_on_what(made: tuple[Path, Path, list[str]]) -> N
     assert "| 90.50 |" in table
     assert "| resnet8 |" in table
     assert set(json.loads((kept / "curves.json").read_text())) >= {"network-teacher-s0"}
+
+
+def test_first_and_last_layer_are_spared_as_in_published_tables(
+    made: tuple[Path, Path, list[str]],
+) -> None:
+    _, kept, _ = made
+    policy = Policy.load(kept / "files" / "static-s0.yaml")
+    widths = {c.name: c.weight.bits for c in policy.layers if c.weight}
+    assert list(widths) == ["conv1", "linear"]
+    assert set(widths.values()) == {8}
+    assert policy.default.weight.bits == policy.default.activation.bits == 4
 
 
 def test_a_finished_study_does_nothing(plan: Plan, made: tuple[Path, Path, list[str]]) -> None:
@@ -205,10 +217,11 @@ def test_a_full_disk_leaves_what_was_finished(
         (("teachers: [teacher]}\npol", "teachers: [techer]}\npol"),
          r"network taught names 'techer', which must be a network above it.*did you mean"),
         (("recipe: tune, teachers", "recipe: tunes, teachers"), r"row mixed: recipe names 'tunes'"),
-        (("policy: w8a8, method: ptq", "method: ptq"), r"row static must have a policy"),
+        (("policy: narrow, method: ptq", "method: ptq"), r"row static must have a policy"),
         (("name: static", "name: mixed"), r"rows must have different names. Got mixed twice"),
         (("epochs: 2,", "epochs: 0,"), r"epochs: Input should be greater than or equal to 1"),
-        (("{uniform: [8, 8]}", "{}"), r"a policy must have uniform widths or a budget"),
+        (("{uniform: [4, 4], ends: 8}", "{}"), r"a policy must have uniform widths or a budget"),
+        (("{bits: [8, 4],", "{ends: 8,"), r"ends are those of a policy with uniform widths"),
     ],
 )  # fmt: skip
 def test_a_wrong_plan_is_refused(tmp_path: Path, change: tuple[str, str], message: str) -> None:

@@ -73,10 +73,12 @@ class Network(Strict):
 class Widths(Strict):
     """A policy: `uniform` (weight, activation) bits, or what a search finds within a `budget`.
 
-    A uniform policy with activations below 8 bits leaves the image its 8.
+    A uniform policy with activations below 8 bits leaves the image its 8; with `ends` the first
+    and the last layer have these bits in weights and inputs, as published 4-bit figures have them.
     """
 
     uniform: tuple[int, int] | None = None
+    ends: int | None = None
     bits: tuple[int, ...] = (8, 4)
     budget: Constraints | None = None
 
@@ -84,6 +86,8 @@ class Widths(Strict):
     def _check(self) -> Self:
         if (self.uniform is None) == (self.budget is None):
             raise ValueError("a policy must have uniform widths or a budget, not both")
+        if self.ends is not None and self.uniform is None:
+            raise ValueError("ends are those of a policy with uniform widths")
         return self
 
 

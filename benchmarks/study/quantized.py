@@ -21,7 +21,7 @@ from mpq.pipeline.subject import Subject
 from mpq.policy import DataInfo, LayerPolicy, Policy
 from mpq.ptq import PtqSettings
 from mpq.rundir import Run
-from mpq.spec import activation_spec
+from mpq.spec import activation_spec, weight_spec
 
 SCORED = 512
 MODEL, POLICY = "model.onnx", "policy.yaml"
@@ -82,21 +82,27 @@ def _policy(job: Job, widths: Widths, subject: Subject) -> Policy:
         found = find_policy(subject, widths.budget, how, run)
         policy = found.policy
     else:
-        assert widths.uniform is not None
-        policy = _uniform(widths.uniform, subject, seed)
+        policy = _uniform(widths, subject, seed)
     files.write_text(kept, policy.to_yaml())
     return policy
 
 
-def _uniform(pair: tuple[int, int], subject: Subject, seed: int) -> Policy:
-    """Every layer at these widths; with activations below 8 bits the image keeps its 8."""
+def _uniform(widths: Widths, subject: Subject, seed: int) -> Policy:
+    """Every layer at these widths, but for the ends and an image that keeps its 8 bits."""
+    assert widths.uniform is not None
     data = DataInfo(name=subject.data_name, samples=SCORED, seed=seed)
     update: dict[str, Any] = {"model": subject.info, "data": data}
-    if pair[1] < 8:
-        first = next(iter(subject.graph().layers))
-        image = LayerPolicy(name=first, activation=activation_spec(8), reason="images have 8 bits")
+    layers = list(subject.graph().layers)
+    if widths.ends is not None:
+        wide = {"weight": weight_spec(widths.ends), "activation": activation_spec(widths.ends)}
+        ends = (layers[0], layers[-1])
+        update["layers"] = tuple(LayerPolicy(name=n, **wide, reason="an end") for n in ends)
+    elif widths.uniform[1] < 8:
+        image = LayerPolicy(
+            name=layers[0], activation=activation_spec(8), reason="images have 8 bits"
+        )
         update["layers"] = (image,)
-    return Policy.uniform(*pair).replace(**update)
+    return Policy.uniform(*widths.uniform).replace(**update)
 
 
 def _export(made: Quantized, folder: Path) -> tuple[Path, dict[str, Any]]:
