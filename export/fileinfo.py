@@ -29,6 +29,8 @@ class FileInfo:
     """What it takes, if that is more than a batch of images."""
     outputs: Mapping[str, str] | None = None
     """Kinds of its outputs by name; None: not known, or those of a classifier."""
+    pictures: str | None = None
+    """How those of another size are brought to it (`mpq.data.images.Fit`)."""
 
 
 def file_info(path: Path, loaded: runtime.Session | None = None) -> FileInfo:
@@ -62,6 +64,6 @@ def file_info(path: Path, loaded: runtime.Session | None = None) -> FileInfo:
         return FileInfo(input=size, data=policy.data.name, inputs=inputs, outputs=outputs)
     model = policy.model
     size = None if inputs else size or model.input
-    return FileInfo(
-        model.normalize, size, model.classes, policy.data.name, model.inputs or inputs, outputs
-    )
+    inputs = model.inputs or inputs
+    name, pictures = policy.data.name, model.pictures
+    return FileInfo(model.normalize, size, model.classes, name, inputs, outputs, pictures)

@@ -30,6 +30,7 @@ from mpq.userimport import trusting
 from mpq.zoo.builder import stated_inputs
 from mpq.zoo.detection import recognize, recognize_module
 from mpq.zoo.fitting import Recognized
+from mpq.zoo.libraries import declared_pictures
 from mpq.zoo.parts import NESTS, Part, choose, levels, states, told
 from mpq.zoo.spelling import strip
 from mpq.zoo.whole import open_whole
@@ -167,7 +168,7 @@ def loaded_from(content: Any, path: Path, how: Reading) -> Loaded:
             f"the weights in {path} must have the sha256 {saved.sha256[:12]}... that they were "
             f"saved with. Got {digest[:12]}...: it is damaged or was changed. Write it again."
         )
-    info = loaded.info.replace(normalize=saved.normalize)
+    info = loaded.info.replace(normalize=saved.normalize, pictures=saved.pictures)
     data, metrics = str(content.get("data", "")), content.get("metrics", {})
     return replace(loaded, info=info, data=data, metrics=metrics)
 
@@ -185,13 +186,15 @@ def _loaded(found: Recognized, path: Path, how: Reading) -> Loaded:
     _check_finite(state, path)
     if how.input is None and call is None and found.arch in (how.arch, str(path)):
         inputs = stated_inputs(found.arch)
+    normalize, pictures = declared_pictures(found.network)
     if inputs and call is None:
         call = Network.of_specs(found.network, inputs)
     info = ModelInfo(
         arch=found.arch,
         classes=found.classes,
         input=found.input,
-        normalize=found.normalize,
+        normalize=found.normalize or normalize,
+        pictures=pictures,
         checkpoint=str(path) if path.exists() else "",
         sha256=weights_hash(state),
         weights=how.weights,

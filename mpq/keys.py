@@ -28,6 +28,7 @@ MEANING = {
         "input": "Channels, height and width of an image.",
         "inputs": "What the network takes by name, where that is more than one image.",
         "normalize": "What is done to images, as `--normalize` takes it.",
+        "pictures": "How those of another size are brought to it: filter and share that is kept.",
         "weights": "What `--weights` took of a file that holds several networks.",
     },
     "DataInfo": {

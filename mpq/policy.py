@@ -72,7 +72,8 @@ class ModelInfo(_Value):
     `arch` is a zoo or torchvision name or `package.module:factory`; `checkpoint` a path, relative
     to the policy file or to the working directory; `sha256` the hash of the weights
     (`mpq.checkpoint.weights_hash`); `input` is `[channels, height, width]` of its images, or
-    `inputs` says by name what else it takes; `weights` is what `--weights` took of a file that
+    `inputs` says by name what else it takes; `pictures` is how those of another size are brought to
+    it, if it says so (`mpq.data.images.Fit`); `weights` is what `--weights` took of a file that
     holds several.
     """
 
@@ -82,6 +83,7 @@ class ModelInfo(_Value):
     classes: int = Field(ge=1)
     input: tuple[int, int, int] = (3, 32, 32)
     normalize: str = "none"
+    pictures: str | None = None
     weights: str | None = None
     inputs: dict[str, Input] | None = None
 

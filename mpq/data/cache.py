@@ -145,7 +145,9 @@ def _key(split: FolderSplit) -> str:
     stamps = [
         container.stamp([entry.name for entry in entries]) for container, entries in members.items()
     ]
-    form = split.size if split.channels == 3 else (*split.size, split.channels)
+    form: tuple[object, ...] = split.size
+    if split.channels != 3 or split.how is not None:
+        form = (*form, split.channels, *([] if split.how is None else [str(split.how)]))
     digest = hashlib.sha256(json.dumps([FORMAT, form, stamps]).encode())
     for entry in split.entries:
         digest.update(entry.name.encode(errors="surrogateescape") + b"\n")

@@ -6,8 +6,9 @@ import glob
 import logging
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from mpq.data.arrays import is_array_file, noise_splits, open_arrays
 from mpq.data.cifar import CIFAR, batches_in, open_batches, open_cifar_images
@@ -15,7 +16,9 @@ from mpq.data.containers import Folder
 from mpq.data.dataset import DataSet, Split
 from mpq.data.digits import open_digits
 from mpq.data.factory import open_factory
-from mpq.data.folders import ARCHIVES, DEFAULT_SIZE, archive_name, open_folders
+from mpq.data.folders import ARCHIVES, DEFAULT_SIZE, FolderSplit, archive_name, open_folders
+from mpq.data.images import Fit
+from mpq.data.items import ItemSplit
 from mpq.data.splits import Splits, divide
 from mpq.errors import DataError, nearest
 from mpq.inputs import InputSpec, InputSpecs
@@ -40,6 +43,7 @@ def open_data(
     holdout: int | None = None,
     seed: int = 0,
     takes: InputSpecs | None = None,
+    pictures: str | None = None,
 ) -> DataSet:
     """Open data by name; images are decoded later, when they are read.
 
@@ -54,6 +58,8 @@ def open_data(
         seed: of the holdout.
         takes: inputs of a network that takes more than one batch of images: only arrays, factories
             and noise have them.
+        pictures: how those of another size are brought to it (`mpq.data.images.Fit`), as the
+            network says.
 
     Raises:
         DataError: nothing under that name, or data that are not what they must be.
@@ -64,17 +70,35 @@ def open_data(
     found = _open(text, root, size, takes)
     if isinstance(found, DataSet):
         return found
-    return divide(found, name=text, holdout=holdout, seed=seed)
+    return divide(_fitted(found, pictures), name=text, holdout=holdout, seed=seed)
 
 
 def open_unlabelled(
-    name: str | Path, *, root: str | Path | None = None, size: tuple[int, ...] | None = None
+    name: str | Path,
+    *,
+    root: str | Path | None = None,
+    size: tuple[int, ...] | None = None,
+    pictures: str | None = None,
 ) -> Split:
     """All training images under a name of `open_data`, none held out; their labels mean nothing.
 
     A test split that the data bring is left alone. Raises as `open_data`.
     """
-    return _open(str(name).strip(), root, size).train
+    found = _open(str(name).strip(), root, size)
+    return found.train if isinstance(found, DataSet) else _fitted(found, pictures).train
+
+
+def _fitted(found: Splits, pictures: str | None) -> Splits:
+    """Splits whose pictures are brought to size as the network says; arrays have theirs."""
+    if pictures is None:
+        return found
+    how = Fit.parse(pictures)
+    splits: dict[str, Any] = {"train": found.train, "validation": found.validation,
+                              "test": found.test}  # fmt: skip
+    for name, split in splits.items():
+        if isinstance(split, FolderSplit | ItemSplit):
+            splits[name] = replace(split, how=how)
+    return replace(found, **splits)
 
 
 @dataclass(frozen=True)
@@ -86,15 +110,15 @@ class DataSource:
     holdout: int | None = None
     unlabelled: str | None = None
 
-    def more(self, size: tuple[int, ...]) -> Split | None:
-        """The images without labels, in the `(C, H, W)` or `(H, W)` of `size`, if any are named.
+    def more(self, size: tuple[int, ...], pictures: str | None = None) -> Split | None:
+        """The images without labels, if any are named; arguments as of `open_unlabelled`.
 
         Raises:
             DataError: nothing under that name.
         """
         if self.unlabelled is None:
             return None
-        return open_unlabelled(self.unlabelled, root=self.root, size=size)
+        return open_unlabelled(self.unlabelled, root=self.root, size=size, pictures=pictures)
 
 
 def _open(

@@ -21,7 +21,7 @@ from PIL import Image
 
 from mpq.data.containers import Container, open_container
 from mpq.data.dataset import Images, Indices, Labels, as_indices
-from mpq.data.images import decode, mode_of, open_image, probe_size
+from mpq.data.images import Fit, decode, mode_of, open_image, probe_size
 from mpq.data.splits import Splits
 from mpq.errors import DataError
 
@@ -60,12 +60,14 @@ class FolderSplit:
         labels: `[n]` int64.
         size: height and width to decode to.
         channels: to decode to, 1, 3 or 4.
+        how: pictures are brought to the size, if the network says so.
     """
 
     entries: Sequence[Entry]
     labels: Labels
     size: tuple[int, int]
     channels: int = 3
+    how: Fit | None = None
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -99,10 +101,11 @@ class FolderSplit:
         """
         chosen: NDArray[np.int64] = as_indices(indices, len(self))
         out = np.empty((len(chosen), *self.size, self.channels), np.uint8)
+        form: dict[str, Any] = {"channels": self.channels, "how": self.how}
         for row, index in enumerate(chosen):
             entry = self.entries[index]
             data, where = entry.container.read(entry.name), _where(entry)
-            out[row] = decode(data, self.size, where=where, channels=self.channels)
+            out[row] = decode(data, self.size, where=where, **form)
         return out
 
 

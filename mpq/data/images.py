@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import io
+import math
+import re
 import struct
 import zlib
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,14 +34,64 @@ _BROKEN = (
 )
 
 
-def fit(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+FILTERS = {one.name.lower(): one for one in Image.Resampling}
+_FIT = re.compile(rf"({'|'.join(FILTERS)}) (1|0\.\d+)( squash)?")
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """How a network wants pictures brought to its size, as timm configures and evaluates it.
+
+    Args:
+        interpolation: one of `FILTERS`.
+        crop: share of the shorter side that is kept, in (0, 1].
+        squash: each side is scaled by itself, whatever becomes of the aspect.
+    """
+
+    interpolation: str
+    crop: float
+    squash: bool = False
+
+    @classmethod
+    def parse(cls, text: str) -> Fit:
+        """The inverse of `str`.
+
+        Raises:
+            DataError: text of another form.
+        """
+        found = _FIT.fullmatch(text)
+        if found is None or not float(found[2]):
+            raise DataError(
+                f"pictures must be fitted by a filter ({', '.join(FILTERS)}) and the share of the "
+                f"shorter side that is kept, as in bicubic 0.875. Got {text!r}."
+            )
+        return cls(found[1], float(found[2]), bool(found[3]))
+
+    def __str__(self) -> str:
+        return f"{self.interpolation} {self.crop:g}{' squash' * self.squash}"
+
+    def __call__(self, image: Image.Image, size: tuple[int, int]) -> Image.Image:
+        """The image at `size` (height, width)."""
+        have, goal = (image.height, image.width), [math.floor(x / self.crop) for x in size]
+        if not self.squash:
+            short = max((0, 1), key=lambda k: goal[k] / have[k])
+            goal = [max(goal[k], goal[short] * have[k] // have[short]) for k in (0, 1)]
+        image = image.resize((goal[1], goal[0]), FILTERS[self.interpolation])
+        top, left = (round((g - x) / 2) for g, x in zip(goal, size, strict=True))
+        return image.crop((left, top, left + size[1], top + size[0]))
+
+
+def fit(image: Image.Image, size: tuple[int, int], how: Fit | None = None) -> Image.Image:
     """The image at `size` (height, width): scaled to cover it, then cut around the centre.
 
-    Aspect is kept. Bilinear with antialiasing. An image of that size comes back untouched.
+    Aspect is kept. Bilinear with antialiasing, if the network does not say `how` itself. An image
+    of that size comes back untouched.
     """
     height, width = size
     if image.size == (width, height):
         return image
+    if how is not None:
+        return how(image, size)
     scale = max(height / image.height, width / image.width)
     large = min(size) >= CENTRE_FROM and scale <= CENTRE
     keep = CENTRE if large else 1.0
@@ -108,14 +161,19 @@ def as_channels(images: NDArray[np.uint8], channels: int, *, of: str) -> NDArray
 
 
 def decode(
-    data: bytes, size: tuple[int, int], *, where: str, channels: int = 3
+    data: bytes,
+    size: tuple[int, int],
+    *,
+    where: str,
+    channels: int = 3,
+    how: Fit | None = None,
 ) -> NDArray[np.uint8]:
     """Pixels `[H, W, C]` of an encoded image; `where` names it in the error.
 
     Raises:
         DataError: the bytes are no complete image, or images have no such channels.
     """
-    found = np.asarray(fit(open_image(data, channels, where=where), size))
+    found = np.asarray(fit(open_image(data, channels, where=where), size, how))
     return found.reshape(*found.shape[:2], channels)
 
 

@@ -18,7 +18,7 @@ from PIL import Image
 
 from mpq.data.batches import INPUTS, LABELS
 from mpq.data.dataset import Images, Indices, Labels, as_indices
-from mpq.data.images import as_channels, fit, mode_of
+from mpq.data.images import Fit, as_channels, fit, mode_of
 from mpq.errors import DataError
 from mpq.userimport import raised
 
@@ -32,12 +32,14 @@ class ItemSplit:
         where: names them in messages.
         size: height and width to bring pictures to; None: those of the first.
         channels: of pictures; None: those of the first.
+        how: PIL pictures are brought to the size, if the network says so.
     """
 
     items: Any
     where: str
     size: tuple[int, int] | None = None
     channels: int | None = None
+    how: Fit | None = None
 
     def __post_init__(self) -> None:
         if not len(self.items):
@@ -108,7 +110,7 @@ class ItemSplit:
         found, where = image_of(self._item(index)), f"item {index} of {self.where}"
         if isinstance(found, Image.Image):
             image = found.convert(mode_of(self.channels or 3))
-            found = np.asarray(fit(image, self.size) if self.size else image)
+            found = np.asarray(fit(image, self.size, self.how) if self.size else image)
         pixels = as_pixels(found, where)
         if self.channels and pixels.dtype == np.uint8 and pixels.shape[2] != self.channels:
             pixels = as_channels(pixels[None], self.channels, of=where)[0]

@@ -181,7 +181,8 @@ def _open(source: DataSource, info: FileInfo, how: Benching, say: Tell) -> DataS
     say(f"data: {name}")
     if name == "none":
         return None
-    return open_data(name, root=source.root, size=info.input, takes=info.inputs)
+    size, takes, pictures = info.input, info.inputs, info.pictures
+    return open_data(name, root=source.root, size=size, takes=takes, pictures=pictures)
 
 
 def _load(

@@ -33,6 +33,7 @@ from mpq.pipeline.subject import GIVEN, Subject, normalized, open_checkpoint
 from mpq.pipeline.wishes import Wishes
 from mpq.policy import ModelInfo
 from mpq.train.evaluate import evaluating
+from mpq.zoo.libraries import declared_input, declared_pictures
 
 Data = str | Path | DataSet | Tensor | Dataset[Any] | Iterable[Any]
 
@@ -165,16 +166,19 @@ def _named(
     model: nn.Module, info: ModelInfo | None, data: str | Path | DataSet, normalize: str
 ) -> Subject:
     """Data by name, or opened already: normalized as asked, or as the network is found to want."""
-    size = info.input[1:] if info else None
-    found = data if isinstance(data, DataSet) else open_data(data, size=size)
-    info = info or _info(model, torch.zeros(1, 3, *found.size), "")
+    declared, pictures = declared_pictures(model)
+    size = info.input[1:] if info else (declared_input(model) or (None,))[1:] or None
+    found = data if isinstance(data, DataSet) else open_data(data, size=size, pictures=pictures)
+    info = info or _info(model, torch.zeros(1, 3, *found.size), declared, pictures)
     if found.labelled:
         found.require_classes(info.classes)
     how = Normalization.parse(normalize) if normalize else None
     return normalized(Subject(model, info, found, found.name, NAMED["none"]), how)
 
 
-def _info(model: nn.Module, example: Tensor, normalize: str) -> ModelInfo:
+def _info(
+    model: nn.Module, example: Tensor, normalize: str, pictures: str | None = None
+) -> ModelInfo:
     """What a policy says of a network that came as a value."""
     with evaluating(model):
         answer = model(example[:1].to(next((p.device for p in model.parameters()), "cpu")))
@@ -185,6 +189,7 @@ def _info(model: nn.Module, example: Tensor, normalize: str) -> ModelInfo:
         classes=classes,
         input=(example.shape[1], example.shape[2], example.shape[3]),
         normalize=str(Normalization.parse(normalize)) if normalize else "",
+        pictures=pictures,
     )
 
 

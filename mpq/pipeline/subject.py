@@ -221,11 +221,12 @@ def subject_of(
             "--data none: scores are then the SQNR of the weights alone."
         )
     info = loaded.info
+    tell_pictures(info, normalize)
     data = _data(name, source, loaded)
     _tell_unlabelled(data, name)
     if info.checkpoint:
         info = info.replace(checkpoint=os.path.relpath(path))
-    more = source.more(info.input)
+    more = source.more(info.input, info.pictures)
     subject = Subject(
         loaded.module, info, data, name, _NEUTRAL, more, loaded.call, trained_on=loaded.data or ""
     )
@@ -250,11 +251,28 @@ def normalized(subject: Subject, normalize: Normalization | None) -> Subject:
     return replace(subject, normalize=normalize, info=info)
 
 
+def tell_pictures(info: ModelInfo, normalize: Normalization | None = None) -> None:
+    """Say how images are prepared where a network of timm configures it."""
+    if info.pictures:
+        size = "x".join(map(str, info.input))
+        logger.warning(
+            "pictures are prepared as %s configures itself: %s, fitted by %s, normalization %s",
+            info.arch, size, info.pictures, normalize or info.normalize or "unknown",
+        )  # fmt: skip
+
+
 def _data(name: str, source: DataSource, loaded: Loaded) -> DataSet | None:
     if name == "none":
         return None
     info, takes = loaded.info, None if loaded.call is None else loaded.call.specs
-    data = open_data(name, root=source.root, size=info.input, holdout=source.holdout, takes=takes)
+    data = open_data(
+        name,
+        root=source.root,
+        size=info.input,
+        holdout=source.holdout,
+        takes=takes,
+        pictures=info.pictures,
+    )
     if data.labelled and not data.pixels:  # what classes arrays lack is not known
         names = tuple(map(str, range(max(info.classes, len(data.classes)))))
         data = replace(data, classes=names)
@@ -305,7 +323,7 @@ def policy_subject(
     name = source.data or policy.data.name
     if loaded.call is not None and not source.data and name == "none":
         name = "noise"
-    data, more = _data(name, source, loaded), source.more(info.input)
+    data, more = _data(name, source, loaded), source.more(info.input, info.pictures)
     subject = Subject(
         loaded.module,
         info,

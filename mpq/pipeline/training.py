@@ -15,7 +15,7 @@ from mpq.data import DataSet, DataSource, Normalization, load_arrays, open_data
 from mpq.data.normalize import NAMED
 from mpq.errors import DataError
 from mpq.pipeline.guard import check_teacher
-from mpq.pipeline.subject import Subject, subject_of
+from mpq.pipeline.subject import Subject, subject_of, tell_pictures
 from mpq.policy import ModelInfo
 from mpq.processes import leading
 from mpq.rundir import Run
@@ -23,6 +23,7 @@ from mpq.train.ensemble import Ensemble, Member, measure, member_of, read_teache
 from mpq.train.loop import FitResult, fit
 from mpq.train.plan import Hooks, TrainingData, TrainingPlan
 from mpq.train.resume import CHECKPOINT
+from mpq.zoo.libraries import declared_pictures
 
 DEFAULT_NORMALIZE = {"cifar10": "cifar10", "cifar100": "cifar100", "digits": "none"}
 
@@ -41,20 +42,24 @@ def new_subject(
     opened = partial(open_data, name, root=source.root, holdout=source.holdout)
     native = opened()
     native.require_labels("training")
-    size = native.size if (height, width) == (32, 32) else (height, width)
-    data = native if (3, *native.size) == (channels, *size) else opened(size=(channels, *size))
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        module = zoo.build(arch, len(data.classes), in_channels=channels)
-    usual = Normalization.parse(DEFAULT_NORMALIZE.get(name, "imagenet"))
+        module = zoo.build(arch, len(native.classes), in_channels=channels)
+    declared, pictures = declared_pictures(module)
+    size = native.size if (height, width) == (32, 32) else (height, width)
+    same = (3, *native.size) == (channels, *size) and pictures is None
+    data = native if same else opened(size=(channels, *size), pictures=pictures)
+    usual = Normalization.parse(declared or DEFAULT_NORMALIZE.get(name, "imagenet"))
     normalize = normalize or (usual if usual.fits(channels) else NAMED["none"])
     info = ModelInfo(
         arch=arch,
         classes=len(data.classes),
         input=(channels, *data.size),
         normalize=str(normalize),
+        pictures=pictures,
     )
-    return Subject(module, info, data, name, normalize, source.more(info.input))
+    tell_pictures(info)
+    return Subject(module, info, data, name, normalize, source.more(info.input, pictures))
 
 
 def run_train(

@@ -196,7 +196,8 @@ def _batch(
         try:
             shape = takes.shape(1)
             height, width = shape[1:3] if takes.channels_last else shape[2:4]
-            data = open_data(name, root=source.root, size=(height, width))
+            size = height, width
+            data = open_data(name, root=source.root, size=size, pictures=info.pictures)
             chosen = sample_indices(data.compared, count, seed)
             pixels = data.compared.read(chosen)
             labels = np.asarray(data.compared.labels)[chosen] if data.labelled else None

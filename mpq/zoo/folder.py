@@ -21,7 +21,7 @@ from mpq.data import Normalization
 from mpq.errors import CheckpointError
 from mpq.limits import read_text
 from mpq.zoo.fitting import Fitting, Recognized
-from mpq.zoo.libraries import SIDE, build_timm, declared_input, library
+from mpq.zoo.libraries import SIDE, build_timm, declared_config, declared_input, library
 from mpq.zoo.parts import Part
 from mpq.zoo.spelling import few
 
@@ -104,9 +104,9 @@ def _timm(path: Path, config: dict[str, Any]) -> Recognized:
     fit = fitting.fit(part)
     if fit is None:
         raise CheckpointError(f"{path}: {fitting.refusal([part])}")
-    size = told.get("input_size") or declared_input(fit.network) or (channels, SIDE, SIDE)
-    how = _normalization(told.get("mean"), told.get("std"))
-    return Recognized(fit.loaded(), f"timm:{name}", fit.classes, tuple(size), normalize=how)
+    fit.network.__dict__["pretrained_cfg"] = {**declared_config(fit.network), **told}
+    size = declared_input(fit.network) or (channels, SIDE, SIDE)
+    return Recognized(fit.loaded(), f"timm:{name}", fit.classes, size)
 
 
 def _transformers(path: Path, name: str) -> Recognized:

@@ -13,6 +13,8 @@ from typing import Any
 from torch import nn
 
 from mpq import _torchvision
+from mpq.data import Normalization
+from mpq.data.images import CENTRE, FILTERS, Fit
 from mpq.errors import UsageError, nearest
 
 SIDE = 224
@@ -122,9 +124,8 @@ def declared_input(module: nn.Module) -> tuple[int, int, int] | None:
 
     As an attribute `input_size`, or as timm, transformers and Ultralytics configure theirs.
     """
-    config = getattr(module, "config", None)
+    config, timm = getattr(module, "config", None), declared_config(module)
     args, yaml = _mapping(module, "args"), _mapping(module, "yaml")
-    timm = _mapping(module, "pretrained_cfg") or _mapping(module, "default_cfg")
     for size, channels in (
         (getattr(module, "input_size", None), None),
         (timm.get("input_size"), None),
@@ -137,6 +138,26 @@ def declared_input(module: nn.Module) -> tuple[int, int, int] | None:
             if len(shape) == 3:
                 return shape
     return None
+
+
+def declared_pictures(module: nn.Module) -> tuple[str, str | None]:
+    """How a network of timm wants its images normalized, and pictures fitted (`Fit`).
+
+    Empty and None where it says nothing, or nothing that mpq does as well.
+    """
+    told = declared_config(module)
+    mean, std, size = (tuple(told.get(k) or ()) for k in ("mean", "std", "input_size"))
+    known = mean and len(mean) == len(std) == (size or (3,))[0]
+    normalize = str(Normalization(mean, std)) if known else ""
+    kind, share, mode = (told.get(k) for k in ("interpolation", "crop_pct", "crop_mode"))
+    if kind not in FILTERS or mode not in (None, "center", "squash"):
+        return normalize, None
+    return normalize, str(Fit(kind, float(share or CENTRE), mode == "squash"))
+
+
+def declared_config(module: nn.Module) -> dict[str, Any]:
+    """What a network of timm says of itself; empty for others."""
+    return _mapping(module, "pretrained_cfg") or _mapping(module, "default_cfg")
 
 
 def _mapping(module: nn.Module, name: str) -> dict[str, Any]:
