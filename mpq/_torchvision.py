@@ -40,6 +40,11 @@ def transforms() -> ModuleType:
     return _imported("torchvision.transforms.v2")
 
 
+def tv_tensors() -> ModuleType:
+    """The module `torchvision.tv_tensors`: tensors of which a transform knows what they are."""
+    return _imported("torchvision.tv_tensors")
+
+
 def _imported(name: str) -> ModuleType:
     declare_missing()
     if not any(part in sys.modules for part in _COMPILER):

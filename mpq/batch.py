@@ -6,7 +6,8 @@ under one of `INPUTS`. The user's own losses and metrics get it as it came.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +16,11 @@ from torch.utils import _pytree as pytree
 
 from mpq.calls import Inputs, count, leaves
 from mpq.data.batches import INPUTS, LABELS
-from mpq.errors import DataError
+from mpq.errors import DataError, MpqError
+from mpq.userimport import raised
+
+SIGNALLED = 0.5
+"""Seconds in which a signal tells that a worker died, after what was read from it has ended."""
 
 
 def inputs_of(batch: Any) -> Inputs:
@@ -36,6 +41,46 @@ def inputs_of(batch: Any) -> Inputs:
             f"them under {', '.join(INPUTS)}. Got {described(batch)}."
         )
     return found
+
+
+def each(batches: Iterable[Any]) -> Iterator[Any]:
+    """Batches of the user's own, one after the other.
+
+    Raises:
+        DataError: they fail; a loader of torch tells so of its items and its workers.
+    """
+    number = -1
+    try:
+        for number, batch in enumerate(batches):  # noqa: B007
+            yield batch
+    except MpqError:
+        raise
+    except Exception as error:  # the user's code can fail in any way
+        raise _failed(error, number + 1) from error
+
+
+def _failed(error: Exception, number: int) -> DataError:
+    try:
+        if isinstance(error, OSError | EOFError):
+            time.sleep(SIGNALLED)
+        lost = died(error)
+    except RuntimeError as signal:
+        lost = died(signal)
+    return lost or DataError(
+        f"batch {number} of the data failed with {raised(error)}. Samples must have one size where "
+        "they are stacked: let the data set bring them to it."
+    )
+
+
+def died(error: Exception) -> DataError | None:
+    """What is said where torch's loader lost a worker, of which it tells anywhere; else None."""
+    if not str(error).startswith("DataLoader worker"):
+        return None
+    return DataError(
+        f"a process that reads data died: {str(error).splitlines()[0]} Usually memory ran out, or "
+        "/dev/shm is full: try fewer --workers, smaller batches, or --workers 0. What was finished "
+        "is kept; --resume goes on from there."
+    )
 
 
 def targets_of(batch: Any) -> Any:
@@ -67,19 +112,19 @@ def described(value: Any) -> str:
     return type(value).__name__
 
 
-def rows(batch: Any, picked: slice, total: int) -> Any:
-    """Some samples of a batch: of tensors and lists that hold one entry for each of `total`.
+def rows(batch: Any, picked: slice | int, total: int, *, whole: bool = True) -> Any:
+    """Some samples of a batch, or one: of tensors and lists with an entry for each of `total`.
 
-    All else goes with any of them.
+    All else goes with any of them, and so does the list itself that a `whole` batch may be.
     """
     if isinstance(batch, Tensor):
         return batch[picked] if batch.ndim and len(batch) == total else batch
-    if isinstance(batch, list) and len(batch) == total:
+    if isinstance(batch, list) and len(batch) == total and not whole:
         return batch[picked]
     if isinstance(batch, Mapping):
-        return {key: rows(value, picked, total) for key, value in batch.items()}
+        return {key: rows(value, picked, total, whole=False) for key, value in batch.items()}
     if isinstance(batch, tuple | list):
-        return type(batch)(rows(value, picked, total) for value in batch)
+        return type(batch)(rows(value, picked, total, whole=False) for value in batch)
     return batch
 
 

@@ -29,6 +29,7 @@ class Limits:
         input_megapixels: of the images that a network says it takes.
         classes: of a network.
         arrays_mb: of decoded images that are held in memory; more are streamed from their files.
+        stream_samples: of a stream, from which a sample of it is drawn.
         cache_mb: of decoded images and latency profiles that are kept, in MB.
         yaml_values: values in a YAML text, those that an alias repeats counted each time.
         onnx_mb: for a model file to run one image, beside four times its size, where that cannot be
@@ -43,6 +44,7 @@ class Limits:
     input_megapixels: float = 4.2
     classes: float = 100_000.0
     arrays_mb: float = 2000.0
+    stream_samples: float = 10_000.0
     cache_mb: float = 20_000.0
     yaml_values: float = 100_000.0
     onnx_mb: float = 500.0

@@ -128,6 +128,10 @@ def raised(error: BaseException) -> str:
     Returns:
         As in `ValueError: no such file, at mine.py:12: `open(path)``.
     """
+    told = str(error)
+    if told.startswith("Caught "):  # torch's loader has the worker's own traceback in words
+        *_, told = told.strip().splitlines()
+        return told
     ours = (str(Path(__file__).parent), str(Path(os.__file__).parent), "<")
     lines = [
         frame
@@ -135,7 +139,7 @@ def raised(error: BaseException) -> str:
         if not frame.filename.startswith(ours) and "-packages" not in frame.filename
     ]
     place = f", at {lines[-1].filename}:{lines[-1].lineno}: `{lines[-1].line}`" if lines else ""
-    return f"{type(error).__name__}: {error}{place}"
+    return f"{type(error).__name__}: {told}{place}"
 
 
 def import_callable(name: str, option: str, error: type[MpqError]) -> Callable[..., Any]:

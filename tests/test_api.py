@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 import mpq
 from mpq import zoo
@@ -63,11 +62,6 @@ class Net(nn.Module):
         return self.fc(torch.relu(self.conv(x) + x).mean((2, 3)))
 
 
-class Stream(IterableDataset[Any]):
-    def __iter__(self) -> Iterator[Any]:
-        return zip(*values(), strict=True)
-
-
 def net(channels: int = 3, seed: int = 0) -> Net:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -95,14 +89,13 @@ def form(name: str) -> Any:
         "batches": list(zip(x.split(16), y.split(16), strict=True)),
         "tensors": list(x.split(16)),
         "dicts": dicts,
-        "stream": Stream(),
     }[name]
 
 
 @pytest.mark.parametrize(
     ("name", "labelled"),
     [("tensor", False), ("loader", True), ("tensors only", False), ("batches", True),
-     ("tensors", False), ("dicts", True), ("stream", True)],
+     ("tensors", False), ("dicts", True)],
 )  # fmt: skip
 def test_data_in_every_form_are_the_same_images(name: str, labelled: bool) -> None:
     images, labels = gather(form(name), 40, 0)

@@ -306,11 +306,11 @@ def test_a_loader_beyond_memory_is_read_by_its_data_set(factories):
 
 
 @pytest.mark.parametrize("name", ["endless", "endless_loader"])
-def test_of_a_stream_without_end_the_first_samples_are_taken(factories, name, caplog):
-    with limited(arrays_mb=0.1):  # 130 samples of 768 bytes
+def test_of_a_stream_without_end_a_sample_is_taken(factories, name, caplog):
+    with limited(arrays_mb=0.1, stream_samples=400):  # 130 samples of 768 bytes
         data = open_data(f"streamdata:{name}", holdout=16)
-    assert 130 < len(data.train) + len(data.validation) + len(data.test) <= 192
-    assert "samples are taken (limit arrays-mb)" in caplog.text
+    assert len(data.train) + len(data.validation) + len(data.test) == 131
+    assert "131 samples are taken (limits arrays-mb and stream-samples)" in caplog.text
     assert sorted(set(data.train.labels)) == [0, 1, 2]
 
 

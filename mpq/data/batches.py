@@ -6,14 +6,17 @@ which of its parts are inputs: `(image, ids, label)` of one that takes two is tw
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from itertools import islice
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mpq.errors import DataError
 from mpq.inputs import InputSpecs
+from mpq.limits import current
 
 INPUTS = ("pixel_values", "image", "images", "img", "x", "input", "inputs")
 """Where a dict has the only input."""
@@ -75,6 +78,25 @@ def joined(batches: Iterable[Named], where: str) -> Named:
         ) from None
     known = [ids for ids in labels if ids is not None]
     return arrays, np.concatenate(known) if len(known) == len(labels) else None
+
+
+Item = TypeVar("Item")
+
+
+def reservoir(stream: Iterable[Item], count: int, seed: int) -> list[Item]:
+    """So many items of a stream in random order, each of its first with the same chance.
+
+    Of more than `count` the limit `stream-samples` says how many are looked at. J. S. Vitter,
+    "Random Sampling with a Reservoir", 1985, algorithm R.
+    """
+    rng, kept = random.Random(seed), list[Item]()
+    most = max(count, int(current().stream_samples))
+    for seen, item in enumerate(islice(stream, most)):
+        at = seen if seen < count else rng.randrange(seen + 1)
+        if at < count:
+            kept[at : at + 1] = [item]
+    rng.shuffle(kept)
+    return kept
 
 
 def _divided(batch: Any, names: Sequence[str], where: str) -> tuple[Any, Any]:

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mpq.data.arrays import are_pixels, splits_of
-from mpq.data.batches import Named, joined, parts
+from mpq.data.batches import Named, joined, parts, reservoir
 from mpq.data.dataset import DataSet
 from mpq.data.folders import SPLITS
 from mpq.data.items import ItemSplit, is_items
@@ -112,16 +112,27 @@ def _collated(items: Any) -> Iterator[Any]:
         yield _stacked(chunk)
 
 
-def _held(batches: Iterator[Named], where: str) -> Iterator[Named]:
-    """Of a stream, which may have no end, the first batches: as many as are kept in memory."""
-    size, found = 0, 0
+def _held(batches: Iterator[Named], where: str) -> list[Named]:
+    """Of a stream, which may have no end, a sample of as many as are kept in memory."""
+    items = _samples(batches)
+    first = next(items, None)
+    if first is None:
+        return []
+    room = 1 + int(current().arrays_mb * 1e6 // sum(array.nbytes for array in first[0].values()))
+    found = reservoir(chain([first], items), room, 0)
+    if next(items, None) is not None:
+        logger.warning("%s: %d samples are taken (limits arrays-mb and stream-samples)",
+                       where, len(found))  # fmt: skip
+    return found
+
+
+def _samples(batches: Iterable[Named]) -> Iterator[Named]:
+    """Each sample as a batch of one, which does not hold on to the others."""
     for inputs, labels in batches:
-        yield inputs, labels
-        size += sum(array.nbytes for array in inputs.values())
-        found += len(next(iter(inputs.values())))
-        if size > current().arrays_mb * 1e6:
-            logger.warning("%s: the first %d samples are taken (limit arrays-mb)", where, found)
-            return
+        for at in range(len(next(iter(inputs.values())))):
+            own = slice(at, at + 1)
+            ids = None if labels is None else labels[own].copy()
+            yield {name: array[own].copy() for name, array in inputs.items()}, ids
 
 
 def _stacked(items: list[Any]) -> Any:

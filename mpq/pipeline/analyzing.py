@@ -30,6 +30,7 @@ from mpq.latency import LatencyProfile
 from mpq.layers import LayerChoice, Widths
 from mpq.metrics.builtin import NAMES
 from mpq.pipeline.analysis import Analysis, Choice
+from mpq.pipeline.anything import batches_of
 from mpq.pipeline.dropping import DropMeter
 from mpq.pipeline.evaluating import evaluation
 from mpq.pipeline.scoring import scores_of
@@ -188,7 +189,7 @@ class _Work:
         """
         if self.subject.batches is not None:
             found, seen = [], 0
-            for batch in self.subject.batches.train:
+            for batch in batches_of(self.subject.batches.train, samples, self.run.seed):
                 found.append(batch)
                 seen += count(inputs_of(batch))
                 if seen >= samples:

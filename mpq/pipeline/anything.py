@@ -13,14 +13,18 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
+from mpq.batch import each, inputs_of, rows
+from mpq.batch import joined as together
+from mpq.calls import count as length_of
 from mpq.calls import leaves
 from mpq.capture.network import Network, holds_tensor
 from mpq.checkpoint import weights_hash
 from mpq.data import DataSet
 from mpq.data.arrays import fitting
-from mpq.data.batches import LABELS, Named, joined, parts
+from mpq.data.batches import LABELS, Named, joined, parts, reservoir
 from mpq.data.dataset import InputSplit
 from mpq.data.normalize import NAMED
 from mpq.errors import DataError
@@ -80,7 +84,7 @@ def called(model: nn.Module, batch: Any) -> Network | None:
 def peeked(data: Any, seed: int) -> tuple[Any, Any]:
     """The first batch, and data that begin with it; of a `Dataset` the first items."""
     if isinstance(data, Tensor | Dataset) or not isinstance(data, Iterator):
-        return next(iter(batches_of(data, BATCH, seed)), None), data
+        return next(iter(batches_of(data, None if _streams(data) else BATCH, seed)), None), data
     first = next(data, None)
     return first, data if first is None else chain([first], data)
 
@@ -166,20 +170,37 @@ def gather_inputs(data: Any, takes: InputSpecs, count: int | None, seed: int) ->
     return _cut(*joined(batches, "the data"), slice(count))
 
 
+def _streams(data: Any) -> bool:
+    return isinstance(getattr(data, "dataset", data), IterableDataset)
+
+
+def _sampled(batches: Iterable[Any], wanted: int, seed: int) -> Iterator[Any]:
+    """Batches of a sample of a stream."""
+    samples = (
+        pytree.tree_map_only(Tensor, Tensor.clone, rows(batch, slice(at, at + 1), total))
+        for batch in batches
+        for total in [length_of(inputs_of(batch))]
+        for at in range(total)
+    )
+    kept = reservoir(samples, wanted, seed)
+    return (together(kept[at : at + BATCH]) for at in range(0, len(kept), BATCH))
+
+
 def batches_of(data: Any, count: int | None, seed: int) -> Iterator[Any]:
-    """Batches of data in any form."""
+    """Batches of data in any form; so many items of a `Dataset` or a stream are a sample of it."""
     if isinstance(data, Tensor):
         return iter([data])
-    if isinstance(data, IterableDataset):
-        return iter(DataLoader(data, batch_size=BATCH))
+    if _streams(data):
+        loader = DataLoader(data, batch_size=BATCH) if isinstance(data, IterableDataset) else data
+        return each(loader) if count is None else _sampled(each(loader), count, seed)
     if isinstance(data, Dataset):
         total = len(data)  # type: ignore[arg-type]
         order = torch.randperm(total, generator=torch.Generator().manual_seed(seed)).tolist()
         picked = order if count is None else order[:count]
         chunks = (picked[i : i + BATCH] for i in range(0, len(picked), BATCH))
-        return (default_collate([data[i] for i in chunk]) for chunk in chunks)
+        return each(default_collate([data[i] for i in chunk]) for chunk in chunks)
     if isinstance(data, Iterable):
-        return iter(data)
+        return each(data)
     raise DataError(
         "data must be a DataLoader, a Dataset, an iterable of batches, a tensor, or a name as "
         f"--data takes it. Got {type(data).__name__}."

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from mpq.batch import described, inputs_of, moved
+from mpq.batch import described, each, inputs_of, moved
 from mpq.calls import Inputs, call, formed, leaves
 from mpq.data import Normalization
 from mpq.data.dataset import Samples, length, rows
@@ -147,7 +147,7 @@ class Evaluation:
     ) -> list[Any]:
         """The same of any function of inputs that are there."""
         found: list[Any] = []
-        for batch in self.batches:
+        for batch in each(self.batches):
             there = moved(batch, device)
             outputs = decoded_by(self.decode, answer(inputs_of(there)))
             found += self.metric.keep(outputs, there)
@@ -170,7 +170,7 @@ class Evaluation:
         """
         answer = file_answers(path)
         found: list[Any] = []
-        for batch in self.batches:
+        for batch in each(self.batches):
             found += self.metric.keep(decoded_by(self.decode, answer(feed(batch))), batch)
         return self._some(found)
 
@@ -218,7 +218,7 @@ def against(
     if judging.metric.against == "batch":
         return Evaluation(judging.metric, batches, judging.decode)
     pairs = []
-    for batch in batches:
+    for batch in each(batches):
         inputs = inputs_of(batch)
         pairs.append((inputs, decoded_by(judging.decode, moved(answer(inputs), "cpu"))))
     references = [reference for _, reference in pairs]

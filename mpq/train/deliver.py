@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from mpq.batch import each
 from mpq.data.stream import Stream, workers
 from mpq.errors import DataError, MpqError
 from mpq.userimport import raised
@@ -61,16 +62,7 @@ def deliver(read: Read, parts: Sequence[Any], count: int | None = None) -> Itera
     count = min(workers() if count is None else count, len(parts))
     own = torch.Generator()  # the loader would draw from the random numbers of whoever trains
     loader = DataLoader(_Batches(read, parts), None, num_workers=count, generator=own)
-    batches = iter(loader)
-    for _ in range(len(parts)):
-        try:
-            found = next(batches)
-        except RuntimeError as error:
-            raise DataError(
-                f"a process that reads data died: {str(error).splitlines()[0]} Usually memory ran "
-                "out, or /dev/shm is full: try fewer --workers, smaller batches, or --workers 0. "
-                "What was finished is kept; --resume goes on from there."
-            ) from None
+    for found in each(loader):
         if isinstance(found, _Failed):
             raise DataError(found.message)
         yield found

@@ -88,7 +88,7 @@ class Engine:
         share = Share(run.seed, self.device, self.rank, self.ranks)
         self.feed: Feed
         if data.batches is not None:
-            self.feed = Loader(data.batches, share)
+            self.feed = Loader(data.batches, share, recipe.epoch_steps, plan.transform)
         elif data.train is not None and (plan.transform or isinstance(data.train[0], Stream)):
             self.feed = Streamed(data.train, recipe, share, plan.transform)
         elif data.train is not None:

@@ -6,15 +6,17 @@ images whenever they are asked.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sized
+import itertools
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mpq.batch import described, inputs_of, moved, shared
+from mpq.batch import described, each, inputs_of, moved, shared
 from mpq.calls import count
 from mpq.data.stream import workers
 from mpq.errors import DataError, UsageError
@@ -23,7 +25,7 @@ from mpq.train.deliver import deliver
 from mpq.train.evaluate import Images, Labels, as_tensor, to_unit
 from mpq.train.recipe import Recipe
 from mpq.train.resume import fingerprint
-from mpq.train.transforms import Transform, Transformed
+from mpq.train.transforms import Transform, Transformed, followed
 
 RESIDENT_BYTES = 2**32
 """Images up to this size are kept on the accelerator."""
@@ -101,6 +103,7 @@ class Arrays:
         self.sides = torch.from_numpy(alternating(len(images), share.seed)).to(resident)
         self.classes, self.partial = int(labels.max()) + 1, int(labels.min()) < 0
         self.steps = max(1, len(images) // recipe.batch)
+        self.steps = min(self.steps, recipe.epoch_steps or self.steps)
         self._mirrored: Tensor | None = None
         self._order = torch.arange(len(images))
 
@@ -217,25 +220,37 @@ class Loader:
     Args:
         batches: can be gone through again, in the same order for the same seed of torch.
         share: of this process; its seed is that of torch where an epoch begins.
+        limit: batches of an epoch, of which the next goes on where the last one ended, behind the
+            end from the beginning; 0: all of them.
+        transform: of each sample, its targets with it.
 
     Raises:
-        DataError: they have no length.
+        DataError: they have no length, and there is no limit.
     """
 
     classes, partial = 0, True
 
-    def __init__(self, batches: Iterable[Any], share: Share) -> None:
-        if not isinstance(batches, Sized) or not len(batches):
+    def __init__(
+        self,
+        batches: Iterable[Any],
+        share: Share,
+        limit: int = 0,
+        transform: Transform | None = None,
+    ) -> None:
+        if not limit and not _length(batches):
             raise DataError(
-                "batches must have a length, at least 1, by which the learning rate is planned. "
-                f"Got {described(batches)}."
+                "batches must have a length, at least 1, by which the learning rate is planned, or "
+                f"epochs must: --set epoch_steps=N. Got {described(batches)}."
             )
-        self.batches, self.share = batches, share
-        self.steps, self._view = len(batches), 0
+        self.batches, self.share, self.limit, self.transform = batches, share, limit, transform
+        self.steps, self._view = limit or _length(batches), 0
+        self._next, self._going = -1, iter(())
 
     def identity(self) -> str:
         """See `Feed.identity`."""
-        return f"{self.steps} batches, the first {described(moved(self._one(), 'cpu'))}"
+        transformed = f", {self.transform.name}" if self.transform else ""
+        first = described(moved(self._one(), "cpu"))
+        return f"{self.steps} batches, the first {first}{transformed}"
 
     def first(self, size: int) -> Any:
         """See `Feed.first`: those of one batch, however many they are."""
@@ -243,7 +258,7 @@ class Loader:
 
     def _one(self) -> Any:
         torch.manual_seed(self.share.seed)
-        found = next(iter(self.batches), None)
+        found = next(each(self.batches), None)
         if found is None:
             raise DataError(f"batches must come {self.steps} times an epoch. Got none.")
         return inputs_of(found)
@@ -259,16 +274,40 @@ class Loader:
         Raises:
             DataError: they end early.
         """
-        torch.manual_seed(self.share.seed + self._view)
+        share = self.share
+        torch.manual_seed(share.seed + self._view)
         step = -1
-        for step, batch in enumerate(self.batches):
-            yield [shared(batch, self.share.rank, self.share.ranks)]
+        for step, batch in enumerate(self._going_on() if self.limit else each(self.batches)):
+            own = shared(batch, share.rank, share.ranks)
+            if self.transform is not None:
+                own = followed(own, self.transform, (share.seed, self._view, step, share.rank))
+            yield [own]
             if step == self.steps - 1:
                 return
         raise DataError(
             f"batches must come {self.steps} times an epoch, as their length says. Got {step + 1}: "
             "an iterator can be read only once, so give a DataLoader or a list."
         )
+
+    def _going_on(self) -> Iterator[Any]:
+        """From where the last epoch ended; a run that is resumed goes there first."""
+        if self._next != self._view:
+            self._going = self._again_and_again()
+            for _ in islice(self._going, self._view * self.steps):
+                pass
+            torch.manual_seed(self.share.seed + self._view)
+        self._next = self._view + 1
+        return self._going
+
+    def _again_and_again(self) -> Iterator[Any]:
+        for times in itertools.count():
+            torch.manual_seed(self.share.seed + times)
+            found = each(self.batches)
+            first = next(found, None)
+            if first is None:  # an iterator that was gone through
+                return
+            yield first
+            yield from found
 
     def size(self, part: Any) -> int:
         """See `Feed.size`."""
@@ -278,3 +317,11 @@ class Loader:
         """See `Feed.load`."""
         batch = moved(part, self.share.device)
         return inputs_of(batch), batch
+
+
+def _length(batches: Any) -> int:
+    """How many they are; 0 where that is not known."""
+    try:
+        return len(batches)
+    except TypeError:
+        return 0

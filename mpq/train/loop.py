@@ -13,6 +13,7 @@ from pathlib import Path
 
 from torch import nn
 
+from mpq.batch import died
 from mpq.rundir import Run
 from mpq.train.engine import Engine
 from mpq.train.evaluate import accuracy, check_fits, check_images
@@ -127,7 +128,10 @@ def _epoch(
     """One epoch: train, measure, save."""
     state, recipe = engine.state, engine.recipe
     started = time.perf_counter()
-    record = engine.train_epoch(state.epoch, hooks.on_step)
+    try:
+        record = engine.train_epoch(state.epoch, hooks.on_step)
+    except RuntimeError as error:
+        raise died(error) or error from error
     record["val_top1"] = _validate(state.evaluated, data)
     if judge is not None:
         _keep_best(engine, judge, record)

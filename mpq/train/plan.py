@@ -73,7 +73,8 @@ class TrainingPlan:
         answers: folder that keeps the teachers' logits, for other runs on the same images.
         task: what a network that is no classifier learns from, or any by another loss.
         judge: looks at the network after each epoch, and the best one is kept.
-        transform: of each training picture as it lies in its file, by the workers that decode it.
+        transform: of each training picture as it lies in its file, by the workers that decode it;
+            of batches, of each sample with its targets.
     """
 
     recipe: Recipe

@@ -31,6 +31,11 @@ class Recipe(BaseModel):
     batch: int = Field(
         default=128, ge=1, description="images per step; an incomplete last batch is left out"
     )
+    epoch_steps: int = Field(
+        default=0,
+        ge=0,
+        description="steps of an epoch at most, of data too many for one; 0: all batches",
+    )
     accumulate: int = Field(
         default=1, ge=1, description="parts that a batch is computed in, to save memory"
     )

@@ -1,20 +1,25 @@
 """Transforms of torchvision (v2) for training, applied by worker processes to single pictures.
 
 `crop` is torchvision's `RandomResizedCrop` to the network's size, with which ImageNet networks are
-trained; anything else is `module:factory`, which gives a transform of the user's. It is given the
-picture alone: boxes and masks are transformed by the data set of the user's own `--batches`.
+trained; anything else is `module:factory`, which gives a transform of the user's. Pictures of
+`--data` are given alone, in the workers; samples of `--batches` with their targets, batch by batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils import _pytree as pytree
 
-from mpq._torchvision import transforms
+from mpq._torchvision import transforms, tv_tensors
+from mpq.batch import described, inputs_of, rows
+from mpq.calls import count, leaves
 from mpq.data.items import as_pixels
 from mpq.data.stream import Stream, picture
 from mpq.errors import DataError, UsageError
@@ -35,6 +40,17 @@ class Transform:
 
     name: str
     apply: Callable[..., Any]
+
+    def __call__(self, given: Any) -> Any:
+        """What it makes of a picture, or of a sample.
+
+        Raises:
+            DataError: it fails.
+        """
+        try:
+            return self.apply(given)
+        except Exception as error:  # the user's code can fail in any way
+            raise DataError(f"--transform {self.name} failed with {raised(error)}") from error
 
 
 def transform_of(name: Transform | str | None, size: tuple[int, int]) -> Transform | None:
@@ -85,7 +101,7 @@ class Transformed:
 
     def _one(self, index: int) -> NDArray[Any]:
         with seeded(self.seed[0] % 2**32, self.seed[1], index):
-            made = self._applied(self._picture(index))
+            made = self.transform(self._picture(index))
         found = as_pixels(made, f"what --transform {self.transform.name} gives of image {index}")
         if found.shape != self.images.shape[1:] or found.dtype != self.images.dtype:
             wanted = f"{self.images.dtype} {list(self.images.shape[1:])}"
@@ -103,9 +119,70 @@ class Transformed:
 
         return Image.fromarray(self.images[index].squeeze())
 
-    def _applied(self, picture: Any) -> Any:
-        try:
-            return self.transform.apply(picture)
-        except Exception as error:  # the user's code can fail in any way
-            name = self.transform.name
-            raise DataError(f"--transform {name} failed with {raised(error)}") from error
+
+def followed(batch: Any, transform: Transform, seed: tuple[int, ...]) -> Any:
+    """A batch of the user's own with each sample transformed, its targets with its image.
+
+    A sample goes to the transform in its own structure, as torchvision's v2 takes it: the image, a
+    picture or mask `[..., H, W]` of its size, and `boxes [M, 4]` of a dict (x1, y1, x2, y2) as what
+    they are (`torchvision.tv_tensors`), and all else, such as labels, as it is.
+
+    Args:
+        batch: of images `[N, C, H, W]` and what comes with them.
+        transform: that is applied.
+        seed: of the batch; each sample has its own random numbers.
+
+    Raises:
+        DataError: the transform fails, or samples come in several sizes.
+    """
+    inputs = inputs_of(batch)
+    total, size = count(inputs), tuple(next(iter(leaves(inputs).values())).shape[-2:])
+    found = []
+    for at in range(total):
+        sample = _marked(rows(batch, at, total), size)
+        with seeded(seed[0] % 2**32, *seed[1:], at):
+            found.append(_plain(transform(sample)))
+    try:
+        return _collated(batch, found, total)
+    except RuntimeError as error:
+        raise DataError(
+            f"--transform {transform.name} must bring images to one size. Got "
+            f"{', '.join(sorted({described(inputs_of(sample)) for sample in found}))} in a batch. "
+            "Let it end with a crop or Resize to the network's size."
+        ) from error
+
+
+def _marked(part: Any, size: tuple[int, ...], key: Any = None) -> Any:
+    """A sample as torchvision's transforms know it."""
+    kinds = tv_tensors()
+    if isinstance(part, Mapping):
+        return {name: _marked(value, size, name) for name, value in part.items()}
+    if isinstance(part, tuple | list):
+        return type(part)(_marked(value, size) for value in part)
+    if type(part) is not Tensor:
+        return part
+    if key == "boxes" and part.shape[-1:] == (4,):
+        return kinds.BoundingBoxes(part, format="XYXY", canvas_size=size)
+    if part.ndim < 2 or part.shape[-2:] != size:
+        return part
+    picture = part.ndim == 3 and part.is_floating_point()
+    return kinds.Image(part) if picture else kinds.Mask(part)
+
+
+def _plain(part: Any) -> Any:
+    return pytree.tree_map_only(Tensor, lambda t: t.as_subclass(Tensor), part)
+
+
+def _collated(batch: Any, samples: list[Any], total: int, *, whole: bool = True) -> Any:
+    """Samples in the structure of the batch that they come from, as `rows` divided it."""
+    if isinstance(batch, Tensor):
+        return torch.stack(samples) if batch.ndim and len(batch) == total else batch
+    if isinstance(batch, list) and len(batch) == total and not whole:
+        return samples
+    if isinstance(batch, Mapping):
+        return {key: _collated(value, [s[key] for s in samples], total, whole=False)
+                for key, value in batch.items()}  # fmt: skip
+    if isinstance(batch, tuple | list):
+        parts = zip(batch, zip(*samples, strict=True), strict=True)
+        return type(batch)(_collated(v, list(s), total, whole=False) for v, s in parts)
+    return batch
