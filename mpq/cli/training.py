@@ -90,7 +90,8 @@ loss = click.option(
     "--loss",
     metavar="MODULE:FUNCTION",
     callback=_loss,
-    help="Of outputs and batch, a scalar that is a mean over the batch.",
+    help="Of outputs and batch, a scalar that is a mean over the batch; own: in qat the network's "
+    "training_step(batch), or what it gives for a batch in training mode.",
 )
 # epochs: int | None
 epochs = options.count("--epochs", metavar="N", help="Epochs, instead of the recipe's.")

@@ -150,13 +150,22 @@ def _run(name: str, function: Callable[..., Any], *args: Any) -> Any:
         raise UsageError(f"{name} failed with {type(error).__name__}: {error}.{got}") from error
 
 
+def own(outputs: Any, batch: Any) -> Tensor:
+    """Stands for the network's own training step, which gives its loss of the batch alone."""
+    raise UsageError("--loss own goes with mpq qat. Elsewhere a loss is of outputs and batch.")
+
+
 def loss_of(asked: Any) -> LossFunction:
     """The user's loss, `module:function` or a function of outputs and batch; checked at each call.
+
+    `own` is the network's own training step (`mpq.train.own`).
 
     Raises:
         UsageError: it cannot be imported, or fails; what it gives is no scalar, not finite, or no
             gradient reaches the outputs.
     """
+    if asked == "own":
+        return own
     named = asked if isinstance(asked, str) else getattr(asked, "__name__", type(asked).__name__)
     function = import_callable(asked, "--loss", UsageError) if isinstance(asked, str) else asked
     name = f"loss {named}"

@@ -20,11 +20,12 @@ from mpq.graph.ir import QuantGraph
 from mpq.graph.norms import absorb_norms, attach_norms
 from mpq.graph.outputs import stated
 from mpq.graph.passes import prepare
+from mpq.metrics.given import LossFunction
 from mpq.outputs import settle as settle_outputs
 from mpq.pipeline.accuracies import after_training
 from mpq.pipeline.evaluating import validate
 from mpq.pipeline.subject import Subject, policy_subject, settle
-from mpq.pipeline.teaching import LossFunction, lessons
+from mpq.pipeline.teaching import lessons
 from mpq.policy import Policy
 from mpq.ptq import FinishedBlocks, PtqSettings, equalize, quantize_graph
 from mpq.ptq.blockwise import PROGRESS

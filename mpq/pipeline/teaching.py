@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from mpq.data import DataSet, load_arrays
 from mpq.data.cache import joined
@@ -16,15 +14,15 @@ from mpq.data.dataset import rows
 from mpq.errors import DataError, UsageError
 from mpq.graph.ir import QuantGraph
 from mpq.graph.outputs import classifier
+from mpq.metrics.given import LossFunction, own
 from mpq.pipeline.evaluating import evaluation
 from mpq.pipeline.guard import check_teacher
 from mpq.pipeline.subject import Subject
 from mpq.pipeline.training import training_data
+from mpq.train.own import OwnStep
 from mpq.train.plan import Judge, TrainingData, TrainingPlan
 from mpq.train.recipe import Recipe
 from mpq.train.task import Task
-
-LossFunction = Callable[[Any, Any], Tensor]
 
 
 def lessons(
@@ -61,6 +59,10 @@ def _task(
     graph: QuantGraph, subject: Subject, plan: TrainingPlan, loss: LossFunction | None
 ) -> Task:
     kinds = {name: output.kind for name, output in graph.outputs.items()}
+    if loss is own:
+        if plan.teacher is not None:
+            raise UsageError("--loss own is all that teaches then. Leave out --teacher.")
+        return Task(kinds, None, loss, step=OwnStep(subject.module, graph))
     if plan.teacher is None:
         if loss is not None:
             return Task(kinds, None, loss)

@@ -125,6 +125,8 @@ class Engine:
         """What a step runs: the model without needless passes, for several processes, compiled."""
         model = self.model
         step = drop_redundant_relus(model) if isinstance(model, fx.GraphModule) else model
+        if self.task is not None and self.task.step is not None:
+            step = self.task.step.to(self.device)
         if self.ranks > 1:
             step = self.accelerator.prepare_model(step, device_placement=False)
         self.network = step
@@ -254,12 +256,16 @@ class Engine:
         inputs = images if self.streams else self._input(images)
         if not self.streams:
             targets = (inputs, targets.first) if not self.feed.partial else (inputs,)
+        first = next(iter(leaves(inputs).values()))
+        if task.step is not None:
+            with self._autocast():
+                loss: Tensor = self.forward(targets)
+            return Parts(loss, loss.detach()), first, None
         with self._autocast():
             answer = self.forward(*self._arguments(inputs))
             taught = None if task.teacher is None else task.teach(self._shown(images))
         weights = (recipe.label_weight, recipe.distill_weight)
         parts = task.parts(answer, targets, taught, recipe.temperature, weights)
-        first = next(iter(leaves(inputs).values()))
         return parts, first, None
 
     def _shown(self, images: Any) -> Any:

@@ -34,6 +34,7 @@ class Task:
         loss: of outputs and batch, a scalar that is a mean over the batch; None: the teacher alone.
         normalize: of the teacher's images, where they are pixels and it wants them otherwise.
         name: of the teacher, for a run that is resumed and for reports.
+        step: gives the loss of a batch in the place of the network and of `loss`.
 
     Raises:
         UsageError: there is neither teacher nor loss, or no output that can be taught.
@@ -44,6 +45,7 @@ class Task:
     loss: Callable[[Any, Any], Tensor] | None = None
     normalize: Normalization | None = None
     name: str = ""
+    step: nn.Module | None = None
     spreads: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
