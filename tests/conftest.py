@@ -7,6 +7,7 @@ import copy
 import functools
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -39,6 +40,33 @@ OTHERS = (
 
 
 def pytest_collection_finish() -> None:
+    """Spare what takes time in many tests and is looked at in few."""
+    _look_up_translations_once()
+    _leave_pictures_unarranged()
+
+
+def _leave_pictures_unarranged() -> None:
+    """Arranging its parts is most of the time of a picture; `arranged` has them as users do."""
+    if "mpq.report.plots" in sys.modules:
+        from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+        _arrange.append(ConstrainedLayoutEngine.execute)
+        ConstrainedLayoutEngine.execute = lambda self, figure: None
+
+
+_arrange: list[Callable[..., Any]] = []
+
+
+@pytest.fixture
+def arranged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures are drawn as users have them."""
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    for arrange in _arrange:
+        monkeypatch.setattr(ConstrainedLayoutEngine, "execute", arrange)
+
+
+def _look_up_translations_once() -> None:
     """Let torch look up its translations to ONNX once, not for each export: half of a small one.
 
     Where a later torch has them elsewhere, the tests take longer and nothing else.
@@ -125,6 +153,29 @@ def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
         return place
 
     return folder
+
+
+@pytest.fixture(scope="session")
+def two_processes(once: Once) -> Path:
+    """What two processes wrote of all that `processes.py` has: their start is most of the time."""
+    launch = (
+        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
+        "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
+        "--main_process_port", "0",
+    )  # fmt: skip
+    script = str(Path(__file__).parent / "processes.py")
+
+    def make(folder: Path) -> None:
+        env = os.environ | {"OMP_NUM_THREADS": "1", "MPQ_CACHE": str(folder / "cache")}
+        env.pop("MPQ_DATA", None)
+        done = subprocess.run(
+            [*launch, script], capture_output=True, text=True, env=env, cwd=folder, timeout=300
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        (folder / "stdout.txt").write_text(done.stdout)
+        (folder / "stderr.txt").write_text(done.stderr)
+
+    return once("two-processes", make)
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""What `test_processes.py` runs under a launcher: a short training, and scores of layers."""
+"""What several processes run: a stream, a short training, scores of layers, and a command."""
 
 from __future__ import annotations
 
@@ -8,13 +8,17 @@ import os
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
+from test_data_stream import epochs, feed, shards
 from test_loop import NORMALIZE, pictures
 from test_sensitivity import Net
 from torch import nn
 
 from mpq.analyze import Scoring, score_layers
 from mpq.analyze.batches import gather
+from mpq.cli import main
+from mpq.data.stream import working
 from mpq.graph.passes import to_float
 from mpq.processes import leading, ranks_of
 from mpq.rundir import Run
@@ -30,7 +34,16 @@ def linear(seed: int) -> nn.Sequential:
     return nn.Sequential(nn.Flatten(), nn.Linear(192, 4))
 
 
-def main(out: Path) -> None:
+def stream(out: Path) -> None:
+    """Say which images of its share this process sees."""
+    rank, ranks = ranks_of()
+    assert ranks == 2
+    with working(1):
+        seen = epochs(feed((rank, ranks), shards(out / f"set{rank}")))
+    np.save(out / f"seen{rank}.npy", np.array(seen))
+
+
+def train(out: Path) -> None:
     """Train for two epochs, without augmentation: its random numbers differ by process.
 
     Every third image has no label, so that the processes' shares hold unlike numbers of labels.
@@ -67,6 +80,10 @@ def left(out: Path) -> None:
 
 
 if __name__ == "__main__":
-    atexit.register(left, Path(sys.argv[1]))
-    main(Path(sys.argv[1]))
-    score(Path(sys.argv[1]))
+    here = Path.cwd()
+    atexit.register(left, here)
+    stream(here)
+    train(here)
+    score(here)
+    argv = ["train", "resnet8", "--data", "digits", "--epochs", "1", "--set", "batch=512"]
+    sys.exit(main([*argv, "-o", "model.pth"]))

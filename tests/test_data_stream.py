@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import os
 import signal
-import subprocess
 import sys
 import tarfile
 from pathlib import Path
@@ -24,7 +23,6 @@ from mpq.errors import DataError
 from mpq.limits import limited
 from mpq.pipeline.subject import Subject
 from mpq.policy import ModelInfo
-from mpq.processes import ranks_of
 from mpq.rundir import Run
 from mpq.train.deliver import deliver
 from mpq.train.evaluate import accuracy
@@ -415,18 +413,11 @@ def test_a_worker_that_is_killed():
 # -- several processes ---------------------------------------------------------------------------
 
 
-def test_two_processes_stream_each_image_once(tmp_path):
-    shards(tmp_path / "set")
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
-    port = ("--main_process_port", "0", "--num_machines", "1", "--dynamo_backend", "no")
-    many = ("--multi_gpu", "--num_processes", "2", "--mixed_precision", "no", *port)
-    launch = (sys.executable, "-m", "accelerate.commands.launch", *many)
-    done = subprocess.run([*launch, __file__], env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    seen = [np.load(tmp_path / f"seen{rank}.npy") for rank in (0, 1)]
+def test_two_processes_stream_each_image_once(tmp_path, two_processes):
+    seen = [np.load(two_processes / f"seen{rank}.npy") for rank in (0, 1)]
     both = np.concatenate(seen, axis=1)
     assert [len(set(epoch)) for epoch in both] == [96, 96]  # all different: 4 steps of 24
-    alone = feed((0, 1), tmp_path / "set")
+    alone = feed((0, 1), shards(tmp_path / "set"))
     for epoch, mine in enumerate(epochs(alone)):
         assert sorted(mine) == sorted(both[epoch])
 
@@ -450,15 +441,3 @@ def epochs(streamed: Streamed) -> list[list[int]]:
                 seen += part.tolist()
         found.append(seen)
     return found
-
-
-def main() -> None:
-    """What each of several processes runs."""
-    rank, ranks = ranks_of()
-    assert ranks == 2
-    with working(1):
-        np.save(f"seen{rank}.npy", np.array(epochs(feed((rank, ranks), Path("set")))))
-
-
-if __name__ == "__main__":
-    main()

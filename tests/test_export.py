@@ -240,14 +240,13 @@ def test_the_networks_answer_with_several_classes():
 
 
 @pytest.mark.parametrize(
-    ("name", "op", "boundaries"),
+    ("name", "operators", "boundaries"),
     [
         ("residual", "QLinearAdd", 1),
         ("concat", "QLinearConcat", 1),
         ("se_sigmoid", "QLinearMul", 1),
         ("se_hardsigmoid", "QLinearMul", 1),
-        ("gated", "QLinearSigmoid", 1),
-        ("gated", "QLinearAdd", 1),
+        ("gated", "QLinearSigmoid QLinearAdd", 1),
         ("pre_activation", "QLinearAdd", 1),
         ("attention", "MatMulIntegerToFloat", 8),
         ("stem", "QLinearAveragePool", 1),
@@ -257,7 +256,7 @@ def test_the_networks_answer_with_several_classes():
         ("functional", "QGemm", 1),
     ],
 )
-def test_operations_between_layers_stay_integers(name, op, boundaries):
+def test_operations_between_layers_stay_integers(name, operators, boundaries):
     """One boundary is the input's own quantization."""
     frozen, _ = quantized(model(name), "w8a8")
     certificate = certify(serialize(lower(frozen)))
@@ -265,7 +264,7 @@ def test_operations_between_layers_stay_integers(name, op, boundaries):
     # Only products of two activations are besides: queries with keys, weights with values.
     assert (certificate.integer_macs_fraction < 1) == (name == "attention")
     assert [part.macs for part in certificate.besides] == [4096] * 2 * (name == "attention")
-    assert op in certificate.operators
+    assert set(operators.split()) <= set(certificate.operators)
     assert certificate.boundaries == boundaries
 
 

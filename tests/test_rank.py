@@ -115,7 +115,7 @@ def test_the_table_fits_80_columns(here):
     assert "per bit" in text
 
 
-def test_the_plot_has_a_line_for_each_network(here):
+def test_the_plot_has_a_line_for_each_network(here, arranged):
     figure = rank_plot(rows())
     assert {text.get_text() for text in figure.axes[0].texts} == {"resnet8", "resnet8_conv"}
     assert png(figure).startswith(b"\x89PNG")

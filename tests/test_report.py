@@ -106,6 +106,7 @@ def test_tiny(value, text):
     assert tiny(value) == text
 
 
+@pytest.mark.usefixtures("arranged")
 @pytest.mark.parametrize(
     "figure",
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -74,21 +75,29 @@ class Ticks:
 
 
 @pytest.fixture(scope="module")
-def made(plan: Plan, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, list[str]]:
+def made(
+    plan: Plan, once: Any, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Path, list[str]]:
     """Runs, results, and what was told: the time was up twice, the first time within a training."""
-    folder = tmp_path_factory.mktemp("study")
-    runs, kept, told = folder / "runs", folder / "results", []
 
-    def study(clock: Clock) -> Study:
-        return Study(plan, Shelf(runs, plan.name), kept, "cpu", clock, told.append)
+    def make(folder: Path) -> None:
+        told: list[str] = []
 
-    with pytest.raises(TimeUpError):
-        study(Clock(3 / 60, now=Ticks())).run()
-    with pytest.raises(TimeUpError):
-        study(Clock(12 / 60, now=Ticks())).run()
-    told.append("last call")
-    study(Clock()).run()
-    return runs, kept, told
+        def study(clock: Clock) -> Study:
+            shelf = Shelf(folder / "runs", plan.name)
+            return Study(plan, shelf, folder / "results", "cpu", clock, told.append)
+
+        with pytest.raises(TimeUpError):
+            study(Clock(3 / 60, now=Ticks())).run()
+        with pytest.raises(TimeUpError):
+            study(Clock(12 / 60, now=Ticks())).run()
+        told.append("last call")
+        study(Clock()).run()
+        (folder / "told.json").write_text(json.dumps(told))
+
+    folder = tmp_path_factory.mktemp("study") / "copy"
+    shutil.copytree(once("study", make), folder)
+    return folder / "runs", folder / "results", json.loads((folder / "told.json").read_text())
 
 
 def test_a_stopped_study_goes_on_where_it_was(made: tuple[Path, Path, list[str]]) -> None:

@@ -14,6 +14,7 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from nets import MINE
@@ -45,31 +46,26 @@ from mine import tiny, images
 
 
 @pytest.fixture(scope="session")
-def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def project(once: Any) -> Iterator[Path]:
     """A run over code of the user's own, which is named once, and then never again."""
-    folder = tmp_path_factory.mktemp("project")
-    (folder / "mine.py").write_text(MINE)
-    (folder / "evil.py").write_text(EVIL)
-    before, state = Path.cwd(), os.environ.get("XDG_STATE_HOME")
-    os.chdir(folder)
-    os.environ["XDG_STATE_HOME"] = str(folder / "state")
     train = ["train", "mine:tiny", "--data", "mine:images", "-o", "model.pth", "--epochs", "1"]
     named = ["--model", "mine:tiny", "--data", "mine:images"]
-    try:
-        assert main(train) == 0
-        assert main(["analyze", "model.pth", *named, "--num-calib", "16", "-o", "r"]) == 0
-        assert main(["ptq", "--policy", "r", "--num-calib", "16", "--effort", "fast"]) == 0
-        assert main(["export", "r", "--num-test", "10"]) == 0
-        assert main(["verify", "r", "--num-test", "10"]) == 0
-        assert main(["bench", "r", "--runs", "2"]) == 0
-        tell = ["ensemble", "model.pth", "-o", "ens.pth", "--trust-code", "mine:tiny"]
-        assert main([*tell, "--data", "mine:images"]) == 0
-    finally:
-        os.chdir(before)
-        os.environ.pop("XDG_STATE_HOME")
-        if state is not None:
-            os.environ["XDG_STATE_HOME"] = state
-    yield folder
+
+    def make(folder: Path) -> None:
+        (folder / "mine.py").write_text(MINE)
+        (folder / "evil.py").write_text(EVIL)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("XDG_STATE_HOME", str(folder / "state"))
+            assert main(train) == 0
+            assert main(["analyze", "model.pth", *named, "--num-calib", "16", "-o", "r"]) == 0
+            assert main(["ptq", "--policy", "r", "--num-calib", "16", "--effort", "fast"]) == 0
+            assert main(["export", "r", "--num-test", "10"]) == 0
+            assert main(["verify", "r", "--num-test", "10"]) == 0
+            assert main(["bench", "r", "--runs", "2"]) == 0
+            tell = ["ensemble", "model.pth", "-o", "ens.pth", "--trust-code", "mine:tiny"]
+            assert main([*tell, "--data", "mine:images"]) == 0
+
+    yield once("faults", make)
     sys.modules.pop("mine", None)
 
 
