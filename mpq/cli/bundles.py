@@ -77,45 +77,24 @@ def budgets(command: Callable[..., None]) -> Callable[..., None]:
     """Options of limits: argument `budgets`, a list of `Constraints`, one per policy wanted."""
 
     @wraps(command)
-    def folded(
-        *,
-        effective_bits: tuple[float, ...],
-        max_size_mb: float | None,
-        max_bops: float | None,
-        max_activation_mb: float | None,
-        max_latency_ms: float | None,
-        max_drop: float | None,
-        drop_type: DropType,
-        **others: Any,
-    ) -> None:
-        found = [
-            Constraints(
-                effective_bits=bits_each,
-                max_size_mb=max_size_mb,
-                max_bops=max_bops,
-                max_activation_mb=max_activation_mb,
-                max_latency_ms=max_latency_ms,
-                max_drop=max_drop,
-                drop_type=None if max_drop is None else drop_type,
-            )
-            for bits_each in effective_bits or (None,)
-        ]
+    def folded(*, effective_bits: tuple[float, ...], drop_type: DropType, **others: Any) -> None:
+        limits = {name: others.pop(name) for name in Constraints.model_fields if name in others}
+        limits["drop_type"] = None if limits["max_drop"] is None else drop_type
+        found = [Constraints(effective_bits=bits, **limits) for bits in effective_bits or (None,)]
         command(budgets=found, **others)
 
     return given(folded, *_BUDGETS)
 
 
+CODE = "MODULE:FUNCTION"
 _WISHES = (
-    click.option("--metric", metavar="NAME", callback=options.named,
-                 help="What answers are judged by: top1, top5, miou, map, psnr, ssim, agreement "
-                 "(with the float network), or module:function."),
+    options.name("--metric", "What answers are judged by: top1, top5, miou, map, psnr, ssim, "
+                 "agreement (with the float network), or module:function."),
     click.option("--lower-is-better", is_flag=True,
                  help="Of a --metric that does not say so itself."),
-    click.option("--postprocess", metavar="MODULE:FUNCTION", callback=options.named,
-                 help="Applied to the outputs before --metric sees them."),
-    click.option("--batches", metavar="MODULE:FUNCTION", callback=options.named,
-                 help="Gives batches of inputs and targets, as a training loop has them: a "
-                 "DataLoader, or a dict of these by train and validation."),
+    options.name("--postprocess", "Applied to the outputs before --metric sees them.", CODE),
+    options.name("--batches", "Gives batches of inputs and targets, as a training loop has them: "
+                 "a DataLoader, or a dict of these by train and validation.", CODE),
 )  # fmt: skip
 
 

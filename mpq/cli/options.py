@@ -48,6 +48,11 @@ def _code(ctx: click.Context, param: click.Parameter, names: tuple[str, ...]) ->
     trust(*names)
 
 
+def name(flag: str, help: str, metavar: str = "NAME") -> Decorator[Any]:
+    """An option that takes a name, which may be that of code, or None."""
+    return click.option(flag, metavar=metavar, callback=named, help=help)
+
+
 LIST = "BITS,..."
 """The metavar of a list of widths."""
 
@@ -193,11 +198,9 @@ origin = click.option(
 # seed: int
 seed = count("--seed", metavar="N", default=0, least=0, help="Of all randomness.")
 # data: str | None
-data = click.option(
+data = name(
     "--data",
-    metavar="NAME",
-    callback=named,
-    help="digits, cifar10, cifar100, a folder, zip, tar, shards, a .npz, module:factory, noise, "
+    "digits, cifar10, cifar100, a folder, zip, tar, shards, a .npz, module:factory, noise, "
     "or none.",
 )
 
@@ -252,11 +255,9 @@ trust_pickle = click.option(
     "--trust-pickle", is_flag=True, help="Load a pickled module, which can run any code."
 )
 # model: str | None
-model = click.option(
+model = name(
     "--model",
-    metavar="NAME",
-    callback=named,
-    help="Architecture: a zoo or torchvision name, timm:NAME, torchvision:NAME, module:factory.",
+    "Architecture: a zoo or torchvision name, timm:NAME, torchvision:NAME, module:factory.",
 )
 # weights: str | None
 weights = click.option(

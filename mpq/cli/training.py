@@ -44,11 +44,8 @@ teacher_normalize = click.option(
     help="As --normalize, for a single teacher whose file does not carry it.",
 )
 # teacher_model: str | None
-teacher_model = click.option(
-    "--teacher-model",
-    metavar="NAME",
-    callback=options.named,
-    help="As --model, for a single teacher whose file does not say what it is.",
+teacher_model = options.name(
+    "--teacher-model", "As --model, for a single teacher whose file does not say what it is."
 )
 # answers: Path | None
 answers = click.option(
@@ -64,19 +61,14 @@ _holdout = options.count(
     least=0,
     help="Training images kept out, to choose by; 0 trains on all.  [default: 10 %]",
 )
-_unlabelled = click.option(
-    "--unlabelled",
-    metavar="NAME",
-    callback=options.named,
-    help="More images to distil from, named as --data is; their labels do not count.",
+_unlabelled = options.name(
+    "--unlabelled", "More images to distil from, named as --data is; their labels do not count."
 )
 source = bundles.source_with(_holdout, _unlabelled)
 # transform: str | None
-transform = click.option(
+transform = options.name(
     "--transform",
-    metavar="NAME",
-    callback=options.named,
-    help="Of each training picture by the workers: crop (torchvision's RandomResizedCrop), or "
+    "Of each training picture by the workers: crop (torchvision's RandomResizedCrop), or "
     "module:factory of a torchvision v2 transform.",
 )
 

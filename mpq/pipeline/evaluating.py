@@ -12,11 +12,10 @@ from numpy.typing import NDArray
 from mpq.data import sample_indices
 from mpq.data.dataset import Samples
 from mpq.data.stream import view
-from mpq.errors import DataError
 from mpq.graph.ir import QuantGraph
 from mpq.outputs import Output
 from mpq.pipeline.accuracies import VALIDATION_IMAGES, top1_of
-from mpq.pipeline.measuring import Evaluation, Held, against
+from mpq.pipeline.measuring import Evaluation, Held, against, no_images
 from mpq.pipeline.samples import ask
 from mpq.pipeline.subject import Subject
 from mpq.train.evaluate import evaluating
@@ -56,10 +55,7 @@ def _held_out(
     """Validation images, or training images where there are none, and their class ids if any."""
     data = subject.data
     if data is None:
-        raise DataError(
-            f"the metric {metric} needs images to measure on. Name data with --data, or batches "
-            "with --batches module:factory."
-        )
+        raise no_images(metric)
     split = data.validation if len(data.validation) else data.compared
     picked = np.arange(len(split)) if count is None else sample_indices(split, count, 0)
     return view(split, picked), split.labels[picked] if data.labelled else None

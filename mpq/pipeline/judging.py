@@ -13,7 +13,6 @@ from torch import Tensor
 
 from mpq.batch import inputs_of, targets_of
 from mpq.data import Normalization
-from mpq.errors import DataError
 from mpq.export import runtime
 from mpq.export.bench import BenchRow
 from mpq.export.meta import from_metadata
@@ -24,6 +23,7 @@ from mpq.pipeline.measuring import (
     against,
     file_answers,
     judging_of,
+    no_images,
     normalizer,
     opened,
 )
@@ -84,10 +84,7 @@ def _batches(
     if given is not None:
         return given, None
     if images is None:
-        raise DataError(
-            f"the metric {metric} needs images to measure on. Name data with --data, or batches "
-            "with --batches module:factory."
-        )
+        raise no_images(metric)
     return Held(*images, normalizer(normalize)), Held(*images, torch.from_numpy)
 
 

@@ -29,6 +29,14 @@ BATCH = 32
 """Images at a time, at most."""
 
 
+def no_images(metric: str) -> DataError:
+    """There is nothing to measure on."""
+    return DataError(
+        f"the metric {metric} needs images to measure on. Name data with --data, or batches "
+        "with --batches module:factory."
+    )
+
+
 @dataclass(frozen=True)
 class Batches:
     """What `--batches` names: batches as a training loop has them, read anew for each epoch.
@@ -143,15 +151,22 @@ class Evaluation:
             return self.parts_of(lambda inputs: call(module, inputs), device)
 
     def parts_of(
-        self, answer: Callable[[Any], Any], device: torch.device | str = "cpu"
+        self,
+        answer: Callable[[Any], Any],
+        device: torch.device | str = "cpu",
+        feed: Callable[[Any], Any] = inputs_of,
     ) -> list[Any]:
-        """The same of any function of inputs that are there."""
+        """The same of any function of what it is fed with of a batch that is there."""
         found: list[Any] = []
         for batch in each(self.batches):
             there = moved(batch, device)
-            outputs = decoded_by(self.decode, answer(inputs_of(there)))
-            found += self.metric.keep(outputs, there)
-        return self._some(found)
+            found += self.metric.keep(decoded_by(self.decode, answer(feed(there))), there)
+        if not found:
+            raise UsageError(
+                f"the metric {self.metric.name} needs at least one batch. Got none: an iterator "
+                "can be read only once, so give a DataLoader or a list."
+            )
+        return found
 
     def value(self, module: nn.Module) -> float:
         """The metric of a network."""
@@ -168,19 +183,7 @@ class Evaluation:
             path: an ONNX file.
             feed: what it takes of a batch.
         """
-        answer = file_answers(path)
-        found: list[Any] = []
-        for batch in each(self.batches):
-            found += self.metric.keep(decoded_by(self.decode, answer(feed(batch))), batch)
-        return self._some(found)
-
-    def _some(self, found: list[Any]) -> list[Any]:
-        if not found:
-            raise UsageError(
-                f"the metric {self.metric.name} needs at least one batch. Got none: an iterator "
-                "can be read only once, so give a DataLoader or a list."
-            )
-        return found
+        return self.parts_of(file_answers(path), feed=feed)
 
 
 def file_answers(path: Path) -> Callable[[Any], Any]:

@@ -9,15 +9,6 @@ from mpq import origins, rundir
 from mpq.policy import ModelInfo, Policy
 from mpq.report.contents import Contents
 
-LIMITS = {
-    "effective_bits": "--effective-bits",
-    "max_size_mb": "--max-size-mb",
-    "max_bops": "--max-bops",
-    "max_activation_mb": "--max-activation-mb",
-    "max_latency_ms": "--max-latency-ms",
-    "max_drop": "--max-drop",
-}
-
 
 def commands(run: Contents) -> str:
     """One line for each stage that the run has; empty where no policy says what it is of."""
@@ -57,8 +48,9 @@ def _analyze(run: Contents, policy: Policy) -> str:
     if scores and scores["samples"]:
         words += ["--metric", scores["metric"], "--num-calib", str(scores["samples"])]
         words += ["--seed", str(scores["seed"])]
-    for name, value in policy.constraints.model_dump(exclude_none=True).items():
-        words += [LIMITS[name], f"{value:g}"] if name in LIMITS else []
+    limits = policy.constraints.model_dump(exclude={"drop_type"}, exclude_none=True)
+    for name, value in limits.items():
+        words += [f"--{name.replace('_', '-')}", f"{value:g}"]
     return f"{shlex.join([*words, '-o'])} {run.folder}"
 
 
