@@ -22,7 +22,6 @@ from torch import Tensor, fx, nn
 
 from mpq.calls import arguments, leaves
 from mpq.cpu import this_cpu
-from mpq.data.stream import Stream
 from mpq.errors import DataError, TrainError, UsageError
 from mpq.graph.norms import freeze_norms
 from mpq.graph.redundant import drop_redundant_relus
@@ -33,7 +32,7 @@ from mpq.train.answers import Answers, answer_folders
 from mpq.train.augment import Targets, epoch_rng
 from mpq.train.compiled import compiled
 from mpq.train.evaluate import normalize_unit
-from mpq.train.feed import Arrays, Feed, Loader, Share, Streamed
+from mpq.train.feed import Share, feed_of
 from mpq.train.metrics import Record, Totals
 from mpq.train.objective import Objective, Parts
 from mpq.train.optim import Ema, build_optimizer, learning_rate
@@ -86,15 +85,7 @@ class Engine:
         if self.streams and plan.task is None:
             raise UsageError("batches of the user's own need a task: a loss, or a teacher.")
         share = Share(run.seed, self.device, self.rank, self.ranks)
-        self.feed: Feed
-        if data.batches is not None:
-            self.feed = Loader(data.batches, share, recipe.epoch_steps, plan.transform)
-        elif data.train is not None and (plan.transform or isinstance(data.train[0], Stream)):
-            self.feed = Streamed(data.train, recipe, share, plan.transform)
-        elif data.train is not None:
-            self.feed = Arrays(data.train, recipe, share)
-        else:
-            raise DataError("training needs images or batches. Got neither.")
+        self.feed = feed_of(data, plan, share)
         self._take_network()
         identity = self._identity(data, plan)
         self._answers: Answers | None = None

@@ -18,11 +18,12 @@ from torch import Tensor
 
 from mpq.batch import described, each, inputs_of, moved, shared
 from mpq.calls import count
-from mpq.data.stream import workers
+from mpq.data.stream import Stream, workers
 from mpq.errors import DataError, UsageError
 from mpq.train.augment import alternating, augment, epoch_rng, mix
 from mpq.train.deliver import deliver
 from mpq.train.evaluate import Images, Labels, as_tensor, to_unit
+from mpq.train.plan import TrainingData, TrainingPlan
 from mpq.train.recipe import Recipe
 from mpq.train.resume import fingerprint
 from mpq.train.transforms import Transform, Transformed, followed
@@ -325,3 +326,18 @@ def _length(batches: Any) -> int:
         return len(batches)
     except TypeError:
         return 0
+
+
+def feed_of(data: TrainingData, plan: TrainingPlan, share: Share) -> Feed:
+    """The batches of the user's own if there are any, else images.
+
+    Raises:
+        DataError: there are neither.
+    """
+    if data.batches is not None:
+        return Loader(data.batches, share, plan.recipe.epoch_steps, plan.transform)
+    if data.train is None:
+        raise DataError("training needs images or batches. Got neither.")
+    if plan.transform or isinstance(data.train[0], Stream):
+        return Streamed(data.train, plan.recipe, share, plan.transform)
+    return Arrays(data.train, plan.recipe, share)
