@@ -84,6 +84,30 @@ def test_what_is_answered_on_the_way_ends_no_learning() -> None:
     assert all(not torch.equal(graph.module.get_submodule(n).weight, w) for n, w in before.items())
 
 
+class CountsItsSamples(nn.Module):
+    """Flattens by the number of its inputs, as efficientnet_pytorch does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convs = nn.Sequential(
+            *(m for _ in range(6) for m in (nn.Conv2d(3, 3, 1), nn.ReLU())), nn.AdaptiveAvgPool2d(1)
+        )
+        self.head = nn.Linear(3, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        samples = x.size(0)
+        return self.head(self.convs(x).view(samples, -1))
+
+
+def test_the_number_of_samples_joins_no_blocks_and_is_that_of_the_batch_learned_from() -> None:
+    graph = prepare(to_float(CountsItsSamples(), images(2)), Policy.uniform(2, 8))
+    assert [len(b.layers) for b in blocks(graph.module)] == [0, 3, 3, 1]
+    calibrate(graph, images(30))
+    learner = BlockLearner(BRIEF)
+    quantize_layers(graph, images(30), batch=10, learner=learner)
+    assert len(learner.ratios) == 3
+
+
 @pytest.mark.parametrize("effort", ["good", "best"])
 def test_what_lies_on_disk_changes_nothing(effort: str) -> None:
     batch, states = images(160), []

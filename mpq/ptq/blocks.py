@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from mpq.quant.fake_quant import FakeQuant
 from mpq.quant.layer import QuantLayer
 
 CHAIN = 3
@@ -61,6 +62,19 @@ def blocks(module: fx.GraphModule) -> list[Block]:
     return found
 
 
+def counts_samples(node: fx.Node) -> bool:
+    """Whether a node only says how many samples an input of the network has."""
+    if (node.op, node.target, node.args[1:]) != ("call_method", "size", (0,)):
+        return False
+    given, module = node.all_input_nodes[0], node.graph.owning_module
+    assert module is not None
+    while given.op == "call_module" and isinstance(
+        module.get_submodule(str(given.target)), FakeQuant
+    ):
+        given = given.all_input_nodes[0]
+    return given.op == "placeholder"
+
+
 def _block(
     module: fx.GraphModule, nodes: list[fx.Node], entry: fx.Node | None, end: fx.Node | None
 ) -> Block:
@@ -83,7 +97,7 @@ def _segments(graph: fx.Graph) -> list[tuple[list[fx.Node], fx.Node | None]]:
     begin: fx.Node | None = None
     for i, node in enumerate(nodes):
         segment.append(node)
-        if node.op != "get_attr":  # a constant is at hand everywhere
+        if node.op != "get_attr" and not counts_samples(node):  # these are at hand everywhere
             alive.add(node)
         alive = {n for n in alive if last[n] > i}
         if len(alive) <= 1:

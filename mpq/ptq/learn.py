@@ -15,11 +15,12 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from mpq.ptq.blocks import Block
+from mpq.ptq.blocks import Block, counts_samples
 from mpq.ptq.soft import DROP, WIDEST, SoftLayer, SoftQuant
 from mpq.ptq.store import Stored
 from mpq.ptq.walk import FLOAT, QUANTIZED, LockStep, Target, evaluate
@@ -146,12 +147,20 @@ class _Learner:
 
     def run(self, x: Tensor, soft: Soft) -> Tensor:
         """The exit's value, with stand-ins for some of the modules."""
-        values = {self.entry: x}
+        values: dict[fx.Node, Any] = {self.entry: x}
+
+        def value(node: fx.Node) -> Any:
+            if node not in values:  # of before the block: what the network's samples do not change
+                values[node] = (
+                    len(x) if counts_samples(node) else evaluate(self.walk.interpreter, node, value)
+                )
+            return values[node]
+
         for node in self.nodes:
             if node.op != "output":
                 module = soft.get(str(node.target)) if node.op == "call_module" else None
-                values[node] = evaluate(self.walk.interpreter, node, values.__getitem__, module)
-        return values[self.exit]
+                values[node] = evaluate(self.walk.interpreter, node, value, module)
+        return cast(Tensor, values[self.exit])
 
     def error(self) -> float:
         """Mean squared error on the images that judge, with a floor that can be divided by."""
