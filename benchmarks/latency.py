@@ -2,12 +2,13 @@
 
 Torchvision's networks have random weights (speed does not depend on them); ResNet-20 is the
 checkpoint. The mixed policy gives 4 bits to the layers with the most weights until the mean is 4.8
-bits. All files of one network run in turn, round after round, on one thread and at batch 1, at
-onnxruntime's default options; the whole is repeated in fresh sessions, because where memory lands
-changes a session's speed by some percent. Milliseconds are CPU time of the one thread that runs, so
-that what else the machine does counts as little as possible; on an idle machine it is wall time.
+bits. All files of one network run in turn, round after round, at onnxruntime's default options; the
+whole is repeated in fresh sessions, because where memory lands changes a session's speed by some
+percent. Milliseconds are CPU time of the one thread that runs, so that what else the machine does
+counts as little as possible; on an idle machine it is wall time, which they are on more threads.
 
     MPQ_DATA=... python benchmarks/latency.py --out runs/latency [--models M ...] [--openvino]
+        [--batch 16] [--threads 2]
 
 With `--int16` both forms of 16-bit layers take their turns, every layer in that form. With
 `--openvino` its own int8 form takes its turn too, and milliseconds are CPU time of the whole
@@ -27,6 +28,7 @@ from typing import Any
 import numpy as np
 import openvino_peer
 import torch
+from common import setting
 from torch import nn
 
 from mpq import zoo
@@ -49,10 +51,14 @@ SIDES = {
     "efficientnet_b0": 224,
     "mobilenet_v3_large": 224,
     "regnet_y_400mf": 224,
+    "regnet_x_400mf": 224,
+    "vit_b_16": 224,
+    "timm:efficientnet_lite0": 224,
 }
+ROWS = Path(__file__).parent / "results" / "rows" / "latency.jsonl"
 FILES = ("float.onnx", "mpq-w8a8.onnx", "mpq-8-4.onnx", "ort-static.onnx")
 WIDE = ("mpq-16-fast.onnx", "mpq-16-exact.onnx")
-OPENVINO = "openvino-int8.xml"
+OPENVINO = "openvino-int8-{}.xml"
 MEAN_BITS = 4.8
 CALIBRATION = 4
 
@@ -131,16 +137,19 @@ def add_wide(name: str, folder: Path) -> list[Path]:
     return paths
 
 
-def add_openvino(name: str, folder: Path) -> Path:
+def add_openvino(name: str, folder: Path, batch: int) -> Path:
     """OpenVINO's int8 form of a network, made from the float file where it is not there."""
-    path = folder / OPENVINO
+    path = folder / OPENVINO.format(batch)
     if not path.is_file():
-        openvino_peer.quantize(folder / "float.onnx", path, images(name, CALIBRATION).numpy())
+        sample = images(name, CALIBRATION).numpy()
+        openvino_peer.quantize(folder / "float.onnx", path, sample, batch=batch)
     return path
 
 
-def measure(files: Sequence[Path], *, rounds: int, repeats: int) -> list[dict[str, Any]]:
-    """Milliseconds and ratios of files that take turns; the first is the reference.
+def measure(
+    files: Sequence[Path], *, rounds: int, repeats: int, batch: int, threads: int
+) -> list[dict[str, Any]]:
+    """Milliseconds of a batch and ratios of files that take turns; the first is the reference.
 
     `ratio` is the median over all rounds of reference/file, `ratio_low` and `ratio_high` the least
     and the greatest of the repeats' medians; `best_ms` is the fastest round.
@@ -148,9 +157,13 @@ def measure(files: Sequence[Path], *, rounds: int, repeats: int) -> list[dict[st
     times = []
     foreign = [p.suffix == ".xml" for p in files]
     clock = time.process_time if any(foreign) else time.thread_time
+    if threads > 1:
+        clock = time.perf_counter
     for _ in range(repeats):
         runners = [
-            openvino_peer.runner(p) if other else runner(p, threads=1, batch=1)
+            openvino_peer.runner(p, threads=threads)
+            if other
+            else runner(p, threads=threads, batch=batch)
             for p, other in zip(files, foreign, strict=True)
         ]
         times.append(1e3 * interleave(runners, runs=rounds, clock=clock))
@@ -174,10 +187,13 @@ def measure(files: Sequence[Path], *, rounds: int, repeats: int) -> list[dict[st
 
 
 def main() -> None:
-    """Build what is missing, measure, print a table, write `latency.json`."""
+    """Build what is missing, measure, print a table, write `latency.json`, add rows to `--rows`."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/latency"))
     parser.add_argument("--models", nargs="+", default=list(SIDES), choices=list(SIDES))
+    parser.add_argument("--rows", type=Path, default=ROWS, help="where each network adds a line")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=1, help="above 1: on an idle machine only")
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--rebuild", action="store_true")
@@ -195,7 +211,7 @@ def main() -> None:
         "models": {},
     }
     for name in options.models:
-        folder = options.out / name
+        folder = options.out / name.replace(":", "-")
         if options.rebuild or not (folder / "facts.json").is_file():
             build(name, folder)
         facts = json.loads((folder / "facts.json").read_text())
@@ -203,9 +219,13 @@ def main() -> None:
         if options.int16:
             files += add_wide(name, folder)
         if options.openvino:
-            files.append(add_openvino(name, folder))
-        rows = measure(files, rounds=options.rounds, repeats=options.repeats)
+            files.append(add_openvino(name, folder, options.batch))
+        how = {"batch": options.batch, "threads": options.threads}
+        rows = measure(files, rounds=options.rounds, repeats=options.repeats, **how)
         table["models"][name] = [row | facts.get(row["file"], {}) for row in rows]
+        line = {"network": name, **how, "rounds": table["rounds"], "files": rows}
+        with options.rows.open("a", encoding="utf-8") as out:
+            out.write(json.dumps(line | {"setting": setting()}) + "\n")
         for row in rows:
             print(
                 f"{name:20} {row['file']:13} {row['bytes']:>11,} {row['median_ms']:9.3f} ms"

@@ -1,8 +1,8 @@
-"""OpenVINO as a peer of the speed table: its own int8 form of a float file, on one thread.
+"""OpenVINO as a peer of the speed table: its own int8 form of a float file.
 
 No dependency of mpq: what it takes is named where it is missing. The model is quantized by NNCF,
 which is how OpenVINO quantizes, at its defaults, and compiled for the CPU at the defaults of the
-runtime but for the one thread. A float operation that is left may run in bfloat16 there, where the
+runtime but for its threads. A float operation that is left may run in bfloat16 there, where the
 CPU has it.
 """
 
@@ -35,13 +35,14 @@ def versions() -> dict[str, str]:
     return {name: version(name) for name in PACKAGES}
 
 
-def quantize(float_file: Path, out: Path, images: NDArray[np.float32]) -> Path:
-    """Write the int8 form of a float ONNX file for batch 1, as `out` (.xml) and a .bin beside it.
+def quantize(float_file: Path, out: Path, images: NDArray[np.float32], *, batch: int = 1) -> Path:
+    """Write the int8 form of a float ONNX file for one batch, as `out` (.xml) and a .bin beside it.
 
     Args:
         float_file: a float ONNX model.
         out: the .xml to write.
         images: calibration images `[n, C, H, W]`.
+        batch: that the form is fixed to.
     """
     import nncf
     import openvino
@@ -50,15 +51,16 @@ def quantize(float_file: Path, out: Path, images: NDArray[np.float32]) -> Path:
     model.reshape([1, *images.shape[1:]])
     singles = [images[i : i + 1] for i in range(len(images))]
     int8 = nncf.quantize(model, nncf.Dataset(singles), subset_size=len(singles))
+    int8.reshape([batch, *images.shape[1:]])
     openvino.save_model(int8, out)
     return out
 
 
-def runner(path: Path) -> Callable[[], object]:
+def runner(path: Path, *, threads: int = 1) -> Callable[[], object]:
     """A compiled model as a function of nothing: one run on noise of a fixed seed."""
     import openvino
 
-    one = {"INFERENCE_NUM_THREADS": 1, "NUM_STREAMS": 1, "PERFORMANCE_HINT": "LATENCY"}
+    one = {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "PERFORMANCE_HINT": "LATENCY"}
     request = openvino.Core().compile_model(path, "CPU", one).create_infer_request()
     shape = list(request.model_inputs[0].shape)
     noise = np.random.default_rng(0).standard_normal(shape, np.float32)
