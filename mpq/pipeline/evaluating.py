@@ -13,6 +13,7 @@ from mpq.data import sample_indices
 from mpq.data.dataset import Samples
 from mpq.data.stream import view
 from mpq.graph.ir import QuantGraph
+from mpq.graph.passes import freeze
 from mpq.outputs import Output
 from mpq.pipeline.accuracies import VALIDATION_IMAGES, top1_of
 from mpq.pipeline.measuring import Evaluation, Held, against, no_images
@@ -66,6 +67,7 @@ def validate(graph: QuantGraph, subject: Subject) -> dict[str, Any]:
 
     Top-1 is None where there is none.
     """
+    graph = freeze(graph)  # answers alike, and rounds its weights once, not for every batch
     judged = evaluation(subject, graph.outputs, VALIDATION_IMAGES)
     if judged is None:
         return top1_of(graph, subject)

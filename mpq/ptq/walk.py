@@ -77,6 +77,7 @@ class LockStep:
         self.modules: dict[str, nn.Module] = dict(module.named_modules())
         self.values: tuple[dict[fx.Node, list[Stored]], dict[fx.Node, list[Stored]]] = ({}, {})
         self.left = {n: len(n.users) for n in module.graph.nodes}
+        self.layers = sum(self.layer(n) is not None for n in module.graph.nodes)
 
     def layer(self, node: fx.Node) -> QuantLayer | None:
         """The quantized layer that a node calls, if it calls one."""
@@ -89,7 +90,10 @@ class LockStep:
 
     def run(self, node: fx.Node, which: int) -> list[Stored]:
         """What a node gives in one of the networks, per batch."""
-        return [self.store.put(self._evaluate(node, k, which)) for k in range(len(self.sizes))]
+        layer = self.layer(node) if which == QUANTIZED else None
+        frozen = layer and layer.frozen()  # the same, and its weights are rounded once
+        parts = range(len(self.sizes))
+        return [self.store.put(self._evaluate(node, k, which, frozen)) for k in parts]
 
     def keep(self, node: fx.Node, quantized: list[Stored], floats: list[Stored]) -> None:
         """Store the values of a node, and drop those that nothing reads any more."""
@@ -120,7 +124,9 @@ class LockStep:
             for kept in values.pop(node, []):
                 kept.drop()
 
-    def _evaluate(self, node: fx.Node, part: int, which: int) -> Any:
+    def _evaluate(
+        self, node: fx.Node, part: int, which: int, frozen: nn.Module | None = None
+    ) -> Any:
         if node.op == "placeholder":
             return self._given[part][node]
 
@@ -129,7 +135,7 @@ class LockStep:
 
         module = self.modules.get(str(node.target)) if node.op == "call_module" else None
         if which == QUANTIZED or module is None:
-            return evaluate(self.interpreter, node, value)
+            return evaluate(self.interpreter, node, value, frozen)
         if isinstance(module, FakeQuant):
             x = value(node.all_input_nodes[0])
             return x if module.ceiling is None else x.clamp(max=module.ceiling)

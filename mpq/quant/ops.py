@@ -36,10 +36,11 @@ def _dequantize(weight: Tensor, scale: Tensor, axis: int) -> Tensor:
 
 
 def _requantize(acc: Tensor, bias: Tensor | None, scale: Tensor, channel_dim: int) -> Tensor:
-    """`(acc + bias) * scale` with per-channel bias and scale along `channel_dim`."""
+    """`(acc + bias) * scale` with per-channel bias and scale along `channel_dim`; changes `acc`."""
     if bias is not None:
-        acc = acc + per_axis(bias.to(acc.dtype), acc.ndim, channel_dim)
-    return acc * per_axis(scale, acc.ndim, channel_dim)
+        acc.add_(per_axis(bias.to(acc.dtype), acc.ndim, channel_dim))
+    by = per_axis(scale, acc.ndim, channel_dim)
+    return acc.mul_(by) if acc.dtype == by.dtype else acc * by  # under autocast it is narrower
 
 
 def _sums(x: Tensor, weight: Tensor, *window: Any) -> Tensor:
