@@ -27,7 +27,7 @@ from mpq.pipeline.evaluating import validate
 from mpq.pipeline.subject import Subject, policy_subject, settle
 from mpq.pipeline.teaching import lessons
 from mpq.policy import Policy
-from mpq.ptq import FinishedBlocks, PtqSettings, equalize, quantize_graph
+from mpq.ptq import FinishedBlocks, PtqSettings, equalize, looked_at, quantize_graph
 from mpq.ptq.blockwise import PROGRESS
 from mpq.report.words import measured
 from mpq.rundir import Run
@@ -142,7 +142,7 @@ def run_ptq(
         UsageError: finished blocks of another run.
     """
     settings, run = settings or PtqSettings(), run or Run()
-    images = subject.sample(policy.data.samples or 512, run.seed, "ptq")
+    images = looked_at(subject.sample(policy.data.samples or 512, run.seed, "ptq"), settings.effort)
     floats = subject.graph()
     policy = make_dynamic(floats, policy) if settings.dynamic else policy
     policy = take_form(policy, settings.int16_form) if settings.int16_form else policy

@@ -12,7 +12,7 @@ from mpq.graph.ir import QuantGraph
 from mpq.ptq.blockwise import BlockLearner, FinishedBlocks
 from mpq.ptq.equalize import EQUALIZE, Equalize, Pair, equalize
 from mpq.ptq.learn import Learning
-from mpq.ptq.observe import METHODS, Method, calibrate
+from mpq.ptq.observe import METHODS, Method, all_at_nodes, calibrate
 from mpq.ptq.sequential import MEMORY_MB, quantize_layers
 from mpq.rundir import Progress, silent
 from mpq.verb import callable_package
@@ -32,13 +32,14 @@ __all__ = [
     "PtqSettings",
     "calibrate",
     "equalize",
+    "looked_at",
     "quantize_graph",
     "quantize_layers",
 ]
 callable_package(__name__)
 
 FAST_VALUES = 5_000_000
-"""Values of the inputs by which effort `fast` chooses scales and biases: 33 images of 3x224x224."""
+"""Values of the inputs that effort `fast` looks at, at most: 33 images of 3x224x224."""
 
 Effort = Literal["fast", "good", "best"]
 EFFORTS: tuple[str, ...] = get_args(Effort)
@@ -86,8 +87,8 @@ def quantize_graph(
         images: normalized calibration images `[N, C, H, W]`; for other networks a tuple or dict of
             inputs (`mpq.calls`), float ones normalized.
         method: how activation ranges are chosen.
-        effort: `fast` sets ranges, rounds to nearest and corrects biases, these two by at most
-            `FAST_VALUES` of the inputs; `good` rounds layer after layer with error feedback;
+        effort: `fast` sets ranges, rounds to nearest and corrects biases, by at most `FAST_VALUES`
+            of the inputs; `good` rounds layer after layer with error feedback;
             `best` then learns the rounding, activation steps and biases of each block of layers.
         learning: how `best` learns.
         finished: where `best` writes down its finished blocks; None keeps them nowhere.
@@ -109,12 +110,14 @@ def quantize_graph(
         learner = BlockLearner(
             learning or Learning(), finished, progress=partial(progress, "learned rounding")
         )
-    batch = qg.batch()
-    calibrate(qg, images, method=method, batch=batch, progress=partial(progress, "ranges"))
+    images = looked_at(images, effort)
+    walked = learner is None and all_at_nodes(qg.module)
+    if not walked:
+        calibrate(qg, images, method=method, batch=qg.batch(), progress=partial(progress, "ranges"))
     quantize_layers(
         qg,
-        _few(images) if effort == "fast" else images,
-        batch=batch,
+        images,
+        method=method if walked else None,
         learn_rounding=effort != "fast",
         learner=learner,
         memory_mb=memory_mb,
@@ -123,8 +126,10 @@ def quantize_graph(
     return qg
 
 
-def _few(images: Inputs) -> Inputs:
-    """The first samples, no more than hold `FAST_VALUES`; the scales of few are those of all."""
+def looked_at(images: Inputs, effort: Effort) -> Inputs:
+    """All samples, or for `fast` the first, no more than hold `FAST_VALUES`: few tell as much."""
+    if effort != "fast":
+        return images
     values = sum(tensor.numel() for tensor in leaves(images).values())
     few: Inputs = take(images, slice(max(1, FAST_VALUES * count(images) // values)))
     return few

@@ -9,13 +9,15 @@ with TensorRT", 2017).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from mpq.calls import Inputs, call, count, split
 from mpq.errors import GraphError, UsageError
@@ -72,6 +74,9 @@ class Histogram:
         return self.low + width * (torch.arange(BINS) + 0.5)
 
 
+Look = Callable[[Histogram, Tensor], None]
+
+
 @torch.no_grad()
 def calibrate(
     qg: QuantGraph,
@@ -97,20 +102,18 @@ def calibrate(
         UsageError: an unknown method, or no images.
         GraphError: the graph is not prepared, or an activation is not finite.
     """
-    if method not in METHODS:
-        raise UsageError(f"calibration must be one of {', '.join(METHODS)}. Got {method!r}.")
+    looks = _looks(method)
     qg.require("prepared", "calibration")
     if not count(images):
         raise UsageError("calibration needs at least one image. Got none.")
     sites = {n: m for n, m in qg.module.named_modules() if isinstance(m, FakeQuant)}
     histograms = {name: Histogram() for name in sites}
     parts = split(images, batch)
-    looks = [Histogram.widen] if method == "minmax" else [Histogram.widen, Histogram.count]
     done, total = 0, len(looks) * len(parts)
     qg.module.eval()
     with switched_off(qg.module):
         for look in looks:
-            watches = [(m, _watch(n, histograms[n], look)) for n, m in sites.items()]
+            watches = [(m, partial(_look, n, histograms[n], look)) for n, m in sites.items()]
             with hooked(m.register_forward_pre_hook(hook) for m, hook in watches):
                 for part in parts:
                     call(qg.module, part)
@@ -118,8 +121,7 @@ def calibrate(
                     if progress:
                         progress(done, total)
     for name, quantizer in sites.items():
-        low, high = choose_range(histograms[name], quantizer.spec, method)
-        quantizer.set_range(torch.tensor(low), torch.tensor(high))
+        _take_range(histograms[name], quantizer, method)
     return len(sites)
 
 
@@ -136,21 +138,47 @@ def switched_off(module: nn.Module) -> Iterator[None]:
             part.enabled = True
 
 
-def _watch(
-    name: str, histogram: Histogram, look: Callable[[Histogram, Tensor], None]
-) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-    def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        x = args[0]
-        assert isinstance(module, FakeQuant)
-        try:
-            look(histogram, x if module.ceiling is None else x.clamp(max=module.ceiling))
-        except ValueError as error:
-            raise GraphError(
-                f"the input of {name} must be finite but holds {error}. "
-                "Check the weights of the layer before it and the normalization of the images."
-            ) from None
+def _looks(method: Method) -> tuple[Look, ...]:
+    """What is done with all batches, one after the other."""
+    if method not in METHODS:
+        raise UsageError(f"calibration must be one of {', '.join(METHODS)}. Got {method!r}.")
+    return (Histogram.widen,) if method == "minmax" else (Histogram.widen, Histogram.count)
 
-    return hook
+
+def all_at_nodes(module: fx.GraphModule) -> bool:
+    """Whether each quantizer is a node of its own: none lies inside a module that is not traced."""
+    called = Counter(str(n.target) for n in module.graph.nodes if n.op == "call_module")
+    sites = (name for name, m in module.named_modules() if isinstance(m, FakeQuant))
+    return all(called[name] == 1 for name in sites)
+
+
+def set_range(
+    name: str, quantizer: FakeQuant, seen: Callable[[], Iterable[Tensor]], method: Method
+) -> None:
+    """Set the range of one quantizer by its float inputs, which `seen` gives batch by batch."""
+    histogram = Histogram()
+    for look in _looks(method):
+        for x in seen():
+            _look(name, histogram, look, quantizer, (x,))
+    _take_range(histogram, quantizer, method)
+
+
+def _take_range(histogram: Histogram, quantizer: FakeQuant, method: Method) -> None:
+    quantizer.set_range(*map(torch.tensor, choose_range(histogram, quantizer.spec, method)))
+
+
+def _look(
+    name: str, histogram: Histogram, look: Look, module: nn.Module, args: tuple[Tensor, ...]
+) -> None:
+    x = args[0]
+    assert isinstance(module, FakeQuant)
+    try:
+        look(histogram, x if module.ceiling is None else x.clamp(max=module.ceiling))
+    except ValueError as error:
+        raise GraphError(
+            f"the input of {name} must be finite but holds {error}. "
+            "Check the weights of the layer before it and the normalization of the images."
+        ) from None
 
 
 def choose_range(histogram: Histogram, spec: QuantSpec, method: Method) -> tuple[float, float]:

@@ -11,18 +11,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx, nn
 
 from mpq.calls import Inputs, count, split
-from mpq.errors import UsageError
+from mpq.errors import GraphError, UsageError
 from mpq.graph.ir import QuantGraph
 from mpq.numerics import per_axis
 from mpq.ptq.blocks import Block, blocks
 from mpq.ptq.blockwise import BlockLearner, Finished
+from mpq.ptq.observe import Method, set_range
 from mpq.ptq.store import ActivationStore, Stored
 from mpq.ptq.walk import FLOAT, QUANTIZED, LockStep, Target
+from mpq.quant.fake_quant import FakeQuant
 from mpq.quant.layer import IslandLayer, QuantLayer
 from mpq.quant.operation import integer_bias
 from mpq.quant.ranges import weight_scales
@@ -49,7 +52,7 @@ def quantize_layers(
     qg: QuantGraph,
     images: Inputs,
     *,
-    batch: int | None = None,
+    method: Method | None = None,
     learn_rounding: bool = True,
     correct_bias: bool = True,
     learner: BlockLearner | None = None,
@@ -59,9 +62,10 @@ def quantize_layers(
     """Set scales, weights and biases of every quantized layer of a calibrated graph, in place.
 
     Args:
-        qg: a graph in stage `prepared` whose activation ranges are set.
+        qg: a graph in stage `prepared`.
         images: normalized `[N, C, H, W]`, or inputs (`mpq.calls`).
-        batch: images at a time; by default what `QuantGraph.batch` says.
+        method: how the range of each quantizer is chosen when the walk comes to it
+            (`mpq.ptq.observe.all_at_nodes`); None: they are set.
         learn_rounding: sequential rounding with error feedback; off, rounding to nearest.
         correct_bias: make up for the mean error of each output channel.
         learner: what goes over a block when its layers are done.
@@ -81,29 +85,24 @@ def quantize_layers(
     qg.module.eval()
     _initial_scales(qg.module)
     with ActivationStore(int(memory_mb * 2**20)) as store:
-        parts = split(images, batch or qg.batch())
-        walk = LockStep(qg.module, parts, store)
-        work = _Sequential(walk, learn_rounding, correct_bias, learner, progress)
+        walk = LockStep(qg.module, split(images, qg.batch()), store)
+        work = _Sequential(walk, method, learn_rounding, correct_bias, learner, progress)
         for block in blocks(qg.module):
             work.quantize(block)
     return work.done
 
 
+@dataclass
 class _Sequential:
     """The walk over the graph, block after block."""
 
-    def __init__(
-        self,
-        walk: LockStep,
-        learn_rounding: bool,
-        correct_bias: bool,
-        learner: BlockLearner | None,
-        progress: Progress | None,
-    ) -> None:
-        self.walk, self.learner, self.progress = walk, learner, progress
-        self.learn_rounding, self.correct_bias = learn_rounding, correct_bias
-        self.total = sum(walk.layer(node) is not None for node in walk.module.graph.nodes)
-        self.done = 0
+    walk: LockStep
+    method: Method | None
+    learn_rounding: bool
+    correct_bias: bool
+    learner: BlockLearner | None
+    progress: Progress | None
+    done: int = 0
 
     def quantize(self, block: Block) -> None:
         """Take over a block that was done before, or quantize its layers and learn it."""
@@ -131,19 +130,32 @@ class _Sequential:
         walk = self.walk
         layer, wanted = walk.layer(node), walk.run(node, FLOAT)
         if layer is None:
+            self._range(node)
             walk.keep(node, walk.run(node, QUANTIZED), wanted)
             return
         bias = None if layer.bias is None else layer.bias.detach().clone()
         weight = layer.weight.detach().clone()
-        if _solvable(layer):
+        if not _solvable(layer):
+            layer.set_scale(weight_scales(layer.weight, layer.spec, layer.op.axis))
+        else:
             x_q, x = walk.inputs(node, QUANTIZED), walk.inputs(node, FLOAT)
-            weight = _choose_integers(layer, x_q, x, self.learn_rounding)
+            try:
+                weight = _choose_integers(layer, x_q, x, self.learn_rounding)
+            except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+                raise GraphError(f"the input of {node.target} must be finite: {error}") from None
         targets[str(node.target)] = Target(weight, bias)
         found = walk.run(node, QUANTIZED)
         if self.correct_bias:
             found = _correct_bias(layer, found, wanted, walk.store)
         walk.keep(node, found, wanted)
         self._tell()
+
+    def _range(self, node: fx.Node) -> None:
+        """Choose the range of a quantizer, its float inputs for all images being at hand."""
+        quantizer = self.walk.modules.get(str(node.target)) if node.op == "call_module" else None
+        if self.method is not None and isinstance(quantizer, FakeQuant):
+            inputs = self.walk.inputs(node, FLOAT)
+            set_range(str(node.target), quantizer, lambda: (x.get() for x in inputs), self.method)
 
     def _restore(self, node: fx.Node, finished: Finished) -> None:
         walk, name, layer = self.walk, str(node.target), self.walk.layer(node)
@@ -163,20 +175,19 @@ class _Sequential:
     def _tell(self) -> None:
         self.done += 1
         if self.progress:
-            self.progress(self.done, self.total)
+            self.progress(self.done, self.walk.layers)
 
 
 def _initial_scales(module: nn.Module) -> None:
-    """Scales of least weight error, which those layers keep that no walk sees the inputs of."""
+    """Scales of least weight error for the layers that no walk comes to."""
     seen: set[int] = set()
     islands = [m for m in module.modules() if isinstance(m, IslandLayer)]
     inner = {id(layer) for island in islands for layer in island.modules()}
     for layer in module.modules():
         if isinstance(layer, QuantLayer):
             _unshare(layer, seen)
-            chosen = id(layer) in inner or not _solvable(layer)
-            scale = weight_scales(layer.weight, layer.spec, layer.op.axis) if chosen else None
-            layer.set_scale(layer.scale if scale is None else scale)
+            if id(layer) in inner:
+                layer.set_scale(weight_scales(layer.weight, layer.spec, layer.op.axis))
 
 
 def _unshare(layer: QuantLayer, seen: set[int]) -> None:
