@@ -13,19 +13,18 @@ them is `part`: the same difference, over the error of the whole row.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from mpq.calls import Inputs, call, count, split, take
+from mpq.calls import Inputs, count, take
 from mpq.graph.ir import QuantGraph
-from mpq.hooks import hooked
 from mpq.numerics import fake_quantize
 from mpq.policy import Policy
-from mpq.ptq import equalize
+from mpq.ptq.equalize import Look, equalize
 from mpq.quant.operation import LayerOp
 from mpq.quant.ranges import weight_scales
 from mpq.spec import weight_spec
@@ -59,7 +58,8 @@ def measure(
     """
     graph.module.eval()
     shown = None if images is None else take(images, slice(IMAGES))
-    seen = {} if shown is None else _ranges(graph, shown)
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+    pairs = [] if shown is None else _pairs(graph, shown, policy, seen)
     writers = {name: _writers(graph, name) for name in graph.layers}
     layers = {}
     for name in graph.layers:
@@ -73,34 +73,32 @@ def measure(
         "version": 1,
         "images": 0 if shown is None else count(shown),
         "layers": layers,
-        "pairs": [] if shown is None else _pairs(graph, shown, policy),
+        "pairs": pairs,
     }
 
 
-def _pairs(graph: QuantGraph, images: Inputs, policy: Policy) -> list[dict[str, Any]]:
-    """What rescaling the channels between two layers would bring (`mpq.ptq.equalize`)."""
-    found = equalize(graph.copy(), images, policy, mode="on")
-    return [{"first": p.first, "second": p.second, "gain": p.gain} for p in found if not p.reason]
+def _pairs(
+    graph: QuantGraph, images: Inputs, policy: Policy, seen: dict[str, tuple[Tensor, Tensor]]
+) -> list[dict[str, Any]]:
+    """What rescaling the channels between two layers would bring (`mpq.ptq.equalize`).
 
+    The same pass fills `seen` with the least and the largest value `[C]` of each channel of what
+    every layer reads.
+    """
 
-def _ranges(graph: QuantGraph, images: Inputs) -> dict[str, tuple[Tensor, Tensor]]:
-    """Least and largest value of each channel of what every layer reads, `[C]` both."""
-    seen: dict[str, tuple[Tensor, Tensor]] = {}
-
-    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    def look_at(name: str) -> Look:
         def look(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            low, high = torch.aminmax(LayerOp.of(module).by_channel(args[0]), dim=1)
+            rows = LayerOp.of(module).by_channel(args[0])
+            low, high = (t.float().cpu() for t in torch.aminmax(rows, dim=1))
             if name in seen:
                 low, high = torch.minimum(low, seen[name][0]), torch.maximum(high, seen[name][1])
             seen[name] = (low, high)
 
         return look
 
-    places = [(graph.module.get_submodule(name), name) for name in graph.layers]
-    with hooked(module.register_forward_pre_hook(hook(name)) for module, name in places):
-        for part in split(images, graph.batch(16)):
-            call(graph.module, part)
-    return {name: (low.float().cpu(), high.float().cpu()) for name, (low, high) in seen.items()}
+    looks = [(name, look_at(name)) for name in graph.layers]
+    found = equalize(graph.copy(), images, policy, mode="on", looks=looks)
+    return [{"first": p.first, "second": p.second, "gain": p.gain} for p in found if not p.reason]
 
 
 def _writers(graph: QuantGraph, layer: str) -> list[str]:

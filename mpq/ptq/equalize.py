@@ -14,7 +14,7 @@ and chosen by the noise that is to be expected of both roundings at the widths o
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -42,6 +42,8 @@ WORTH = 0.5
 REACH = 1024.0
 """Largest factor between two channels: beyond, a channel counts as dead."""
 IMAGES = 128
+Look = Callable[[nn.Module, tuple[Tensor, ...]], None]
+"""A forward pre-hook."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,12 @@ class Pair:
 
 @torch.no_grad()
 def equalize(
-    qg: QuantGraph, images: Inputs, policy: Policy, *, mode: Equalize = "auto"
+    qg: QuantGraph,
+    images: Inputs,
+    policy: Policy,
+    *,
+    mode: Equalize = "auto",
+    looks: Sequence[tuple[str, Look]] = (),
 ) -> list[Pair]:
     """Rescale the channels between layers of a float graph, in place.
 
@@ -73,6 +80,7 @@ def equalize(
         policy: the widths to come.
         mode: `auto` rescales a pair where half or more of its expected noise goes, `on` where any
             does, `off` none.
+        looks: who else sees the inputs of modules, by path, in the one pass over the images.
 
     Returns:
         A record for each pair.
@@ -87,7 +95,7 @@ def equalize(
     choices = policy.resolve(list(qg.layers))
     chains = links(qg)
     seen = _Inputs(qg, [link for link in chains if not link.reason])
-    seen.run(take(images, slice(IMAGES)))
+    seen.run(take(images, slice(IMAGES)), looks)
     worth = WORTH if mode == "auto" else 1.0
     found = [_treat(qg, link, seen, choices[link.second], worth) for link in chains]
     for pair in found:
@@ -108,11 +116,15 @@ class _Inputs:
         self.squares: dict[str, Tensor] = {}
         self.values: dict[str, int] = {}
 
-    def run(self, images: Inputs) -> None:
-        """Look at every batch."""
-        with hooked(hook for link in self.chains for hook in self._hooks(link)):
+    def run(self, images: Inputs, looks: Sequence[tuple[str, Look]]) -> None:
+        """Look at every batch, where anybody does."""
+        if not (self.chains or looks):
+            return
+        module = self.qg.module
+        others = (module.get_submodule(n).register_forward_pre_hook(look) for n, look in looks)
+        with hooked(others), hooked(h for link in self.chains for h in self._hooks(link)):
             for part in split(images, self.qg.batch(32)):
-                call(self.qg.module, part)
+                call(module, part)
 
     def _hooks(self, link: Link) -> Iterator[RemovableHandle]:
         first, second = (self.qg.module.get_submodule(n) for n in (link.first, link.second))
