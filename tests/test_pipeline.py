@@ -10,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from mpq.cli import main
 from mpq.data import Normalization, load_arrays, open_data
 from mpq.latency import LatencyProfile, LayerLatency
 from mpq.pipeline.evaluating import validate
+from mpq.pipeline.exporting import enough
 from mpq.pipeline.quantizing import load_quantized
 from mpq.pipeline.subject import DataSource
 from mpq.pipeline.training import new_subject, run_train
@@ -54,6 +56,12 @@ def here(project, tmp_path, monkeypatch) -> Path:
     shutil.copytree(project, tmp_path / "p")
     monkeypatch.chdir(tmp_path / "p")
     return tmp_path / "p"
+
+
+@pytest.mark.parametrize(("macs", "images"), [(0, 1000), (4e7, 1000), (3e8, 166), (4e9, 128)])
+def test_a_large_network_is_verified_on_fewer_images(macs: float, images: int) -> None:
+    layers = {name: SimpleNamespace(macs=macs / 2) for name in ("a", "b")}
+    assert enough(SimpleNamespace(layers=layers)) == images  # type: ignore[arg-type]
 
 
 def say(capsys, *argv: str) -> tuple[str, str]:

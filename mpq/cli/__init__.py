@@ -5,6 +5,7 @@ A command is one file with one click command and no logic. `mpq --help` imports 
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import shutil
@@ -147,6 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     threads.settle()
     keep_freed()
+    gc.set_threshold(50_000)  # after 700 new objects, an export is searched for garbage 1,700 times
     with interrupts.watching(), trusting(), limited():
         try:
             return _run(argv)

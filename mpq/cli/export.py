@@ -31,7 +31,7 @@ from mpq.report.grid import agreement_text, counted
 @click.argument("run", required=False, type=options.PATH)
 @options.origin
 @click.option("--onnx", is_flag=True, expose_value=False, help="Write ONNX, the one format.")
-@options.num_test("1000; 0: not verified", least=0)
+@options.num_test("1000, of large networks 128 and more; 0: not verified", least=0)
 @click.option("--allow-float-fallback", is_flag=True,
               help="Accept layers that run in float against the policy.")  # fmt: skip
 @options.choice("--int4-format", INT4_FORMATS,
@@ -105,7 +105,7 @@ def export(
             found,
             folder,
             how,
-            images=1000 if num_test is None else num_test,
+            images=num_test,
             seed=seed,
             reference=reference,
             force=force,

@@ -15,6 +15,7 @@ from mpq.export import ExportResult, float_to_onnx, to_onnx
 from mpq.export.ends import Asked
 from mpq.export.form import Int4Format
 from mpq.export.pixels import PixelInput
+from mpq.graph.ir import QuantGraph
 from mpq.pipeline.quantizing import Quantized
 from mpq.pipeline.subject import Subject, policy_subject
 from mpq.staging import together
@@ -27,6 +28,8 @@ logger = logging.getLogger(__name__)
 OF_ONE_FILE = ("verify.json", "exact.json", "portability.json", "bench.jsonl", "report.html")
 """What a run holds on its `model.onnx`, beside the certificate."""
 FLOAT = "float.onnx"
+MOST, LEAST, MACS = 1000, 128, 5e10
+"""`enough` images: as many as take so many multiplications, within these numbers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +58,7 @@ def export_run(
     folder: Path,
     how: Exporting | None = None,
     *,
-    images: int = 1000,
+    images: int | None = None,
     seed: int = 0,
     reference: Subject | None = None,
     force: bool = False,
@@ -68,7 +71,8 @@ def export_run(
         found: the quantized network.
         folder: the run.
         how: the file is to be written; None: the defaults.
-        images: test images to verify on (fewer if there are fewer; none without data).
+        images: test images to verify on (fewer if there are fewer; none without data); None: 1000,
+            of a large network down to 128.
         seed: of the sample.
         reference: the float network, to be written beside as `float.onnx`.
         force: replace an existing file.
@@ -132,7 +136,7 @@ def export_file(
     path: Path,
     how: Exporting,
     *,
-    count: int = 1000,
+    count: int | None = None,
     seed: int = 0,
     images: Inputs | None = None,
 ) -> ExportResult:
@@ -142,7 +146,7 @@ def export_file(
         found: the quantized network.
         path: the file; one that exists is replaced.
         how: it is to be written.
-        count: test images to verify on (fewer if there are fewer; none without data).
+        count: test images to verify on, as `images` of `export_run`.
         seed: of the sample.
         images: normalized `[N, C, H, W]` to verify on instead, or inputs (`mpq.calls`).
 
@@ -156,6 +160,7 @@ def export_file(
             raise UsageError("a file that takes pixels must be told how they are normalized.")
         norm = Normalization.parse(found.subject.info.normalize)
         pixels = PixelInput(norm, how.pixels == "nhwc")
+    count = enough(found.graph) if count is None else count
     return to_onnx(
         found.graph,
         path,
@@ -167,6 +172,12 @@ def export_file(
         target=how.target,
         **how.ends,
     )
+
+
+def enough(graph: QuantGraph) -> int:
+    """Images to verify on where nobody says how many."""
+    macs = sum(layer.macs for layer in graph.layers.values())
+    return int(min(MOST, max(LEAST, MACS / max(macs, 1))))
 
 
 def refuse_export(folder: Path, force: bool) -> None:
