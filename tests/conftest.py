@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import gc
 import os
 import shutil
 import subprocess
@@ -43,6 +44,7 @@ def pytest_collection_finish() -> None:
     """Spare what takes time in many tests and is looked at in few."""
     _look_up_translations_once()
     _leave_pictures_unarranged()
+    gc.freeze()  # a million objects of what is imported stay: no collection looks at them again
 
 
 def _leave_pictures_unarranged() -> None:
