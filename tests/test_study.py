@@ -284,6 +284,14 @@ def test_what_a_stage_needs_is_made_before_it(plan: Plan) -> None:
         select(stages, ["row-statik-s0"])
 
 
+def test_what_was_made_stays_made_when_recipes_and_policies_get_new_choices() -> None:
+    """Keys of work that is kept: where this fails, name the new choice in `stages.LATER`."""
+    found = stages_of(Plan.load(PLANS / "cifar10-resnet20.yaml"), "")
+    keys = {stage.name: stage.key[:10] for stage in found}
+    assert keys["network-taught-60-s0"] == "936a896cc8"
+    assert keys["row-public-8-4-s0"] == "36d693a909"
+
+
 @pytest.mark.parametrize(
     ("change", "other"),
     [

@@ -10,10 +10,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from pydantic import BaseModel
+
 from benchmarks.study.plan import Plan, Row
 from mpq.errors import UsageError, nearest
 
 Kind = Literal["speed", "network", "row", "rank", "latency", "test"]
+LATER = ("epoch_steps", "ends")
+"""Choices of recipes and policies that came when work had been made: a key has them where they are
+taken, so that what was made before them stays made."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +98,7 @@ class _Builder:
         seed = seed if part.recipe else self.plan.seeds[0]  # a file is the same for every seed
         teachers = [self.network(t, self.plan.seeds[0]) for t in part.teachers]
         start = [self.network(part.start, seed)] if part.start else []
-        recipe = self.plan.recipe(part.recipe).model_dump() if part.recipe else {}
+        recipe = _content(self.plan.recipe(part.recipe)) if part.recipe else {}
         content = {"part": part.model_dump(mode="json"), "recipe": recipe}
         return self.add(
             "network", f"network-{name}-s{seed}", name, seed, [*teachers, *start], content
@@ -102,8 +107,8 @@ class _Builder:
     def row(self, row: Row, seed: int) -> str:
         networks = [self.network(n, seed) for n in row.networks]
         teachers = [self.network(t, self.plan.seeds[0]) for t in row.teachers]
-        widths = self.plan.policies[row.policy].model_dump(mode="json") if row.policy else {}
-        recipe = self.plan.recipe(row.recipe).model_dump() if row.recipe else {}
+        widths = _content(self.plan.policies[row.policy]) if row.policy else {}
+        recipe = _content(self.plan.recipe(row.recipe)) if row.recipe else {}
         told = {"title", "published", "section", "claim", "seeds"}  # these change no number
         content = {"part": row.model_dump(mode="json", exclude=told), "widths": widths}
         content |= {"recipe": recipe, "effort": self.plan.effort}
@@ -113,7 +118,7 @@ class _Builder:
 
     def ranking(self) -> dict[str, Any]:
         assert self.plan.rank is not None
-        recipe = self.plan.recipe(self.plan.rank.recipe).model_dump()
+        recipe = _content(self.plan.recipe(self.plan.rank.recipe))
         return {"part": self.plan.rank.model_dump(mode="json"), "recipe": recipe}
 
     def add(
@@ -125,6 +130,13 @@ class _Builder:
             key = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
             self.found[name] = Stage(kind, name, of, seed, tuple(dict.fromkeys(needs)), key)
         return name
+
+
+def _content(part: BaseModel) -> dict[str, Any]:
+    """The choices of a part of a plan that go into a key."""
+    fields = type(part).model_fields
+    values = part.model_dump(mode="json")
+    return {k: v for k, v in values.items() if k not in LATER or v != fields[k].default}
 
 
 def select(stages: Sequence[Stage], only: Iterable[str]) -> list[Stage]:
