@@ -99,12 +99,15 @@ class CountsItsSamples(nn.Module):
         return self.head(self.convs(x).view(samples, -1))
 
 
-def test_the_number_of_samples_joins_no_blocks_and_is_that_of_the_batch_learned_from() -> None:
+def test_the_number_of_samples_joins_no_blocks_and_is_that_of_the_batch_learned_from(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(QuantGraph, "batch", lambda graph: 10)
     graph = prepare(to_float(CountsItsSamples(), images(2)), Policy.uniform(2, 8))
     assert [len(b.layers) for b in blocks(graph.module)] == [0, 3, 3, 1]
     calibrate(graph, images(30))
     learner = BlockLearner(BRIEF)
-    quantize_layers(graph, images(30), batch=10, learner=learner)
+    quantize_layers(graph, images(30), learner=learner)
     assert len(learner.ratios) == 3
 
 
