@@ -128,11 +128,13 @@ class _Sequential:
 
     def _node(self, node: fx.Node, targets: dict[str, Target]) -> None:
         walk = self.walk
-        layer, wanted = walk.layer(node), walk.run(node, FLOAT)
+        layer = walk.layer(node)
         if layer is None:
             self._range(node)
-            walk.keep(node, walk.run(node, QUANTIZED), wanted)
+            wanted = walk.run(node, FLOAT, last=True)
+            walk.keep(node, walk.run(node, QUANTIZED, last=True), wanted)
             return
+        wanted = walk.run(node, FLOAT)
         bias = None if layer.bias is None else layer.bias.detach().clone()
         weight = layer.weight.detach().clone()
         if not _solvable(layer):
@@ -144,7 +146,7 @@ class _Sequential:
             except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
                 raise GraphError(f"the input of {node.target} must be finite: {error}") from None
         targets[str(node.target)] = Target(weight, bias)
-        found = walk.run(node, QUANTIZED)
+        found = walk.run(node, QUANTIZED, last=True)
         if self.correct_bias:
             found = _correct_bias(layer, found, wanted, walk.store)
         walk.keep(node, found, wanted)

@@ -66,7 +66,9 @@ class Stored:
         return self._value[index]
 
     def drop(self) -> None:
-        """Give the room back."""
+        """Give the room back; a second time it does nothing."""
+        if self._value is None:
+            return
         self._store.used -= self._bytes
         _map(self._value, lambda t: t.path.unlink() if isinstance(t, _OnDisk) else None)
         self._value = None

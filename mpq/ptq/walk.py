@@ -88,12 +88,22 @@ class LockStep:
         """The first input of a node in one of the networks, per batch."""
         return self.values[which][node.all_input_nodes[0]]
 
-    def run(self, node: fx.Node, which: int) -> list[Stored]:
-        """What a node gives in one of the networks, per batch."""
+    def run(self, node: fx.Node, which: int, *, last: bool = False) -> list[Stored]:
+        """What a node gives in one of the networks, per batch.
+
+        `last` drops each batch of an input that no other node reads as soon as it was read: the
+        values before and after the node are not in memory together.
+        """
         layer = self.layer(node) if which == QUANTIZED else None
         frozen = layer and layer.frozen()  # the same, and its weights are rounded once
-        parts = range(len(self.sizes))
-        return [self.store.put(self._evaluate(node, k, which, frozen)) for k in parts]
+        read = [n for n in node.all_input_nodes if last and self.left[n] == 1]
+        found = []
+        for k in range(len(self.sizes)):
+            value = self._evaluate(node, k, which, frozen)
+            for used in read:
+                self.values[which][used][k].drop()
+            found.append(self.store.put(value))
+        return found
 
     def keep(self, node: fx.Node, quantized: list[Stored], floats: list[Stored]) -> None:
         """Store the values of a node, and drop those that nothing reads any more."""
