@@ -38,6 +38,7 @@ from mpq.export import float_to_onnx, peers, runtime, to_onnx
 from mpq.export.bench import interleave, runner
 from mpq.graph.ir import QuantGraph
 from mpq.graph.passes import prepare, to_float
+from mpq.limits import limited
 from mpq.policy import LayerPolicy, Policy
 from mpq.ptq import calibrate
 from mpq.spec import weight_spec
@@ -238,4 +239,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with limited(onnx_mb=4096):  # a ViT takes more than what is read of unknown files
+        main()
