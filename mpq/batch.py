@@ -128,6 +128,21 @@ def rows(batch: Any, picked: slice | int, total: int, *, whole: bool = True) -> 
     return batch
 
 
+def stacked(batch: Any, samples: list[Any], total: int, *, whole: bool = True) -> Any:
+    """Samples in the structure of the batch that they come from: the way back from `rows`."""
+    if isinstance(batch, Tensor):
+        return torch.stack(samples) if batch.ndim and len(batch) == total else batch
+    if isinstance(batch, list) and len(batch) == total and not whole:
+        return samples
+    if isinstance(batch, Mapping):
+        return {key: stacked(value, [s[key] for s in samples], total, whole=False)
+                for key, value in batch.items()}  # fmt: skip
+    if isinstance(batch, tuple | list):
+        parts = zip(batch, zip(*samples, strict=True), strict=True)
+        return type(batch)(stacked(v, list(s), total, whole=False) for v, s in parts)
+    return batch
+
+
 def shared(batch: Any, rank: int, ranks: int) -> Any:
     """The share of a batch that one of several processes takes: every `ranks`-th sample."""
     return batch if ranks == 1 else rows(batch, slice(rank, None, ranks), count(inputs_of(batch)))

@@ -12,13 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from mpq._torchvision import transforms, tv_tensors
-from mpq.batch import described, inputs_of, rows
+from mpq.batch import described, inputs_of, rows, stacked
 from mpq.calls import count, leaves
 from mpq.data.items import as_pixels
 from mpq.data.stream import Stream, picture
@@ -143,7 +142,7 @@ def followed(batch: Any, transform: Transform, seed: tuple[int, ...]) -> Any:
         with seeded(seed[0] % 2**32, *seed[1:], at):
             found.append(_plain(transform(sample)))
     try:
-        return _collated(batch, found, total)
+        return stacked(batch, found, total)
     except RuntimeError as error:
         raise DataError(
             f"--transform {transform.name} must bring images to one size. Got "
@@ -171,18 +170,3 @@ def _marked(part: Any, size: tuple[int, ...], key: Any = None) -> Any:
 
 def _plain(part: Any) -> Any:
     return pytree.tree_map_only(Tensor, lambda t: t.as_subclass(Tensor), part)
-
-
-def _collated(batch: Any, samples: list[Any], total: int, *, whole: bool = True) -> Any:
-    """Samples in the structure of the batch that they come from, as `rows` divided it."""
-    if isinstance(batch, Tensor):
-        return torch.stack(samples) if batch.ndim and len(batch) == total else batch
-    if isinstance(batch, list) and len(batch) == total and not whole:
-        return samples
-    if isinstance(batch, Mapping):
-        return {key: _collated(value, [s[key] for s in samples], total, whole=False)
-                for key, value in batch.items()}  # fmt: skip
-    if isinstance(batch, tuple | list):
-        parts = zip(batch, zip(*samples, strict=True), strict=True)
-        return type(batch)(_collated(v, list(s), total, whole=False) for v, s in parts)
-    return batch
