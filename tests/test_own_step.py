@@ -37,6 +37,18 @@ class Detector(nn.Module):
         return maps
 
 
+class Pyramid(Detector):
+    """As `Detector`, its head called at two scales, whose layers the graph keeps apart."""
+
+    def forward(self, images: Tensor, targets: Tensor | None = None) -> Any:
+        seen = self.body(images)
+        fine, coarse = self.head(seen), self.head(F.max_pool2d(seen, 2))
+        maps = fine + F.interpolate(coarse, scale_factor=2.0)
+        if self.training and targets is not None:
+            return {"classes": F.cross_entropy(maps, targets)}
+        return maps
+
+
 class Lit(nn.Module):
     """Learns as a module of Lightning does."""
 
@@ -88,7 +100,7 @@ def qat(network: nn.Module, **more: Any) -> mpq.Quantized:
     return mpq.qat(network, batches(), mpq.Policy.uniform(4, 8), **options)
 
 
-@pytest.mark.parametrize("kind", [Detector, Lit])
+@pytest.mark.parametrize("kind", [Detector, Pyramid, Lit])
 @pytest.mark.parametrize("norm", ["live", "folded"])
 def test_a_network_learns_by_its_own_step(kind, norm) -> None:
     network = made(kind)
@@ -103,8 +115,9 @@ def test_a_network_learns_by_its_own_step(kind, norm) -> None:
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
 
 
-def test_the_step_runs_what_the_graph_runs() -> None:
-    network = made(Detector)
+@pytest.mark.parametrize(("kind", "learnt"), [(Detector, "scale"), (Pyramid, "head_2.weight")])
+def test_the_step_runs_what_the_graph_runs(kind, learnt) -> None:
+    network = made(kind)
     graph = prepare(to_float(network, pictures(2)), mpq.Policy.uniform(4, 8))
     quantize_graph(graph, pictures())
     step = OwnStep(network, graph)
@@ -114,7 +127,7 @@ def test_the_step_runs_what_the_graph_runs() -> None:
     torch.testing.assert_close(*answers, atol=0.02, rtol=0)  # which rounds its output as well
     own = {id(p) for p in step.parameters() if p.requires_grad}
     assert own <= {id(p) for p in graph.module.parameters()}
-    assert id(graph.module.get_parameter("scale")) in own
+    assert id(graph.module.get_parameter(learnt)) in own
 
 
 @pytest.mark.parametrize(

@@ -40,18 +40,18 @@ class OwnStep(nn.Module):
     def __init__(self, network: nn.Module, graph: QuantGraph) -> None:
         super().__init__()
         parts, known = dict(graph.module.named_modules()), dict(network.named_modules())
-        lost = [name for name in graph.layers if name not in known]
+        calls = {name: _calls(name, parts, known) for name in known}
+        lost = graph.layers.keys() - {layer for names in calls.values() for layer in names}
         if lost:
             raise UsageError(
-                f"--loss own trains layers that are modules of the network. {lost[0]} is none: it "
-                f"was found in the code of its forward. {ELSE}"
+                f"--loss own trains layers that are modules of the network. {min(lost)} is none: "
+                f"it was found in the code of its forward. {ELSE}"
             )
         self.network = copy.deepcopy(network).requires_grad_(False)
         for name, part in known.items():
-            layer = parts.get(name)
-            if isinstance(layer, QuantLayer):
-                self.network.set_submodule(name, _Rounded(layer))
-            elif layer is None and isinstance(part, _BatchNorm):
+            if calls[name]:
+                self.network.set_submodule(name, _Rounded([parts[n] for n in calls[name]]))
+            elif name not in parts and isinstance(part, _BatchNorm):
                 self.network.set_submodule(name, nn.Identity())  # it was folded
         trained = dict(graph.module.named_parameters())
         for name, value in list(self.network.named_parameters()):
@@ -94,15 +94,29 @@ class OwnStep(nn.Module):
         return self.network(*(batch if isinstance(batch, tuple | list) else [batch]))
 
 
-class _Rounded(nn.Module):
-    """A quantized layer that whoever called the float one can call."""
+def _calls(name: str, parts: Mapping[str, nn.Module], known: Mapping[str, nn.Module]) -> list[str]:
+    """Paths of the quantized layers that stand for a module: one for each call, as graphs have."""
+    found = [name] if isinstance(parts.get(name), QuantLayer) else []
+    while found and (path := f"{name}_{len(found) + 1}") not in known:
+        if not isinstance(parts.get(path), QuantLayer):
+            break
+        found.append(path)
+    return found
 
-    def __init__(self, layer: QuantLayer) -> None:
+
+class _Rounded(nn.Module):
+    """The quantized layers of a module, one for each call, for whoever called the float one."""
+
+    def __init__(self, layers: list[Any]) -> None:
         super().__init__()
-        self.parts = nn.Sequential(layer.source or nn.Identity(), layer)
+        self.calls = nn.ModuleList(
+            nn.Sequential(layer.source or nn.Identity(), layer) for layer in layers
+        )
+        self.called = 0
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.parts(x)
+        out: Tensor = self.calls[self.called % len(self.calls)](x)
+        self.called += 1
         return out
 
 
