@@ -15,6 +15,7 @@ from benchmarks.study.plan import PLANS, Plan
 from benchmarks.study.shelf import Shelf
 from benchmarks.study.work import Study
 from mpq import trusting
+from mpq.allocator import keep_freed
 from mpq.errors import MpqError, UsageError
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -48,6 +49,7 @@ def main(
     Exit code 0: all is made, or as it was written. 1: `check` found a difference. 2: a plan, file
     or option is wrong. 3: the time limit was reached; the same command goes on.
     """
+    keep_freed()  # as mpq's commands do
     try:
         if what[0] == "check":
             sys.exit(_check(what[1:], only))
