@@ -8,6 +8,7 @@ what `mpq qat` runs. Memory is the peak of one eager step over what lay there be
 process of its own; `--no-memory` leaves it out. Brevitas has a row where it is installed; its
 scales are calibrated first, as the steps that collect statistics cost more than all later ones.
 `--variants` takes a choice of the rows: fewer networks share the memory of the process then.
+`--bf16` takes mpq's autocast, and has a row for torch's, which leaves no layer in float32.
 
     python benchmarks/qat_step.py [--models resnet18_cifar] [--batch 128] [--rounds 10] [--compile]
 """
@@ -34,11 +35,14 @@ from mpq import attach_norms, policies, prepare, quantize_graph, to_float, zoo
 from mpq.allocator import keep_freed
 from mpq.export.runtime import peak_memory_mb
 from mpq.graph.redundant import drop_redundant_relus
+from mpq.train.bf16 import autocast
 from mpq.train.compiled import compiled
 
+Batch = tuple[Tensor, Tensor]
 MODELS = ("resnet18_cifar", "mobilenet_v2_cifar")
 VARIANTS = ("float", "mpq w8a8", "mpq w4a8", "torch fx w8a8")
 BREVITAS = ("brevitas w8a8",) if importlib.util.find_spec("brevitas") else ()
+TORCH_BF16 = "float, torch's autocast"
 COMPILED = ("float compiled", "mpq w8a8 compiled", "mpq w4a8 compiled")
 
 
@@ -74,13 +78,15 @@ def by_brevitas(model: nn.Module, images: Tensor) -> nn.Module:
     return made
 
 
-def stepper(model: nn.Module, images: Tensor, labels: Tensor, *, bf16: bool) -> Callable[[], None]:
+def stepper(variant: str, model: nn.Module, batch: Batch, *, bf16: bool) -> Callable[[], None]:
     """One optimizer step."""
+    images, labels = batch
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, nesterov=True)
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        by_torch = torch.autocast("cpu", torch.bfloat16, enabled=bf16)
+        with by_torch if variant == TORCH_BF16 else autocast("cpu", enabled=bf16):
             logits = model(images)
         nn.functional.cross_entropy(logits.float(), labels).backward()
         optimizer.step()
@@ -88,7 +94,7 @@ def stepper(model: nn.Module, images: Tensor, labels: Tensor, *, bf16: bool) -> 
     return step
 
 
-def batch_of(size: int) -> tuple[Tensor, Tensor]:
+def batch_of(size: int) -> Batch:
     """Random images, channels last, and labels."""
     generator = torch.Generator().manual_seed(1)
     images = torch.randn(size, 3, 32, 32, generator=generator)
@@ -106,8 +112,7 @@ def memory(name: str, variant: str, options: argparse.Namespace) -> float:
 
 def peak_of(name: str, variant: str, options: argparse.Namespace) -> float:
     """What `memory` runs."""
-    images, labels = batch_of(options.batch)
-    step = stepper(network(name, variant), images, labels, bf16=options.bf16)
+    step = stepper(variant, network(name, variant), batch_of(options.batch), bf16=options.bf16)
     before = peak_memory_mb()
     step()
     step()
@@ -116,10 +121,10 @@ def peak_of(name: str, variant: str, options: argparse.Namespace) -> float:
 
 def measure(name: str, options: argparse.Namespace) -> list[dict[str, object]]:
     """A row per variant."""
-    images, labels = batch_of(options.batch)
-    steps = {}
-    for variant in options.variants or VARIANTS + BREVITAS + COMPILED * options.compile:
-        step = stepper(network(name, variant), images, labels, bf16=options.bf16)
+    steps, batch = {}, batch_of(options.batch)
+    more = BREVITAS + COMPILED * options.compile + (TORCH_BF16,) * options.bf16
+    for variant in options.variants or VARIANTS + more:
+        step = stepper(variant, network(name, variant), batch, bf16=options.bf16)
         try:
             step()
         except TypeError as error:  # as Brevitas on slices, of shortcuts without parameters
@@ -169,7 +174,9 @@ def main() -> None:
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--no-memory", dest="memory_rows", action="store_false")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS + BREVITAS + COMPILED)
+    parser.add_argument(
+        "--variants", nargs="+", choices=(*VARIANTS, *BREVITAS, *COMPILED, TORCH_BF16)
+    )
     parser.add_argument("--memory", metavar="VARIANT", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.variants and "float" not in options.variants:

@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 
 from mpq.cpu import Cpu
 from mpq.data import Normalization
 from mpq.errors import DataError, TrainError, UsageError
 from mpq.nonfinite import first_nonfinite
 from mpq.rundir import Run
+from mpq.train.bf16 import autocast
 from mpq.train.ensemble import Ensemble, Member
 from mpq.train.evaluate import accuracy, predict
 from mpq.train.loop import fit
@@ -144,6 +146,18 @@ def test_accumulation_changes_memory_not_the_result(tmp_path):
 def test_other_arithmetic_and_layout_learn_too(tmp_path, options):
     result = train(network(), tmp_path, BASE.override({"epochs": 12, "crop": 0, **options}))
     assert result.top1 > 90
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_only_strided_depthwise_layers_stay_in_float32_under_bf16(stride):
+    torch.manual_seed(0)
+    layer, images = nn.Conv2d(8, 8, 3, stride, 1, groups=8), torch.randn(2, 8, 6, 6)
+    with autocast("cpu", enabled=True):
+        found = [layer(images), functional.conv2d(images, layer.weight, stride=stride, groups=8)]
+    assert {f.dtype for f in found} == {torch.bfloat16}
+    found[0].float().square().sum().backward()
+    assert torch.equal(found[0], layer(images).bfloat16()) == (stride == 2)
+    assert layer.weight.grad.dtype == torch.float32
 
 
 @pytest.mark.parametrize("flags", [{"avx2"}, {"avx512_bf16"}, set()])

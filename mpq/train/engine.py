@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from mpq.processes import leave_at_exit
 from mpq.rundir import Run
 from mpq.train.answers import Answers, answer_folders
 from mpq.train.augment import Targets, epoch_rng
+from mpq.train.bf16 import autocast
 from mpq.train.compiled import compiled
 from mpq.train.evaluate import normalize_unit
 from mpq.train.feed import Share, feed_of
@@ -298,10 +299,8 @@ class Engine:
             known = self._answers.take(len(images), lambda k: teacher.answer(k, images))
             return known.to(self.device, non_blocking=True)
 
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(
-            self.device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16"
-        )
+    def _autocast(self) -> ExitStack:
+        return autocast(self.device.type, enabled=self.recipe.precision == "bf16")
 
     def _explain(self, epoch: int, step: int, images: Tensor) -> str:
         """Who made the loss of this batch infinite or NaN."""
