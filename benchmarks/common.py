@@ -21,8 +21,8 @@ from mpq.targets import this_target
 
 HALF = 5000
 """Choices are made on the first half of CIFAR's test images by official index."""
-UNIFORM = {"w8a8": (8, 8), "w4a8": (4, 8), "w4a4": (4, 4)}
-"""Bits of all weights and activations, but see `uniform`."""
+UNIFORM = {"w8a8": (8, 8), "w4a8": (4, 8), "w4a4": (4, 4), "w4a4r8": (4, 4)}
+"""Bits of all weights and activations, but see `uniform`; with `r8` residual sums have 8 bits."""
 
 
 def uniform(configuration: str, layers: Iterable[str]) -> Policy:
@@ -37,7 +37,8 @@ def uniform(configuration: str, layers: Iterable[str]) -> Policy:
     image = LayerPolicy(
         name=next(iter(layers)), activation=activation_spec(8), reason="images have 8 bits"
     )
-    return policy.replace(layers=[image])
+    default = policy.default.replace(residual_bits=8 if configuration.endswith("r8") else None)
+    return policy.replace(layers=[image], default=default)
 
 
 def answers(path: Path, images: NDArray[np.uint8], normalize: Normalization) -> NDArray[np.int64]:

@@ -101,4 +101,5 @@ def _is_default(node: ir.Node, name: str, attribute: ir.Attr) -> bool:
     schema = onnx.defs.get_schema(node.op_type, OPSET).attributes.get(name)
     if schema is None or not schema.default_value.name:
         return False
-    return bool(ir.from_proto(schema.default_value).value == attribute.value)
+    stored = ir.from_proto(ir.to_proto(attribute))  # 0.01 as the float32 that a file has
+    return bool(ir.from_proto(schema.default_value).value == stored.value)

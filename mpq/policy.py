@@ -110,10 +110,15 @@ class DataInfo(_Value):
 
 
 class DefaultSpec(_Value):
-    """Formats of a layer that no entry names."""
+    """Formats of a layer that no entry names.
+
+    With `residual_bits`, what a sum reads has these bits, and layers of narrower activations read a
+    rounded copy of it; without, they share one grid with the sum (as APoT and LCQ do not).
+    """
 
     weight: Spec = weight_spec(8)
     activation: Spec = activation_spec(8)
+    residual_bits: int | None = Field(default=None, ge=2, le=8)
 
 
 class LayerPolicy(_Value):

@@ -268,6 +268,23 @@ def test_operations_between_layers_stay_integers(name, operators, boundaries):
     assert certificate.boundaries == boundaries
 
 
+@pytest.mark.parametrize(("name", "copies"), [("residual", 1), ("option_a", 1), ("plain", 0)])
+def test_residual_sums_may_have_more_bits_than_the_layers_that_read_them(name, copies, tmp_path):
+    narrow = Policy.uniform(4, 4)
+    policy = narrow.replace(default=narrow.default.replace(residual_bits=7))
+    frozen, _ = quantized(model(name), Policy.from_yaml(policy.to_yaml()))
+    bits = [site.spec.bits for site in frozen.sites.values()]
+    assert {site.spec.bits for site in frozen.sites.values() if site.readers} == {4}
+    assert bits.count(7) == 2 * copies  # both terms of the sum
+    assert sum(name.startswith("quantizers.branches") for name in frozen.sites) == copies
+    result = to_onnx(frozen, tmp_path / "m.onnx", images=images(96, seed=3))
+    certificate, report = result.certificate, result.verification
+    assert certificate.integer_macs_fraction == 1
+    assert certificate.operators.get("QLinearLeakyRelu", 0) == copies
+    assert report is not None
+    assert report.top1_agreement > 0.98
+
+
 def test_a_convolution_may_be_the_output(tmp_path):
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, nets.CLASSES, 10), nn.Flatten())
     frozen, _ = quantized(net.eval(), "w8a8")

@@ -74,11 +74,13 @@ class Widths(Strict):
     """A policy: `uniform` (weight, activation) bits, or what a search finds within a `budget`.
 
     A uniform policy with activations below 8 bits leaves the image its 8; with `ends` the first
-    and the last layer have these bits in weights and inputs, as published 4-bit figures have them.
+    and the last layer have these bits in weights and inputs, as published 4-bit figures have them;
+    with `residual` the sums of shortcuts carry these bits (`DefaultSpec.residual_bits`).
     """
 
     uniform: tuple[int, int] | None = None
     ends: int | None = None
+    residual: int | None = None
     bits: tuple[int, ...] = (8, 4)
     budget: Constraints | None = None
 
@@ -86,8 +88,8 @@ class Widths(Strict):
     def _check(self) -> Self:
         if (self.uniform is None) == (self.budget is None):
             raise ValueError("a policy must have uniform widths or a budget, not both")
-        if self.ends is not None and self.uniform is None:
-            raise ValueError("ends are those of a policy with uniform widths")
+        if (self.ends or self.residual) is not None and self.uniform is None:
+            raise ValueError("ends and residual are those of a policy with uniform widths")
         return self
 
 

@@ -102,7 +102,9 @@ def _uniform(widths: Widths, subject: Subject, seed: int) -> Policy:
             name=layers[0], activation=activation_spec(8), reason="images have 8 bits"
         )
         update["layers"] = (image,)
-    return Policy.uniform(*widths.uniform).replace(**update)
+    policy = Policy.uniform(*widths.uniform)
+    default = policy.default.replace(residual_bits=widths.residual)
+    return policy.replace(**update, default=default)
 
 
 def _export(made: Quantized, folder: Path) -> tuple[Path, dict[str, Any]]:

@@ -16,7 +16,7 @@ from benchmarks.study.plan import Plan, Row
 from mpq.errors import UsageError, nearest
 
 Kind = Literal["speed", "network", "row", "rank", "latency", "test"]
-LATER = ("epoch_steps", "ends")
+LATER = ("epoch_steps", "ends", "residual")
 """Choices of recipes and policies that came when work had been made: a key has them where they are
 taken, so that what was made before them stays made."""
 

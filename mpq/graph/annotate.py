@@ -49,12 +49,39 @@ def annotate(qg: QuantGraph, policy: Policy) -> int:
     """
     target = get_target(policy.target)
     choices = policy.resolve(list(qg.layers))
-    work = _Annotator(qg, target, choices)
+    work = _Annotator(qg, target, choices, policy.default.residual_bits)
     work.place()
     qg.policy = policy
     qg.sites = {site.name: site for site in work.sites.values()}
     qg.plans = {name: work.plan(name) for name in choices}
     return len(qg.sites)
+
+
+def branch(qg: QuantGraph, policy: Policy) -> int:
+    """Where layers read fewer bits than the policy's residual sums, let them read a rounded copy.
+
+    The copy is a LeakyReLU of slope 1, which runtimes have as a table over integers; behind a ReLU
+    any slope will do, and the usual one takes no bytes.
+
+    Returns:
+        The number of copies.
+    """
+    residual = policy.default.residual_bits
+    if residual is None:
+        return 0
+    work, copies = _Annotator(qg, get_target(policy.target), policy.resolve(list(qg.layers))), 0
+    for node in work.nodes:
+        if not any(work.kinds[r] == "add" for r in work.readers(node)) or work.moves(node):
+            continue
+        if takers := [user for user in node.users if work.narrow(user, residual)]:
+            name, copies = f"branches.{node.name}", copies + 1
+            slope = 0.01 if work.kinds[node] in ABSORBED else 1.0
+            qg.module.add_submodule(name, nn.LeakyReLU(slope))
+            with qg.module.graph.inserting_after(node):
+                copy = qg.module.graph.call_module(name, (node,))
+            for user in takers:
+                user.replace_input_with(node, copy)
+    return copies
 
 
 def reading_groups(qg: QuantGraph) -> list[list[str]]:
@@ -92,8 +119,14 @@ def make_dynamic(qg: QuantGraph, policy: Policy) -> Policy:
 class _Annotator:
     """The state of one annotation: which tensors are on a grid, and of which format."""
 
-    def __init__(self, qg: QuantGraph, target: Target, choices: dict[str, LayerChoice]) -> None:
-        self.qg, self.target, self.choices = qg, target, choices
+    def __init__(
+        self,
+        qg: QuantGraph,
+        target: Target,
+        choices: dict[str, LayerChoice],
+        residual: int | None = None,
+    ) -> None:
+        self.qg, self.target, self.choices, self.residual = qg, target, choices, residual
         self.modules: dict[str, nn.Module] = dict(qg.module.named_modules())
         self.nodes = list(qg.module.graph.nodes)
         self.kinds = {n: kind_of(n, self.modules) for n in self.nodes}
@@ -143,6 +176,14 @@ class _Annotator:
         if self.kinds[node] != "layer" or str(node.target) not in self.choices:
             return False
         return self.choices[str(node.target)].exact
+
+    def narrow(self, node: fx.Node, bits: int) -> bool:
+        """Whether only integer layers with inputs of fewer bits read what a node passes on."""
+        readers = self.readers(node) if self.moves(node) else [node]
+        return bool(readers) and all(
+            self.integer_layer(r) and (self.choices[str(r.target)].activation_bits or 32) < bits
+            for r in readers
+        )
 
     def wide(self, node: fx.Node) -> bool:
         """Whether a tensor gets 16 bits: a layer rounds it so, and none needs it as integers."""
@@ -215,17 +256,30 @@ class _Annotator:
         """Put a quantizer after a node, once."""
         if node in self.sites:
             return
-        readers = [r for r in self.readers(node) if self.integer_layer(r) or self.rounding_layer(r)]
-        specs = [self.choices[str(r.target)].activation for r in readers]
         placed = Site(
             name=f"quantizers.{node.name}{'_site' if node.name in _TAKEN else ''}",
             node=node.name,
             role="input" if node.op == "placeholder" else role,
-            spec=ROUNDED_16 if self.wide(node) else _widest([s for s in specs if s is not None]),
+            spec=self.format(node),
             ceiling=CEILINGS.get(self.kinds[node]),
-            readers=tuple(str(r.target) for r in readers),
+            readers=tuple(self.layers(node)),
         )
         self.sites[node] = placed
+
+    def layers(self, node: fx.Node) -> list[str]:
+        """The layers that read a tensor on a grid."""
+        readers = self.readers(node)
+        return [str(r.target) for r in readers if self.integer_layer(r) or self.rounding_layer(r)]
+
+    def format(self, node: fx.Node) -> QuantSpec:
+        """What suits all that read a tensor."""
+        if self.wide(node):
+            return ROUNDED_16
+        specs = [self.choices[name].activation for name in self.layers(node)]
+        narrow = [s for s in specs if s is not None and s.bits <= 8]
+        summed = any(self.kinds[r] == "add" for r in self.readers(node))
+        alone = activation_spec((summed and self.residual) or 8)
+        return max(narrow, key=lambda s: s.bits, default=alone)
 
     def plan(self, name: str) -> LayerPlan:
         """What becomes of a layer, with the reasons that belong in a report."""
@@ -254,8 +308,3 @@ def _data_inputs(node: fx.Node, kind: str) -> list[fx.Node]:
         args = tuple(node.args[0]) if kind == "concat" else node.args[:2]  # type: ignore[arg-type]
     nodes = [a for a in args if isinstance(a, fx.Node) and a.op != "get_attr"]
     return nodes if len(nodes) == len(args) else []
-
-
-def _widest(specs: list[QuantSpec]) -> QuantSpec:
-    narrow = [s for s in specs if s.bits <= 8]
-    return max(narrow, key=lambda s: s.bits) if narrow else activation_spec(8)

@@ -24,7 +24,7 @@ from mpq.capture.network import Network
 from mpq.capture.replay import apart
 from mpq.capture.rounding import alike, in_float64, wide, widened
 from mpq.errors import GraphError, MpqError
-from mpq.graph.annotate import annotate
+from mpq.graph.annotate import annotate, branch
 from mpq.graph.besides import besides
 from mpq.graph.describe import describe
 from mpq.graph.fold_bn import fold_bn
@@ -186,8 +186,8 @@ def prepare(
     qg.outputs = settle(qg.outputs, policy.outputs)
     kinds = stated(qg.outputs)
     policy = policy if kinds == policy.outputs else policy.replace(outputs=kinds)
-    named = partial(annotate, policy=policy)
-    run(qg, (named,), needs="float", gives="annotated")
+    named = partial(branch, policy=policy), partial(annotate, policy=policy)
+    run(qg, named, needs="float", gives="annotated")
     return run(qg, (insert,), needs="annotated", gives="prepared")
 
 
