@@ -15,6 +15,7 @@ import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import onnx_ir as ir
 import torch
@@ -32,6 +33,7 @@ from mpq.quant.layer import FrozenLayer, IslandLayer
 from mpq.target import Target
 
 from . import opset
+from .decompose import locally
 from .edit import LAYER, SITE, Step, run
 from .ends import Ends, flattened, name_ends
 from .form import BYTE_SHUFFLE, Form, Int4Format, choose_form
@@ -146,20 +148,26 @@ def _export(qg: QuantGraph, free: tuple[str, ...]) -> ir.Model:
     example = tuple(t[:1].expand(2, *t.shape[1:]).contiguous() if t.ndim else t for t in example)
     names = {name: torch.export.Dim(name) for name in free}
     shapes = [{d: names[n] for d, n in axes.items()} for axes in axes_of(example, free)]
+    translate = partial(
+        torch.onnx.export,
+        module,
+        example,
+        dynamo=True,
+        opset_version=OPSET,
+        dynamic_shapes=tuple(shapes),
+        custom_translation_table=TRANSLATIONS,
+        input_names=[f"mpq.input.{i}" for i in range(len(example))],
+        output_names=[f"mpq.output.{i}" for i in range(len(qg.outputs))],
+        verbose=False,
+        optimize=False,
+    )
     try:
         with _quiet():
-            program = torch.onnx.export(
-                module,
-                example,
-                dynamo=True,
-                opset_version=OPSET,
-                dynamic_shapes=tuple(shapes),
-                custom_translation_table=TRANSLATIONS,
-                input_names=[f"mpq.input.{i}" for i in range(len(example))],
-                output_names=[f"mpq.output.{i}" for i in range(len(qg.outputs))],
-                verbose=False,
-                optimize=False,
-            )
+            try:
+                with locally():
+                    program = translate()
+            except Exception:  # an operator that only the long way takes apart
+                program = translate()
     except Exception as error:
         _check_samples(module, example)
         reason = str(error.__cause__ or error).strip().splitlines()[0]
