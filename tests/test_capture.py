@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import math
+import sys
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
@@ -364,6 +366,28 @@ def test_wrappers_are_opened(index: int):
     captured = capture(Network(wrapped(model)[index], (nets.images(),)))
     assert not any("module." in str(n.target) for n in captured.module.graph.nodes)
     assert not any("_orig_mod" in str(n.target) for n in captured.module.graph.nodes)
+    check(model, captured, (3, 3, 12, 12))
+
+
+class Compiles(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        step: Callable[[Tensor], Tensor] = torch.compile(F.relu, backend="eager")
+        return step(self.conv(x)).mean((2, 3))
+
+
+@pytest.mark.parametrize("loaded", [True, False])
+def test_what_a_forward_compiles_runs_as_written(loaded: bool, monkeypatch: pytest.MonkeyPatch):
+    if loaded:
+        importlib.import_module("torch._dynamo")
+    else:  # as in every command: nothing that it needs loads the compiler
+        monkeypatch.delitem(sys.modules, "torch._dynamo", raising=False)
+    compiler, model = torch.compile, Compiles().eval()
+    captured = capture(Network(model, (nets.images(),)))
+    assert torch.compile is compiler
     check(model, captured, (3, 3, 12, 12))
 
 
