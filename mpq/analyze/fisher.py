@@ -159,6 +159,15 @@ class _Recorder:
             op, x = LayerOp.of(module), args[0].detach()
 
             def backward(grad: Tensor) -> None:
+                weight, count = self.candidates.weight(name), len(self.terms)
+                small = weight.numel() * count <= x.numel() + grad.numel()
+                if op.kind == "conv" and len(x) == count and small and not self.squares:
+                    # `u` is linear in dW: one pass for all widths, no larger than what it reads.
+                    by_image = op.weight_gradients(x, grad, weight)
+                    for index, bits in self.weights[name]:
+                        noise = self.candidates.weights[name, bits].flatten()
+                        self.terms[:, index] = (by_image @ noise).double().cpu()
+                    return
                 for index, bits in self.weights[name]:
                     noise = op.float(x, self.candidates.weights[name, bits], None)
                     self._record(index, grad, noise)

@@ -108,6 +108,17 @@ class LayerOp:
             self.dilation,
         )
 
+    def weight_gradients(self, x: Tensor, grad: Tensor, weight: Tensor) -> Tensor:
+        """`[N, weights]`: for each sample, the gradient of `sum(grad * conv(x, weight))`."""
+        count = len(x)  # samples become groups of one convolution; its weights do not matter
+        shape = count * len(weight), *weight.shape[1:]
+        tensors = (*(t.reshape(1, -1, *t.shape[2:]) for t in (grad, x)), weight.new_empty(shape))
+        window = (self.stride, self.padding, self.dilation, False, [0] * len(self.stride))
+        groups, wanted = count * self.groups, [False, True, False]
+        made = torch.ops.aten.convolution_backward(*tensors, None, *window, groups, wanted)
+        found: Tensor = made[1].reshape(count, -1)
+        return found
+
     def integer(
         self, x: Tensor, x_scale: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None
     ) -> Tensor:
