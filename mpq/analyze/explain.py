@@ -10,14 +10,7 @@ from mpq.analyze.cost import Allocation
 from mpq.analyze.sensitivity import PARTS, Sensitivity
 from mpq.entries import entries, formats, locked
 from mpq.layers import LayerInfo, Widths
-from mpq.policy import (
-    Constraints,
-    DataInfo,
-    LayerPolicy,
-    ModelInfo,
-    Policy,
-    SearchResult,
-)
+from mpq.policy import Constraints, DataInfo, LayerPolicy, ModelInfo, Policy, SearchResult
 from mpq.targets import get_target
 
 TOP = 3

@@ -48,10 +48,7 @@ class Limit:
 
 
 def limits(
-    sensitivity: Sensitivity,
-    keys: Sequence[Key],
-    target: Target,
-    profile: LatencyProfile | None,
+    sensitivity: Sensitivity, keys: Sequence[Key], target: Target, profile: LatencyProfile | None
 ) -> dict[str, Limit]:
     """All limits that apply, by name.
 

@@ -16,15 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_array, hstack, vstack
 
-from mpq.analyze.limits import (
-    Key,
-    Limit,
-    conversions,
-    limits,
-    places_of,
-    run_as_integers,
-    sparse,
-)
+from mpq.analyze.limits import Key, Limit, conversions, limits, places_of, run_as_integers, sparse
 from mpq.analyze.sensitivity import PARTS, Sensitivity, by_name
 from mpq.analyze.solver import Program, solve
 from mpq.errors import InfeasibleError, PolicyError

@@ -23,9 +23,7 @@ from mpq.graph.ir import QuantGraph
 
 @torch.no_grad()
 def single_scores(
-    candidates: Perturbations,
-    columns: Sequence[Column],
-    batches: Batches,
+    candidates: Perturbations, columns: Sequence[Column], batches: Batches
 ) -> list[float]:
     """What each candidate alone costs, in nats, in the order of `columns`; never below 0.
 

@@ -56,9 +56,7 @@ class Watch(fx.Interpreter):
 def reaching(inputs: Inputs) -> Any:
     """A copy of inputs whose floats ask for a gradient: the first layer's output then has one."""
     return tree_map_only(
-        Tensor,
-        lambda x: x.detach().clone().requires_grad_(x.is_floating_point()),
-        inputs,
+        Tensor, lambda x: x.detach().clone().requires_grad_(x.is_floating_point()), inputs
     )
 
 

@@ -222,12 +222,7 @@ def verify(
         return exact_run(_fresh(file), source, images=num_test or 4, seed=seed, target=target)
     found = _quantized(quantized or origins.network_of(Path(file)), data)
     return verify_run(
-        found,
-        _fresh(file),
-        images=num_test or 1000,
-        seed=seed,
-        target=target,
-        outputs=outputs,
+        found, _fresh(file), images=num_test or 1000, seed=seed, target=target, outputs=outputs
     )
 
 

@@ -102,13 +102,7 @@ def export(
         reference = float_reference(found, path, source, trust_pickle=trust_pickle)
         tell("exporting and verifying")
         result = export_run(
-            found,
-            folder,
-            how,
-            images=num_test,
-            seed=seed,
-            reference=reference,
-            force=force,
+            found, folder, how, images=num_test, seed=seed, reference=reference, force=force
         )
     terminal.result(as_json, _summary(result, path), *_told(result))
     more = ", float.onnx" if reference is not None else ""

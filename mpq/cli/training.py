@@ -131,11 +131,7 @@ def recipe(default: str) -> options.Decorator[Any]:
 
 
 def recipe_from(
-    name: str,
-    epochs: int | None,
-    settings: tuple[str, ...],
-    *,
-    compiling: bool = False,
+    name: str, epochs: int | None, settings: tuple[str, ...], *, compiling: bool = False
 ) -> Recipe:
     """A recipe by name or file, with overrides.
 
@@ -154,11 +150,7 @@ def recipe_from(
 
 
 def check_plan(
-    recipe: Recipe,
-    *,
-    device: str,
-    teacher: Path | None,
-    unlabelled: str | None,
+    recipe: Recipe, *, device: str, teacher: Path | None, unlabelled: str | None
 ) -> None:
     """Refuse before any work what training would refuse.
 

@@ -75,12 +75,7 @@ def verify(
             found = load_quantized(network, source, trust_pickle=trust_pickle)
             tell("comparing")
             checked = verify_run(
-                found,
-                path,
-                images=num_test or 1000,
-                seed=seed,
-                target=target,
-                outputs=outputs,
+                found, path, images=num_test or 1000, seed=seed, target=target, outputs=outputs
             )
         _tell(path, "verify.json", checked.to_json(), as_json)
         if checked.failures():

@@ -161,12 +161,7 @@ def as_channels(images: NDArray[np.uint8], channels: int, *, of: str) -> NDArray
 
 
 def decode(
-    data: bytes,
-    size: tuple[int, int],
-    *,
-    where: str,
-    channels: int = 3,
-    how: Fit | None = None,
+    data: bytes, size: tuple[int, int], *, where: str, channels: int = 3, how: Fit | None = None
 ) -> NDArray[np.uint8]:
     """Pixels `[H, W, C]` of an encoded image; `where` names it in the error.
 

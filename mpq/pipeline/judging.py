@@ -75,10 +75,7 @@ def judge_files(
 
 
 def _batches(
-    given: Iterable[Any] | None,
-    images: Images | None,
-    normalize: Normalization | None,
-    metric: str,
+    given: Iterable[Any] | None, images: Images | None, normalize: Normalization | None, metric: str
 ) -> tuple[Iterable[Any], Held | None]:
     """Batches as a network takes them, and the same as pixels, for files that take these."""
     if given is not None:

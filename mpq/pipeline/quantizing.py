@@ -122,10 +122,7 @@ class Quantized(Shown):
 
 
 def run_ptq(
-    policy: Policy,
-    subject: Subject,
-    settings: PtqSettings | None = None,
-    run: Run | None = None,
+    policy: Policy, subject: Subject, settings: PtqSettings | None = None, run: Run | None = None
 ) -> Quantized:
     """Quantize without training and measure on the validation split.
 
@@ -305,11 +302,7 @@ def _data_of(found: Quantized) -> dict[str, str]:
 
 
 def load_quantized(
-    path: Path,
-    source: DataSource,
-    model: nn.Module | None = None,
-    *,
-    trust_pickle: bool = False,
+    path: Path, source: DataSource, model: nn.Module | None = None, *, trust_pickle: bool = False
 ) -> Quantized:
     """Read a quantized network back into a prepared graph; of `model`, where no policy names one.
 

@@ -90,10 +90,7 @@ def _scores(sensitivity: Mapping[str, Any], layers: Mapping[str, QuantLayer]) ->
 
 @torch.no_grad()
 def ranges(
-    found: Quantized,
-    names: Sequence[str],
-    images: Inputs | None,
-    original: Mapping[str, Tensor],
+    found: Quantized, names: Sequence[str], images: Inputs | None, original: Mapping[str, Tensor]
 ) -> dict[str, Any]:
     """Histograms of weights and inputs of some layers, and the ranges that were chosen.
 

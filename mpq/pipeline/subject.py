@@ -16,14 +16,7 @@ from torch import Tensor, nn
 from mpq.calls import Inputs
 from mpq.capture.network import Network
 from mpq.checkpoint import Loaded, Reading, open_model
-from mpq.data import (
-    DataSet,
-    DataSource,
-    Normalization,
-    load_arrays,
-    open_data,
-    sample_indices,
-)
+from mpq.data import DataSet, DataSource, Normalization, load_arrays, open_data, sample_indices
 from mpq.data.cache import joined
 from mpq.data.dataset import Labels, Samples, Split
 from mpq.data.normalize import NAMED
@@ -206,11 +199,7 @@ def open_checkpoint(
 
 
 def subject_of(
-    loaded: Loaded,
-    path: Path,
-    source: DataSource,
-    *,
-    normalize: Normalization | None = None,
+    loaded: Loaded, path: Path, source: DataSource, *, normalize: Normalization | None = None
 ) -> Subject:
     """What was read from a checkpoint, with its data. Raises as `open_checkpoint`."""
     name = source.data or loaded.data or ("noise" if loaded.call else "")

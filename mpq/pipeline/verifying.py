@@ -97,12 +97,7 @@ def _check_origin(found: Quantized, path: Path) -> Policy | None:
 
 
 def exact_run(
-    path: Path,
-    source: DataSource,
-    *,
-    images: int = 4,
-    seed: int = 0,
-    target: str | None = None,
+    path: Path, source: DataSource, *, images: int = 4, seed: int = 0, target: str | None = None
 ) -> ExactReport:
     """Hold every integer tensor of a file against the integer reference.
 
@@ -176,12 +171,7 @@ def portability_run(
     else:
         batch, labels = _arrays(path, loaded, source, images, seed), None
     return portability(
-        path,
-        batch,
-        labels=labels,
-        float_file=float_file,
-        runtimes=runtimes,
-        progress=progress,
+        path, batch, labels=labels, float_file=float_file, runtimes=runtimes, progress=progress
     )
 
 

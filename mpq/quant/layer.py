@@ -62,12 +62,7 @@ class QuantLayer(nn.Module):
     """
 
     def __init__(
-        self,
-        layer: nn.Module,
-        spec: QuantSpec,
-        source: FakeQuant | None,
-        *,
-        dynamic: bool = False,
+        self, layer: nn.Module, spec: QuantSpec, source: FakeQuant | None, *, dynamic: bool = False
     ) -> None:
         super().__init__()
         self.op, self.spec, self.dynamic = LayerOp.of(layer), spec, dynamic

@@ -116,9 +116,7 @@ conv = _operator(
     lambda x, x_scale, weight, scale, bias, *window: _sums(x, weight, *window),
 )
 linear = _operator(
-    _QUANTIZED,
-    _linear,
-    lambda x, x_scale, weight, scale, bias: F.linear(x, weight.to(x.dtype)),
+    _QUANTIZED, _linear, lambda x, x_scale, weight, scale, bias: F.linear(x, weight.to(x.dtype))
 )
 dynamic_linear = _operator(
     "Tensor x, Tensor weight, Tensor scale, Tensor? bias",

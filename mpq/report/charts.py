@@ -10,14 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bokeh.models import (
-    ColumnDataSource,
-    CustomJS,
-    HoverTool,
-    Range1d,
-    Span,
-    TapTool,
-)
+from bokeh.models import ColumnDataSource, CustomJS, HoverTool, Range1d, Span, TapTool
 from bokeh.plotting import figure
 
 from mpq.report.plots import STYLES, shortened
