@@ -7,9 +7,10 @@ many layers run as integers, and whether the file answers as its simulation.
 
 A row is `float`, `minmax` or `percentile` (onnxruntime's), or widths: `w8a8`, `w4a8`, `w8a16`
 (inputs of layers stay float), `8/4` (4.8 bits as analyzed). Behind them stands ` fast` for
-`--effort fast`, ` qat` for training where the float network teaches, or ` seed1` for another four
-fifths of the inputs to calibrate on. `rho` is the rank correlation of scores against measured
-divergence.
+`--effort fast`, ` qat` for training where the float network teaches, ` split` and ` split qat` for
+the same with signs apart (`split_signs.py`), or ` seed1` for another four fifths of the inputs to
+calibrate on. `rho` is the rank correlation of scores against measured
+divergence, `rho feedback` that of scores with weights rounded as `mpq ptq` does.
 
     MPQ_DATA=... python benchmarks/tasks.py detect w8a8 "8/4 qat" rho --epochs 4 --out runs/tasks
 """
@@ -30,6 +31,7 @@ import torch
 from common import setting
 from onnxruntime import quantization
 from onnxruntime.quantization.shape_inference import quant_pre_process
+from split_signs import split_signs
 from task_networks import TASKS, Answers
 from torch import Tensor
 
@@ -54,6 +56,8 @@ SELF_TAUGHT = {
     "norm": "folded",
 }
 """What differs from the recipe `qat`: few pictures, and losses that begin near zero."""
+LONG = {"lr": 2e-4, "step_lr": 0.3, "batch": 4}
+"""What differs from that where signs are apart, and tiles of a quarter of the inputs teach."""
 
 
 # -- files -----------------------------------------------------------------------------------------
@@ -114,12 +118,13 @@ class Bench:
         float_to_onnx(graph, self.float_file, dynamic=self.task.free)
         self.reference = answers_of(self.float_file, self.inputs)
 
-    def analyze(self, validate: int = 0) -> Any:
+    def analyze(self, validate: int = 0, rounding: str = "nearest") -> Any:
         """The scores, and the policy of 4.8 bits."""
         images, held = self.unlabelled, len(self.unlabelled) // 4
         if validate:
             return mpq.analyze(self.network, images[held:], validation=images[:held],
-                               validate=validate, num_calib=len(images) - held)  # fmt: skip
+                               validate=validate, num_calib=len(images) - held,
+                               rounding=rounding)  # fmt: skip
         return mpq.analyze(self.network, images, num_calib=len(images))
 
     def make(self, row: str) -> Path:
@@ -131,7 +136,8 @@ class Bench:
             return runtimes_own(self.float_file, path, self.unlabelled, row)
         widths, _, how = row.partition(" ")
         policy = mpq.Policy.uniform(*WIDTHS[widths]) if widths in WIDTHS else self.analyze().policy
-        found = self._trained(policy) if how == "qat" else self._quantized(policy, how)
+        trained = how.endswith("qat")
+        found = self._trained(policy, how) if trained else self._quantized(policy, how)
         ends: Any = {"dynamic_axes": self.task.free, "force": True, "allow_float_fallback": True}
         try:
             result = mpq.export(found, path, **ends)
@@ -146,22 +152,28 @@ class Bench:
 
     def _quantized(self, policy: mpq.Policy, how: str) -> mpq.Quantized:
         images, effort = self.unlabelled, "fast" if how == "fast" else "good"
+        network = split_signs(self.network) if how == "split" else self.network
         if how.startswith("seed"):
             order = torch.Generator().manual_seed(int(how.removeprefix("seed")))
             images = images[torch.randperm(len(images), generator=order)[: 4 * len(images) // 5]]
-        return mpq.ptq(self.network, images, policy, num_calib=len(images),
+        return mpq.ptq(network, images, policy, num_calib=len(images),
                        validation=self.unlabelled[:VERIFIED], effort=effort)  # fmt: skip
 
-    def _trained(self, policy: mpq.Policy) -> mpq.Quantized:
+    def _trained(self, policy: mpq.Policy, how: str) -> mpq.Quantized:
         """The float network teaches, on the inputs that calibrate and nothing else."""
-        return mpq.qat(self.network, self.unlabelled, policy, epochs=self.epochs,
-                       settings=SELF_TAUGHT, validation=self.unlabelled[:VERIFIED])  # fmt: skip
+        network, images, settings = self.network, self.unlabelled, SELF_TAUGHT
+        if how.startswith("split"):
+            network, settings = split_signs(network), SELF_TAUGHT | LONG
+            sides = [part for half in images.chunk(2, 2) for part in half.chunk(2, 3)]
+            images = torch.cat(sides)
+        return mpq.qat(network, images, policy, epochs=self.epochs, settings=settings,
+                       validation=self.unlabelled[:VERIFIED])  # fmt: skip
 
     def row(self, name: str) -> dict[str, Any]:
         """All figures of a row."""
         began = time.process_time()
-        if name == "rho":
-            found = self.analyze(validate=20).validation
+        if name.startswith("rho"):
+            found = self.analyze(20, name[4:] or "nearest").validation
             return {"task": self.name, "row": name, "rho": round(found.rho, 3), "policies": 20}
         self.proofs: dict[str, Any] = {}
         path = self.make(name)

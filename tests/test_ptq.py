@@ -81,6 +81,13 @@ def problem(correlated: bool) -> tuple[torch.Tensor, torch.Tensor]:
     return w, x @ x.transpose(1, 2)
 
 
+def test_pixels_keep_their_grid_when_the_brightest_are_not_seen() -> None:
+    pixels = torch.randint(16, 241, (5000,)) / 255
+    assert choose_range(histogram(pixels), activation_spec(8), "mse") == (0.0, 1.0)
+    smooth = torch.rand(5000) * 240 / 255
+    assert choose_range(histogram(smooth), activation_spec(8), "mse")[1] < 0.95
+
+
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_sequential_rounding_beats_nearest_on_the_output(bits: int) -> None:
     w, h = problem(correlated=True)

@@ -194,9 +194,12 @@ def choose_range(histogram: Histogram, spec: QuantSpec, method: Method) -> tuple
         return (float(centers[first]) if low < 0 else low), float(centers[last])
     score = _squared_error if method == "mse" else _divergence
     stop = STOP_RATIO if method == "mse" else math.inf  # a divergence goes up and down
-    found = best_ratio(lambda r: score(histogram, low * r, high * r, spec), RATIOS, stop_ratio=stop)
-    best = float(found)
-    return low * best, high * best
+    ratio = best_ratio(lambda r: score(histogram, low * r, high * r, spec), RATIOS, stop_ratio=stop)
+    best = float(ratio)
+    found, pixels = (low * best, high * best), (0.0, 1.0)
+    if method == "mse" and low == 0.0 and high <= 1.0:  # whole 255ths, whichever of them are seen
+        return min(found, pixels, key=lambda r: float(score(histogram, r[0], r[1], spec)))
+    return found
 
 
 def _squared_error(histogram: Histogram, low: float, high: float, spec: QuantSpec) -> Tensor:
