@@ -9,6 +9,7 @@ site into its QuantizeLinear's. Rewriting hands metadata on.
 from __future__ import annotations
 
 import contextlib
+import copy
 import itertools
 import logging
 import math
@@ -22,7 +23,7 @@ import torch
 from onnx_ir.passes import common
 from onnxscript.optimizer import fold_constants
 from onnxscript.rewriter import rewrite
-from torch import Tensor
+from torch import Tensor, fx
 
 from mpq.axes import axes_of
 from mpq.errors import ExportError
@@ -145,6 +146,7 @@ def _widths(qg: QuantGraph) -> dict[str, int]:
 
 def _export(qg: QuantGraph, free: tuple[str, ...]) -> ir.Model:
     module, example = flattened(qg)
+    module = _contiguous(module)
     example = tuple(t[:1].expand(2, *t.shape[1:]).contiguous() if t.ndim else t for t in example)
     names = {name: torch.export.Dim(name) for name in free}
     shapes = [{d: names[n] for d, n in axes.items()} for axes in axes_of(example, free)]
@@ -179,6 +181,18 @@ def _export(qg: QuantGraph, free: tuple[str, ...]) -> ir.Model:
     common.InlinePass()(program.model)
     _check_free(program.model, qg.inputs, axes_of(example, free))
     return program.model
+
+
+def _contiguous(module: fx.GraphModule) -> fx.GraphModule:
+    """The module with strides as a file has them: those of `channels_last` come into the graph.
+
+    A pooling in that layout is followed by a gathering of its values by computed indices.
+    """
+    if all(t.is_contiguous() for t in itertools.chain(module.parameters(), module.buffers())):
+        return module
+    module = copy.deepcopy(module)
+    module.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    return module
 
 
 def _check_samples(module: torch.nn.Module, example: tuple[Tensor, ...]) -> None:

@@ -71,17 +71,16 @@ def _short_names() -> Iterator[str]:
 
 
 def _shorten(graph: ir.Graph) -> None:
+    """Name values, the shortest for those that are named most often."""
     ends = {value.name for value in (*graph.inputs, *graph.outputs)}
     names = (name for name in _short_names() if name not in ends)
     initializers = list(graph.initializers.values())
+    made = [v for node in graph for v in node.outputs if not v.is_graph_output()]
     graph.initializers.clear()  # all at once: one may have the name that another gets
-    for value in initializers:
+    for value in sorted([*initializers, *made], key=lambda v: -len(v.uses())):
         value.name = next(names)
+    for value in initializers:
         graph.register_initializer(value)
-    for node in graph:
-        for value in node.outputs:
-            if not value.is_graph_output():
-                value.name = next(names)
 
 
 def _drop_defaults(node: ir.Node) -> None:

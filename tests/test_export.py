@@ -295,6 +295,17 @@ def test_a_convolution_may_be_the_output(tmp_path):
     assert result.verification.max_step <= 1
 
 
+def test_a_network_in_channels_last_has_the_file_of_the_same_network(tmp_path):
+    files = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        graph = to_float(model("residual"), images())
+        graph.module.to(memory_format=layout)
+        float_to_onnx(graph, tmp_path / "m.onnx")
+        files.append((tmp_path / "m.onnx").read_bytes())
+        assert next(graph.module.parameters()).is_contiguous(memory_format=layout)
+    assert files[0] == files[1]
+
+
 def test_a_module_that_branches_on_shapes_is_compared_too():
     """Tracing kept it whole, as an island; recording opens it, so its sites are the graph's own."""
     frozen, _ = quantized(model("isle"), "w8a8")
