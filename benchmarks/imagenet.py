@@ -7,6 +7,9 @@ that `imagenet-sample-choose.txt` names, judged by the exported file in onnxrunt
 
     MPQ_DATA=... python benchmarks/imagenet.py --only float w8a8 w4a8
     MPQ_DATA=... python benchmarks/imagenet.py --table
+
+`--judge NAME=FILE` judges a file that was made otherwise, by `mpq qat` say; `--pictures FOLDER`
+writes the 200 there for it, in one folder and without labels.
 """
 
 from __future__ import annotations
@@ -59,6 +62,14 @@ def pictures() -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
     return np.stack(found), np.array([Path(name).parent.name in chosen for name in names])
 
 
+def save(folder: Path) -> None:
+    """Write the pictures to choose on, as they are."""
+    images, chosen = pictures()
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in np.flatnonzero(chosen):
+        Image.fromarray(images[number]).save(folder / f"{number:04}.png")
+
+
 def normalized(images: NDArray[np.uint8]) -> Tensor:
     """What the network reads: `[N, 3, 224, 224]`."""
     return (torch.from_numpy(images).permute(0, 3, 1, 2).float() - MEAN) / STD
@@ -97,15 +108,17 @@ def make(configuration: str, sample: Tensor, effort: str, path: Path) -> dict[st
     return {"ptq_s": spent}
 
 
-def row(configuration: str, effort: str, folder: Path) -> dict[str, Any]:
-    """Measure a configuration on the pictures that nothing was chosen on."""
+def row(configuration: str, effort: str, folder: Path, made: Path | None = None) -> dict[str, Any]:
+    """Measure a configuration, or a file of it, on the pictures that nothing was chosen on."""
     images, chosen = pictures()
-    path = folder / f"{configuration}-{effort}.onnx"
-    spent = make(configuration, normalized(images[chosen]), effort, path)
-    kept = folder / "float.npy"
-    answered = classes(path, images[~chosen])
+    path = made or folder / f"{configuration}-{effort}.onnx"
+    spent = {} if made else make(configuration, normalized(images[chosen]), effort, path)
+    answered, kept = classes(path, images[~chosen]), folder / "float.npy"
     if configuration == "float":
         np.save(kept, answered)
+    elif not kept.is_file():
+        make("float", normalized(images[:2]), "", folder / "float-.onnx")
+        np.save(kept, classes(folder / "float-.onnx", images[~chosen]))
     right = answered == np.flatnonzero(~chosen)
     return {
         "top1": round(100 * float(right.mean()), 2),
@@ -143,16 +156,23 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=["float", "w8a8", "4.8", "w4a8"])
     parser.add_argument("--effort", choices=EFFORTS, default="good")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--judge", metavar="NAME=FILE", help="a file that is there")
+    parser.add_argument("--pictures", type=Path, metavar="FOLDER", help="for mpq's commands")
     parser.add_argument("--table", action="store_true", help="print the table; measure nothing")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     options.out.mkdir(parents=True, exist_ok=True)
-    for configuration in () if options.table else options.only:
-        effort = "" if configuration == "float" else options.effort
+    if options.pictures:
+        save(options.pictures)
+        return
+    name, _, file = (options.judge or "").partition("=")
+    made, asked = (Path(file), [name]) if name else (None, options.only)
+    for configuration in () if options.table else asked:
+        effort = "" if configuration == "float" or name else options.effort
         key = {"network": "efficientnet-lite0", "configuration": configuration, "effort": effort}
         if any(key.items() <= one.items() for one in rows_of(options.rows)):
             continue
-        found = key | row(configuration, effort, options.out) | {"setting": setting()}
+        found = key | row(configuration, effort, options.out, made) | {"setting": setting()}
         with options.rows.open("a", encoding="utf-8") as out:
             out.write(json.dumps(found) + "\n")
         print(json.dumps(found), flush=True)
