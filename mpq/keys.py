@@ -39,6 +39,7 @@ MEANING = {
     "DefaultSpec": {
         "weight": "Of the weights, such as `int8/channel`.",
         "activation": "Of the layer's input, such as `uint8/tensor`.",
+        "residual_bits": "Of residual sums, of which narrower layers read a rounded copy.",
     },
     "LayerPolicy": {
         "name": "A module path, or a glob such as `layer3.*`; one that matches none is an error.",
