@@ -5,7 +5,8 @@ checkpoint. The mixed policy gives 4 bits to the layers with the most weights un
 bits. All files of one network run in turn, round after round, at onnxruntime's default options; the
 whole is repeated in fresh sessions, because where memory lands changes a session's speed by some
 percent. Milliseconds are CPU time of the one thread that runs, so that what else the machine does
-counts as little as possible; on an idle machine it is wall time, which they are on more threads.
+counts as little as possible; on an idle machine it is wall time, which they are on more threads:
+there each waits until the threads of the one before no longer spin, and runs once to wake its own.
 
     MPQ_DATA=... python benchmarks/latency.py --out runs/latency [--models M ...] [--openvino]
         [--batch 16] [--threads 2]
@@ -21,7 +22,7 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ import numpy as np
 import openvino_peer
 import torch
 from common import setting
+from numpy.typing import NDArray
 from torch import nn
 
 from mpq import zoo
@@ -147,6 +149,19 @@ def add_openvino(name: str, folder: Path, batch: int) -> Path:
     return path
 
 
+def one_by_one(runners: Sequence[Callable[[], Any]], runs: int) -> NDArray[np.float64]:
+    """Wall seconds `[runners, runs]`, each when the threads of the one before no longer spin."""
+    times = np.zeros((len(runners), runs))
+    for i in range(runs):
+        for k, run in enumerate(runners):
+            time.sleep(0.1)
+            run()  # wakes its threads
+            start = time.perf_counter()
+            run()
+            times[k, i] = time.perf_counter() - start
+    return times
+
+
 def measure(
     files: Sequence[Path], *, rounds: int, repeats: int, batch: int, threads: int
 ) -> list[dict[str, Any]]:
@@ -158,8 +173,6 @@ def measure(
     times = []
     foreign = [p.suffix == ".xml" for p in files]
     clock = time.process_time if any(foreign) else time.thread_time
-    if threads > 1:
-        clock = time.perf_counter
     for _ in range(repeats):
         runners = [
             openvino_peer.runner(p, threads=threads)
@@ -167,7 +180,10 @@ def measure(
             else runner(p, threads=threads, batch=batch)
             for p, other in zip(files, foreign, strict=True)
         ]
-        times.append(1e3 * interleave(runners, runs=rounds, clock=clock))
+        if threads > 1:
+            times.append(1e3 * one_by_one(runners, rounds))
+        else:
+            times.append(1e3 * interleave(runners, runs=rounds, clock=clock))
     whole = np.concatenate(times, axis=1)
     rows = []
     for i, path in enumerate(files):
