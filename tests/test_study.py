@@ -229,8 +229,12 @@ def test_a_full_disk_leaves_what_was_finished(
         (("policy: narrow, method: ptq", "method: ptq"), r"row static must have a policy"),
         (("name: static", "name: mixed"), r"rows must have different names. Got mixed twice"),
         (("epochs: 2,", "epochs: 0,"), r"epochs: Input should be greater than or equal to 1"),
-        (("{uniform: [4, 4], ends: 8, residual: 8}", "{}"), r"must have uniform widths or"),
-        (("{bits: [8, 4],", "{ends: 8,"), r"ends and residual are those of a policy with uniform"),
+        (("{uniform: [4, 4], ends: 8, residual: 8}", "{}"),
+         r"a policy must have uniform widths or a budget"),
+        (("{bits: [8, 4],", "{ends: 8,"),
+         r"ends and residual are those of a policy with uniform widths"),
+        (("{bits: [8, 4],", "{residual: 8,"),
+         r"ends and residual are those of a policy with uniform widths"),
     ],
 )  # fmt: skip
 def test_a_wrong_plan_is_refused(tmp_path: Path, change: tuple[str, str], message: str) -> None:

@@ -25,7 +25,7 @@ from mpq.graph.kinds import kind_of, moves
 from mpq.layers import LayerChoice
 from mpq.policy import LayerPolicy, Policy
 from mpq.spec import DYNAMIC, ROUNDED_16, QuantSpec, activation_spec
-from mpq.target import ROUNDED, WIDER, Support, Target
+from mpq.target import ROUNDED, WIDER, Support
 from mpq.targets import get_target
 
 logger = logging.getLogger(__name__)
@@ -47,13 +47,11 @@ def annotate(qg: QuantGraph, policy: Policy) -> int:
     Raises:
         PolicyError: the policy does not fit the network or the target.
     """
-    target = get_target(policy.target)
-    choices = policy.resolve(list(qg.layers))
-    work = _Annotator(qg, target, choices, policy.default.residual_bits)
+    work = _Annotator(qg, policy)
     work.place()
     qg.policy = policy
     qg.sites = {site.name: site for site in work.sites.values()}
-    qg.plans = {name: work.plan(name) for name in choices}
+    qg.plans = {name: work.plan(name) for name in work.choices}
     return len(qg.sites)
 
 
@@ -69,7 +67,7 @@ def branch(qg: QuantGraph, policy: Policy) -> int:
     residual = policy.default.residual_bits
     if residual is None:
         return 0
-    work, copies = _Annotator(qg, get_target(policy.target), policy.resolve(list(qg.layers))), 0
+    work, copies = _Annotator(qg, policy), 0
     for node in work.nodes:
         if not any(work.kinds[r] == "add" for r in work.readers(node)) or work.moves(node):
             continue
@@ -86,7 +84,7 @@ def branch(qg: QuantGraph, policy: Policy) -> int:
 
 def reading_groups(qg: QuantGraph) -> list[list[str]]:
     """Layers that read one tensor and must therefore agree on its format."""
-    work = _Annotator(qg, get_target(None), {})
+    work = _Annotator(qg, None)
     groups: dict[fx.Node, list[str]] = {}
     for node in work.nodes:
         if work.kinds[node] == "layer":
@@ -104,29 +102,30 @@ def make_dynamic(qg: QuantGraph, policy: Policy) -> Policy:
     Raises:
         PolicyError: the policy does not fit the network or the target.
     """
-    choices = policy.resolve(list(qg.layers))
-    work = _Annotator(qg, get_target(policy.target), choices)
+    work = _Annotator(qg, policy)
     work.place()
     names = []
     for node in work.nodes:
         if work.integer_layer(node) and qg.layers[str(node.target)].kind in work.target.dynamic:
             site = work.sites[work.source(node.args[0])]
-            if site.role == "demand" and choices[str(node.target)].activation_bits == DYNAMIC.bits:
+            if (
+                site.role == "demand"
+                and work.choices[str(node.target)].activation_bits == DYNAMIC.bits
+            ):
                 names.append(str(node.target))
     return policy.with_layers(*(LayerPolicy(name=name, activation=DYNAMIC) for name in names))
 
 
 class _Annotator:
-    """The state of one annotation: which tensors are on a grid, and of which format."""
+    """The state of one annotation: which tensors are on a grid, and of which format.
 
-    def __init__(
-        self,
-        qg: QuantGraph,
-        target: Target,
-        choices: dict[str, LayerChoice],
-        residual: int | None = None,
-    ) -> None:
-        self.qg, self.target, self.choices, self.residual = qg, target, choices, residual
+    Without a policy it only answers which tensors layers read.
+    """
+
+    def __init__(self, qg: QuantGraph, policy: Policy | None) -> None:
+        self.qg, self.target = qg, get_target(policy.target if policy else None)
+        self.choices = policy.resolve(list(qg.layers)) if policy else {}
+        self.residual = policy.default.residual_bits if policy else None
         self.modules: dict[str, nn.Module] = dict(qg.module.named_modules())
         self.nodes = list(qg.module.graph.nodes)
         self.kinds = {n: kind_of(n, self.modules) for n in self.nodes}
