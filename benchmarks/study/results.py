@@ -265,32 +265,31 @@ def _curve_plot(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
     return figure
 
 
+def _configuration(line: Mapping[str, str]) -> str:
+    return line["title"].removesuffix(", public checkpoint")
+
+
 def _size_plot(lines: Sequence[Mapping[str, str]]) -> Figure:
     """Accuracy by configuration, the smallest file first; a cross where test was not read."""
     shown = [line for line in lines if line["test_top1"] or line["validation_top1"]]
-    kilobytes: dict[str, float] = {}
+    sizes: dict[str, float] = {}
     for line in shown:  # of one configuration, files differ by some hundred bytes
-        title = line["title"].removesuffix(", public checkpoint")
-        kilobytes.setdefault(title, int(line["bytes"]) / 1e3)
-    order = sorted(kilobytes, key=lambda title: (kilobytes[title], title))
+        sizes.setdefault(_configuration(line), int(line["bytes"]) / 1e3)
+    order = sorted(sizes, key=lambda name: (sizes[name], name))
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     for number, section in enumerate(dict.fromkeys(line["section"] for line in shown)):
         mine = [line for line in shown if line["section"] == section]
-        for read in ("test_top1", "validation_top1"):
-            points = [line for line in mine if bool(line["test_top1"]) == (read == "test_top1")]
-            if not points:
-                continue
-            axes.plot(
-                [order.index(p["title"].removesuffix(", public checkpoint")) for p in points],
-                [float(p[read]) for p in points],
-                "o" if read == "test_top1" else "x",
-                color=f"C{number}",
-                label=section if read == "test_top1" else f"{section} (validation)",
-            )
-    names = [f"{title}, {kilobytes[title]:.0f} kB" for title in order]
+        tested = [line for line in mine if line["test_top1"]]
+        others = [line for line in mine if not line["test_top1"]]
+        for points, read, mark in ((tested, "test", "o"), (others, "validation", "x")):
+            places = [order.index(_configuration(line)) for line in points]
+            values = [float(line[f"{read}_top1"]) for line in points]
+            label = f"{section}, {read}" if points else None
+            axes.plot(places, values, mark, color=f"C{number}", label=label)
+    names = [f"{name}, {sizes[name]:.0f} kB" for name in order]
     axes.set_xticks(range(len(order)), names, rotation=30, ha="right", fontsize=7)
-    axes.set_ylabel("top-1 in percent, test")
+    axes.set_ylabel("top-1 in percent")
     axes.grid(axis="y", alpha=0.3)
     axes.legend(fontsize=7)
     return figure
