@@ -325,6 +325,12 @@ def test_overwritten_memory_that_cannot_be_read_again_is_refused():
         take(forward)
 
 
+def test_a_bare_detector_of_torchvision_is_told_what_to_do():
+    detector = type("SSD", (nn.Module,), {"__module__": "torchvision.models.detection.ssd"})()
+    with pytest.raises(GraphError, match=r"SSD of torchvision takes a list of images.*detection"):
+        capture(Network(detector, (torch.rand(1, 3, 8, 8),)))
+
+
 def test_buffers_are_left_as_they_were():
     def forward(m: Net, x: Tensor) -> Tensor:
         y = m.conv(x)
