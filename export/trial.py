@@ -26,12 +26,14 @@ FOLDED = 4
 """What is constant may take this part of what a run may take."""
 PER_FILE = 4
 """A file's own size may be held so often: its bytes, its tensors, and in the kernels' layout."""
+UNPACKED = 64
+"""And so often while it is loaded: weights of 2 bits pass through 13 bytes each (`unpack.py`)."""
 OPAQUE = {"Einsum", "STFT", "DFT", "LSTM", "GRU", "RNN", "DeformConv", "GridSample"}
 """Operators that take more memory inside than their tensors tell."""
 SIDE, SMALL = 224, 1024
 """Of images of any size, in pixels; of weights whose values decide no shape, in bytes."""
-_INT64, _WIDE, _FOLLOWED = 7, (7, 11, 13, 14, 15), 400
-"""Of `TensorProto.DataType`: int64, the types of 8 bytes and more; bytes of a size followed."""
+_INT64, _WIDE, _BYTE, _FOLLOWED = 7, (7, 11, 13, 14, 15), (2, 3, 9), 400
+"""Of `TensorProto.DataType`: int64, types of 8 bytes and more, of one; bytes of a size followed."""
 _tried: set[tuple[str, int, int]] = set()
 
 
@@ -49,7 +51,7 @@ def hold(path: Path) -> None:
     for outside in _outside(path):
         check_file(outside, "file_mb", ExportError)
     most = current().onnx_mb + PER_FILE * found.st_size / 1e6
-    least = current().onnx_mb / FOLDED + PER_FILE * found.st_size / 1e6
+    least = current().onnx_mb / FOLDED + UNPACKED * found.st_size / 1e6
     if not _is_plain(path, least * 1e6, most * 1e6):
         _try(path, least, most)
     _tried.add(key)
@@ -183,9 +185,9 @@ def _bytes(shape: _Shape | None) -> float:
         return math.inf
     kind, sizes = shape
     # Whoever follows the sizes that a file computes holds each of them as an object.
-    return math.prod(sizes) * (
-        _FOLLOWED if kind == _INT64 and len(sizes) < 2 else 8 if kind in _WIDE else 4
-    )
+    if kind == _INT64 and len(sizes) < 2:
+        return math.prod(sizes) * _FOLLOWED
+    return math.prod(sizes) * (8 if kind in _WIDE else 1 if kind in _BYTE else 4)
 
 
 def _unfolded(node: Any, shapes: dict[str, _Shape]) -> float:
