@@ -7,7 +7,8 @@ stored as they are.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 
 import ml_dtypes
 import numpy as np
@@ -17,6 +18,9 @@ from numpy.typing import NDArray
 from .edit import Writer, stored_weights
 from .form import Form
 from .unpack import unpack
+
+TOGETHER = 2**24
+"""Weights that are unpacked together at most: in between they take 4 bytes each."""
 
 
 def pack(model: ir.Model, bits: Mapping[str, int], form: Form) -> int:
@@ -30,30 +34,47 @@ def pack(model: ir.Model, bits: Mapping[str, int], form: Form) -> int:
     Returns:
         The number of weights that changed form.
     """
-    weights = dict(stored_weights(model.graph))
+    weights, packed = dict(stored_weights(model.graph)), defaultdict[int, list[ir.Value]](list)
     narrow = [
         (weights[path], width) for path, width in bits.items() if width < 8 and path in weights
     ]
     for weight, width in narrow:
-        _replace(model.graph, weight, width, form)
+        if width == 4 and form.int4 == "dq" and not _multiplied(weight):
+            _standard_form(model.graph, weight)
+        elif (width == 4 and form.int4 == "cast") or (width == 2 and form.int2):
+            write = Writer(model.graph, model.graph[0])
+            stored = _stored(model.graph, f"{weight.name}.int{width}", _integers(weight), width)
+            _replace(model.graph, weight, write.node("Cast", stored, to=ir.DataType.INT8))
+        else:
+            packed[width].append(weight)
+    for width, group in [(w, g) for w, all_of in packed.items() for g in _groups(all_of)]:
+        write = Writer(model.graph, model.graph[0])
+        decoded = unpack(write, [_integers(weight) for weight in group], width)
+        for weight, value in zip(group, decoded, strict=True):
+            _replace(model.graph, weight, value)
     return len(narrow)
 
 
-def _replace(graph: ir.Graph, weight: ir.Value, bits: int, form: Form) -> None:
+def _groups(weights: Sequence[ir.Value]) -> Iterator[list[ir.Value]]:
+    """Weights that are unpacked together, so many that it folds: the runtime bounds what does."""
+    group, count = list[ir.Value](), 0
+    for weight in weights:
+        size = _integers(weight).size
+        if group and count + size > TOGETHER:
+            yield group
+            group, count = [], 0
+        group.append(weight)
+        count += size
+    yield group
+
+
+def _integers(weight: ir.Value) -> NDArray[np.int8]:
     assert weight.const_value is not None
-    array = weight.const_value.numpy().astype(np.int8)
-    uses = list(weight.uses())
-    users = {user for user, _ in uses}
-    if bits == 4 and form.int4 == "dq" and not _multiplied(weight):
-        _standard_form(graph, weight, array)
-        return
-    write = Writer(graph, next(n for n in graph if n in users))
-    if (bits == 4 and form.int4 == "cast") or (bits == 2 and form.int2):
-        stored = _stored(graph, f"{weight.name}.int{bits}", array, bits)
-        decoded = write.node("Cast", stored, to=ir.DataType.INT8)
-    else:
-        decoded = unpack(write, array, bits)
-    for user, index in uses:
+    return weight.const_value.numpy().astype(np.int8)
+
+
+def _replace(graph: ir.Graph, weight: ir.Value, decoded: ir.Value) -> None:
+    for user, index in list(weight.uses()):
         user.replace_input_with(index, decoded)
     del graph.initializers[str(weight.name)]
 
@@ -66,8 +87,9 @@ def _multiplied(weight: ir.Value) -> bool:
     return rearranged or any(n.op_type == "MatMulInteger" for n in readers)
 
 
-def _standard_form(graph: ir.Graph, weight: ir.Value, array: NDArray[np.int8]) -> None:
+def _standard_form(graph: ir.Graph, weight: ir.Value) -> None:
     """INT4 straight into DequantizeLinear: nothing between, and no zero point of another type."""
+    array = _integers(weight)
     for user, _ in list(weight.uses()):
         if user.op_type == "Transpose":
             turned = np.ascontiguousarray(array.T)

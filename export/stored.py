@@ -30,7 +30,7 @@ _UNSIGNED = {TensorProto.UINT2: 2, TensorProto.UINT4: 4, TensorProto.UINT8: 8,
              TensorProto.UINT16: 16}  # fmt: skip
 _MOVES = frozenset({
     *("Cast", "Concat", "Expand", "Flatten", "Gather", "Identity", "Pad", "Reshape", "Slice"),
-    *("Squeeze", "Tile", "Transpose", "Unsqueeze", "DequantizeLinear"),
+    *("Split", "Squeeze", "Tile", "Transpose", "Unsqueeze", "DequantizeLinear"),
 })  # fmt: skip
 
 

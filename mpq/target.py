@@ -14,6 +14,7 @@ from mpq.errors import PolicyError
 from mpq.layers import LayerChoice, LayerInfo, LayerKind, Operation, Widths
 from mpq.spec import (
     DYNAMIC,
+    PACKED,
     ROUNDED_16,
     WIDTHS,
     QuantSpec,
@@ -89,10 +90,10 @@ class Target:
         gaps: layers without an integer kernel.
         dynamic: kinds with a kernel that takes the range of its input at run time.
         writes_floats: kinds whose integer kernel may write floats; that of others writes integers.
-        native_bytes: average bytes of a layer's own nodes, constants and policy entry in the
-            file, where its width (None: float) has a type of its own.
-        packed_bytes: the same for packed widths: of a layer, of each part that a byte is taken
-            apart in, and of each plane after the first.
+        bytes_per_layer: average bytes of a layer's own nodes, constants and policy entry in the
+            file, by its width (None: float).
+        unpacking_bytes: of the nodes that unpack all layers of a packed width: what they have in
+            any case, of each part that a byte is taken apart in, and of each plane after the first.
         bytes_per_file: what a file has besides its layers.
         saturates: its integer kernels multiply weights of at most 7 bits exactly.
         about: where it runs, in words.
@@ -111,8 +112,8 @@ class Target:
     gaps: tuple[Gap, ...] = GAPS
     dynamic: frozenset[LayerKind] = frozenset()
     writes_floats: frozenset[LayerKind] = frozenset()
-    native_bytes: Mapping[int | None, int] = field(default_factory=dict)
-    packed_bytes: tuple[float, float, float] = (0, 0, 0)
+    bytes_per_layer: Mapping[int | None, int] = field(default_factory=dict)
+    unpacking_bytes: tuple[float, float, float] = (0, 0, 0)
     bytes_per_file: int = 0
     saturates: bool = False
     about: str = ""
@@ -171,11 +172,15 @@ class Target:
 
     def layer_bytes(self, weight_bits: int | None) -> int:
         """Bytes of a layer of that width in the file, besides weights, scales and bias."""
-        if weight_bits is None or weight_bits in self.native_bytes:
-            return self.native_bytes.get(weight_bits, 0)
-        layer, part, plane = self.packed_bytes
+        return self.bytes_per_layer.get(weight_bits, 0)
+
+    def width_bytes(self, weight_bits: int | None) -> int:
+        """Bytes in the file for the first layer of that width, beyond those of every layer."""
+        if weight_bits not in PACKED:
+            return 0
+        always, part, plane = self.unpacking_bytes
         parts = [8 // width for width in plane_widths(weight_bits)]
-        return round(layer + part * sum(parts) + plane * (len(parts) - 1))
+        return round(always + part * sum(parts) + plane * (len(parts) - 1))
 
     def _why_float(self, weight: int, activation: int | None, operation: Operation | None) -> str:
         widest = self.integer_bits

@@ -24,6 +24,7 @@ from typing import TypeVar
 
 from mpq.cpu import Cpu, this_cpu
 from mpq.errors import PolicyError, nearest
+from mpq.spec import PACKED
 from mpq.target import Target
 
 Part = TypeVar("Part")
@@ -35,9 +36,9 @@ ONNXRUNTIME_CPU = Target(
     ),
     dynamic=frozenset({"linear"}),
     writes_floats=frozenset({"linear"}),
-    # Packed widths pay for the nodes that unpack them; all but 8 bits for an entry in the policy.
-    native_bytes={16: 66, 8: 175, 4: 237, None: 0},
-    packed_bytes=(296, 77.5, 65),
+    # All but 8 bits have an entry in the policy; packed layers are split from what is unpacked.
+    bytes_per_layer={16: 66, 8: 175, 4: 237, **dict.fromkeys(PACKED, 194)},
+    unpacking_bytes=(133, 77.8, 74),
     bytes_per_file=700,
     about="x86 CPUs with VNNI",
 )

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from mpq.layers import FloatPart, LayerInfo, LiveSet, Widths, mean_bits
@@ -98,20 +98,24 @@ def _stored_weights(layer: LayerInfo, bits: int | None) -> int:
     return 4 * out * channels * blocks[0] * blocks[1]
 
 
-def fixed_bytes(besides: Iterable[FloatPart], target: Target) -> int:
-    """Bytes of the exported file that no width decides."""
-    return target.bytes_per_file + sum(part.bytes for part in besides)
+def fixed_bytes(
+    besides: Iterable[FloatPart], target: Target, bits: Iterable[int | None] = ()
+) -> int:
+    """Bytes of the exported file that belong to no layer, where weights have widths of `bits`."""
+    shared = sum(map(target.width_bytes, set(bits)))
+    return target.bytes_per_file + shared + sum(part.bytes for part in besides)
 
 
 def predicted_bytes(
-    layers: Iterable[LayerInfo],
+    layers: Collection[LayerInfo],
     widths: Mapping[str, Widths],
     target: Target,
     besides: Iterable[FloatPart] = (),
 ) -> int:
     """Bytes of the exported file (`tests/test_size.py` compares them with real files)."""
-    own = sum(layer_bytes(layer, widths[layer.name][0], target) for layer in layers)
-    return fixed_bytes(besides, target) + own
+    bits = {layer.name: widths[layer.name][0] for layer in layers}
+    own = sum(layer_bytes(layer, bits[layer.name], target) for layer in layers)
+    return fixed_bytes(besides, target, bits.values()) + own
 
 
 def activation_bytes(live_sets: Iterable[LiveSet], widths: Mapping[str, Widths]) -> int:
