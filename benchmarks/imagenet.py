@@ -85,11 +85,13 @@ def classes(path: Path, images: NDArray[np.uint8]) -> NDArray[np.int64]:
 
 
 def policy_of(configuration: str, graph: QuantGraph, sample: Tensor) -> Policy:
-    """All layers alike, or the best of 8 and 4 bits for so many effective bits."""
+    """All layers alike, or the best of some widths (8 and 4) for so many effective bits."""
     if configuration in UNIFORM:
         return uniform(configuration, graph.layers)
-    limit = Constraints(effective_bits=float(configuration))
-    scores = score_layers(graph, sample, how=Scoring(bits=(8, 4)))
+    widths, _, budget = configuration.rpartition(" at ")
+    limit = Constraints(effective_bits=float(budget))
+    bits = tuple(int(width) for width in (widths or "8/4").split("/"))
+    scores = score_layers(graph, sample, how=Scoring(bits=bits))
     return build_policy(Search(scores).allocate(limit), scores, constraints=limit)
 
 
@@ -111,7 +113,7 @@ def make(configuration: str, sample: Tensor, effort: str, path: Path) -> dict[st
 def row(configuration: str, effort: str, folder: Path, made: Path | None = None) -> dict[str, Any]:
     """Measure a configuration, or a file of it, on the pictures that nothing was chosen on."""
     images, chosen = pictures()
-    path = made or folder / f"{configuration}-{effort}.onnx"
+    path = made or folder / f"{configuration}-{effort}.onnx".replace("/", "-")
     spent = {} if made else make(configuration, normalized(images[chosen]), effort, path)
     answered, kept = classes(path, images[~chosen]), folder / "float.npy"
     if configuration == "float":

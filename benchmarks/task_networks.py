@@ -44,6 +44,8 @@ class Task:
         metric: figures of answers to `inputs`, by name.
         agreement: the same with the float network's answers for the truth.
         free: sizes that differ among `inputs`, by the names of `mpq export --dynamic`.
+        lessons: unlabelled inputs to learn from, and others to choose the epoch on; None: `rows` of
+            `tasks.py` with training learn from `unlabelled`.
     """
 
     network: Callable[[], nn.Module]
@@ -52,6 +54,7 @@ class Task:
     metric: Callable[[Answers], dict[str, float]]
     agreement: Callable[[Answers, Answers], dict[str, float]]
     free: tuple[str, ...] = ("batch",)
+    lessons: Callable[[], tuple[Tensor, Tensor]] | None = None
 
 
 # -- the tasks -------------------------------------------------------------------------------------
@@ -78,6 +81,14 @@ def pictures(count: int = 100) -> list[Image.Image]:
         return [Image.open(io.BytesIO(archive.read(inside[n]))).convert("RGB") for n in names]
 
 
+@cache
+def lessons() -> tuple[list[Image.Image], list[Image.Image]]:
+    """All ImageNet pictures but 32, and these: no label of them is read."""
+    chosen, (others, _) = pictures(200), reported(800)
+    held = slice(100, 132)
+    return [*chosen[: held.start], *chosen[held.stop :], *others], chosen[held]
+
+
 def planes(images: Sequence[NDArray[np.uint8]]) -> Tensor:
     """`[n, C, H, W]` in 0..1."""
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255
@@ -88,8 +99,8 @@ def detector() -> Task:
     own = module("detect")
     name = "yolo_fastestv2"
 
-    def unlabelled() -> Tensor:
-        x = planes([np.asarray(p) for p in pictures()]).flip(1) * 255
+    def prepared(shown: Sequence[Image.Image]) -> Tensor:
+        x = planes([np.asarray(p) for p in shown]).flip(1) * 255
         return F.interpolate(x, (own.SIZE, own.SIZE), mode="bilinear").round() / 255
 
     def boxes(answers: Answers) -> list[NDArray[np.float64]]:
@@ -106,8 +117,18 @@ def detector() -> Task:
         values = np.array(list(own.ap_table(boxes(answers), truth, own.LIMITS).values()))
         return {"AP50": values[:, 0].mean(), "AP": values.mean()}
 
+    def taught() -> tuple[Tensor, Tensor]:
+        many, held = lessons()
+        parts = [prepared(many[i : i + 100]) for i in range(0, len(many), 100)]
+        return torch.cat(parts), prepared(held)
+
     return Task(
-        partial(own.load, name), unlabelled, lambda: list(own.inputs().split(1)), metric, agreement
+        partial(own.load, name),
+        lambda: prepared(pictures()),
+        lambda: list(own.inputs().split(1)),
+        metric,
+        agreement,
+        lessons=taught,
     )
 
 
@@ -142,19 +163,20 @@ def enlarger(name: str) -> Task:
     """A super-resolution network on Set5; halved ImageNet pictures calibrate."""
     own = module("sr")
 
-    def unlabelled() -> Tensor:
-        low = [np.asarray(p.resize((112, 112), Image.Resampling.BICUBIC)) for p in pictures()]
+    def prepared(shown: Sequence[Image.Image]) -> Tensor:
+        low = [np.asarray(p.resize((112, 112), Image.Resampling.BICUBIC)) for p in shown]
         if name.startswith("fsrcnn"):
             low = [own.ycc(own.blur(p, 0.3)) for p in low]
         return planes(low)
 
     return Task(
         partial(own.load, name),
-        unlabelled,
+        lambda: prepared(pictures()),
         lambda: list(own.inputs(name)),
         lambda answers: {"PSNR dB": own.metric(name, [a[0] for a in answers])},
         decibels,
         ("batch", "height", "width"),
+        lambda: (prepared(lessons()[0]), prepared(lessons()[1])),
     )
 
 

@@ -6,10 +6,10 @@ inputs: the task's own metric, agreement with the float network, bytes, how many
 many layers run as integers, and whether the file answers as its simulation.
 
 A row is `float`, `minmax` or `percentile` (onnxruntime's), or widths: `w8a8`, `w4a8`, `w8a16`
-(inputs of layers stay float), `8/4` (4.8 bits as analyzed). Behind them stands ` fast` for
-`--effort fast`, ` qat` for training where the float network teaches, ` split` and ` split qat` for
-the same with signs apart (`split_signs.py`), or ` seed1` for another four fifths of the inputs to
-calibrate on. `rho` is the rank correlation of scores against measured
+(inputs of layers stay float), `8/4` or `8/6/5/4/3` (4.8 bits of these, as analyzed). Behind them
+stands ` fast` for `--effort fast`, ` qat` for training where the float network teaches, ` split`
+and ` split qat` for the same with signs apart (`split_signs.py`), or ` seed1` for another four
+fifths of the inputs to calibrate on. `rho` is the rank correlation of scores against measured
 divergence, `rho feedback` that of scores with weights rounded as `mpq ptq` does.
 
     MPQ_DATA=... python benchmarks/tasks.py detect w8a8 "8/4 qat" rho --epochs 4 --out runs/tasks
@@ -21,7 +21,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,8 @@ VERIFIED = 16
 WIDTHS = {"w8a8": (8, 8), "w4a8": (4, 8), "w8a16": (8, 16)}
 SELF_TAUGHT = {
     "optimizer": "adamw",
-    "lr": 3e-4,
+    "lr": 2e-4,
+    "step_lr": 0.3,
     "weight_decay": 0.0,
     "batch": 8,
     "temperature": 1.0,
@@ -56,8 +57,6 @@ SELF_TAUGHT = {
     "norm": "folded",
 }
 """What differs from the recipe `qat`: few pictures, and losses that begin near zero."""
-LONG = {"lr": 2e-4, "step_lr": 0.3, "batch": 4}
-"""What differs from that where signs are apart, and tiles of a quarter of the inputs teach."""
 
 
 # -- files -----------------------------------------------------------------------------------------
@@ -118,14 +117,16 @@ class Bench:
         float_to_onnx(graph, self.float_file, dynamic=self.task.free)
         self.reference = answers_of(self.float_file, self.inputs)
 
-    def analyze(self, validate: int = 0, rounding: str = "nearest") -> Any:
+    def analyze(
+        self, bits: Sequence[int] = (8, 4), validate: int = 0, rounding: str = "nearest"
+    ) -> Any:
         """The scores, and the policy of 4.8 bits."""
         images, held = self.unlabelled, len(self.unlabelled) // 4
         if validate:
             return mpq.analyze(self.network, images[held:], validation=images[:held],
                                validate=validate, num_calib=len(images) - held,
                                rounding=rounding)  # fmt: skip
-        return mpq.analyze(self.network, images, num_calib=len(images))
+        return mpq.analyze(self.network, images, bits=bits, num_calib=len(images))
 
     def make(self, row: str) -> Path:
         """The file of a row."""
@@ -135,7 +136,10 @@ class Bench:
         if row in CALIBRATION:
             return runtimes_own(self.float_file, path, self.unlabelled, row)
         widths, _, how = row.partition(" ")
-        policy = mpq.Policy.uniform(*WIDTHS[widths]) if widths in WIDTHS else self.analyze().policy
+        if widths in WIDTHS:
+            policy = mpq.Policy.uniform(*WIDTHS[widths])
+        else:
+            policy = self.analyze([int(width) for width in widths.split("/")]).policy
         trained = how.endswith("qat")
         found = self._trained(policy, how) if trained else self._quantized(policy, how)
         ends: Any = {"dynamic_axes": self.task.free, "force": True, "allow_float_fallback": True}
@@ -160,20 +164,23 @@ class Bench:
                        validation=self.unlabelled[:VERIFIED], effort=effort)  # fmt: skip
 
     def _trained(self, policy: mpq.Policy, how: str) -> mpq.Quantized:
-        """The float network teaches, on the inputs that calibrate and nothing else."""
-        network, images, settings = self.network, self.unlabelled, SELF_TAUGHT
+        """The float network teaches, without a label."""
+        network = self.network
+        images, held = self.unlabelled, self.unlabelled[:VERIFIED]
+        if self.task.lessons:
+            images, held = self.task.lessons()
         if how.startswith("split"):
-            network, settings = split_signs(network), SELF_TAUGHT | LONG
+            network = split_signs(network)
             sides = [part for half in images.chunk(2, 2) for part in half.chunk(2, 3)]
             images = torch.cat(sides)
-        return mpq.qat(network, images, policy, epochs=self.epochs, settings=settings,
-                       validation=self.unlabelled[:VERIFIED])  # fmt: skip
+        return mpq.qat(network, images, policy, epochs=self.epochs, settings=SELF_TAUGHT,
+                       validation=held)  # fmt: skip
 
     def row(self, name: str) -> dict[str, Any]:
         """All figures of a row."""
         began = time.process_time()
         if name.startswith("rho"):
-            found = self.analyze(20, name[4:] or "nearest").validation
+            found = self.analyze(validate=20, rounding=name[4:] or "nearest").validation
             return {"task": self.name, "row": name, "rho": round(found.rho, 3), "policies": 20}
         self.proofs: dict[str, Any] = {}
         path = self.make(name)
