@@ -8,7 +8,7 @@ under the keys `LAYER` and `SITE`, as a module path; a rule hands it on to the n
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -74,15 +74,9 @@ class Writer:
 
     def node(self, op: str, *inputs: ir.Value | None, **attributes: Any) -> ir.Value:
         """A node with one output."""
-        return self.nodes(1, op, *inputs, **attributes)[0]
-
-    def nodes(
-        self, outputs: int, op: str, *inputs: ir.Value | None, **attributes: Any
-    ) -> Sequence[ir.Value]:
-        """A node with several outputs."""
-        node = ir.node(op, list(inputs), attributes=attributes, num_outputs=outputs)
+        node = ir.node(op, list(inputs), attributes=attributes)
         self.graph.insert_before(self.anchor, node)
-        return node.outputs
+        return node.outputs[0]
 
 
 def integers(value: ir.Value | None) -> list[int] | None:

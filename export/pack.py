@@ -8,7 +8,7 @@ stored as they are.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 
 import ml_dtypes
 import numpy as np
@@ -20,7 +20,7 @@ from .form import Form
 from .unpack import unpack
 
 TOGETHER = 2**24
-"""Weights that are unpacked together at most: in between they take 4 bytes each."""
+"""Weights that are unpacked together at most, so that they fold: in between they take 4 bytes."""
 
 
 def pack(model: ir.Model, bits: Mapping[str, int], form: Form) -> int:
@@ -35,37 +35,23 @@ def pack(model: ir.Model, bits: Mapping[str, int], form: Form) -> int:
         The number of weights that changed form.
     """
     weights, packed = dict(stored_weights(model.graph)), defaultdict[int, list[ir.Value]](list)
-    narrow = [
-        (weights[path], width) for path, width in bits.items() if width < 8 and path in weights
-    ]
+    narrow = [(weights[path], n) for path, n in bits.items() if n < 8 and path in weights]
     for weight, width in narrow:
         if width == 4 and form.int4 == "dq" and not _multiplied(weight):
             _standard_form(model.graph, weight)
         elif (width == 4 and form.int4 == "cast") or (width == 2 and form.int2):
-            write = Writer(model.graph, model.graph[0])
             stored = _stored(model.graph, f"{weight.name}.int{width}", _integers(weight), width)
-            _replace(model.graph, weight, write.node("Cast", stored, to=ir.DataType.INT8))
+            decoded = Writer(model.graph, model.graph[0]).node("Cast", stored, to=ir.DataType.INT8)
+            _replace(model.graph, weight, decoded)
         else:
             packed[width].append(weight)
-    for width, group in [(w, g) for w, all_of in packed.items() for g in _groups(all_of)]:
-        write = Writer(model.graph, model.graph[0])
-        decoded = unpack(write, [_integers(weight) for weight in group], width)
-        for weight, value in zip(group, decoded, strict=True):
-            _replace(model.graph, weight, value)
+    for width, all_of in packed.items():
+        together = sum(_integers(weight).size for weight in all_of) <= TOGETHER
+        for group in [all_of] if together else [[weight] for weight in all_of]:
+            write, arrays = Writer(model.graph, model.graph[0]), map(_integers, group)
+            for weight, value in zip(group, unpack(write, [*arrays], width), strict=True):
+                _replace(model.graph, weight, value)
     return len(narrow)
-
-
-def _groups(weights: Sequence[ir.Value]) -> Iterator[list[ir.Value]]:
-    """Weights that are unpacked together, so many that it folds: the runtime bounds what does."""
-    group, count = list[ir.Value](), 0
-    for weight in weights:
-        size = _integers(weight).size
-        if group and count + size > TOGETHER:
-            yield group
-            group, count = [], 0
-        group.append(weight)
-        count += size
-    yield group
 
 
 def _integers(weight: ir.Value) -> NDArray[np.int8]:

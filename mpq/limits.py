@@ -33,8 +33,7 @@ class Limits:
         cache_mb: of decoded images and latency profiles that are kept, in MB.
         yaml_values: values in a YAML text, those that an alias repeats counted each time.
         onnx_mb: for a model file to run one image, beside four times its size, where that cannot be
-            told from the file alone; a quarter of it, beside 64 times the file's size, for what it
-            computes from its constants.
+            told from the file alone; a quarter, beside 64 times its size, for what is constant.
         onnx_seconds: for such a file to be loaded and run once.
     """
 

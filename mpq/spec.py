@@ -15,8 +15,6 @@ from typing import Literal, get_args
 Granularity = Literal["tensor", "channel", "dynamic"]
 WIDTHS = (2, 3, 4, 5, 6, 7, 8, 16)
 """The widths of mpq, in bits: the one list of them."""
-PACKED = (2, 3, 5, 6, 7)
-"""Widths of weights that are stored as packed bytes, as no type of a file has them."""
 _TEXT = re.compile(r"(u?)int(\d+)/(tensor|channel|dynamic)")
 
 

@@ -14,12 +14,10 @@ from mpq.errors import PolicyError
 from mpq.layers import LayerChoice, LayerInfo, LayerKind, Operation, Widths
 from mpq.spec import (
     DYNAMIC,
-    PACKED,
     ROUNDED_16,
     WIDTHS,
     QuantSpec,
     activation_spec,
-    plane_widths,
     weight_spec,
 )
 
@@ -91,9 +89,8 @@ class Target:
         dynamic: kinds with a kernel that takes the range of its input at run time.
         writes_floats: kinds whose integer kernel may write floats; that of others writes integers.
         bytes_per_layer: average bytes of a layer's own nodes, constants and policy entry in the
-            file, by its width (None: float).
-        unpacking_bytes: of the nodes that unpack all layers of a packed width: what they have in
-            any case, of each part that a byte is taken apart in, and of each plane after the first.
+            file, by its width (None: float), besides weights, scales and bias.
+        bytes_per_width: of the nodes that unpack all layers of a width, where it is packed.
         bytes_per_file: what a file has besides its layers.
         saturates: its integer kernels multiply weights of at most 7 bits exactly.
         about: where it runs, in words.
@@ -113,7 +110,7 @@ class Target:
     dynamic: frozenset[LayerKind] = frozenset()
     writes_floats: frozenset[LayerKind] = frozenset()
     bytes_per_layer: Mapping[int | None, int] = field(default_factory=dict)
-    unpacking_bytes: tuple[float, float, float] = (0, 0, 0)
+    bytes_per_width: Mapping[int | None, int] = field(default_factory=dict)
     bytes_per_file: int = 0
     saturates: bool = False
     about: str = ""
@@ -169,18 +166,6 @@ class Target:
     def narrowed(self, weight: QuantSpec) -> QuantSpec:
         """The weight format of an integer layer where a policy asks for this one."""
         return replace(weight, reduced=True) if self.saturates and weight.bits == 8 else weight
-
-    def layer_bytes(self, weight_bits: int | None) -> int:
-        """Bytes of a layer of that width in the file, besides weights, scales and bias."""
-        return self.bytes_per_layer.get(weight_bits, 0)
-
-    def width_bytes(self, weight_bits: int | None) -> int:
-        """Bytes in the file for the first layer of that width, beyond those of every layer."""
-        if weight_bits not in PACKED:
-            return 0
-        always, part, plane = self.unpacking_bytes
-        parts = [8 // width for width in plane_widths(weight_bits)]
-        return round(always + part * sum(parts) + plane * (len(parts) - 1))
 
     def _why_float(self, weight: int, activation: int | None, operation: Operation | None) -> str:
         widest = self.integer_bits

@@ -242,7 +242,7 @@ def test_costs_of_a_hand_made_pair() -> None:
     assert cost.bitops(layers, widths) == 100 * 64 + 10 * 32
     # Four channels each: a scale and a bias of four bytes.
     expected = TARGET.bytes_per_file + 8 + 12 + 2 * (4 * 8 + 1)
-    expected += TARGET.layer_bytes(8) + TARGET.layer_bytes(4)
+    expected += TARGET.bytes_per_layer[8] + TARGET.bytes_per_layer[4]
     expected += len("b")  # a layer of few bits has an entry in the policy that the file carries
     assert cost.predicted_bytes(layers, widths, TARGET) == expected
     assert (

@@ -70,13 +70,6 @@ def test_only_linear_layers_take_their_range_at_run_time():
         Target("bare", frozenset()).support(dynamic, Operation("linear"))
 
 
-def test_bytes_of_packed_widths_follow_from_how_they_are_cut():
-    known = {16: 0, 8: 0, 7: 1370, 6: 674, 5: 985, 4: 0, 3: 1141, 2: 444, None: 0}
-    assert {bits: ONNXRUNTIME_CPU.width_bytes(bits) for bits in known} == known
-    layers = {16: 66, 8: 175, 6: 194, 5: 194, 4: 237, 3: 194, 2: 194, None: 0}
-    assert {bits: ONNXRUNTIME_CPU.layer_bytes(bits) for bits in layers} == layers
-
-
 def test_an_operation_is_computed_or_moved_not_both():
     assert not ONNXRUNTIME_CPU.integer_ops & ONNXRUNTIME_CPU.moving_ops
 

@@ -13,17 +13,7 @@ from torch import nn
 import mpq
 from mpq.export import runtime, to_onnx, trial
 from mpq.export.edit import Writer
-from mpq.export.unpack import decode, encode, unpack
-
-
-@pytest.mark.parametrize("bits", range(2, 8))
-@pytest.mark.parametrize("shape", [(8,), (3, 5, 3, 3), (7, 1)])
-def test_encode_and_decode_are_inverses(bits: int, shape: tuple[int, ...]) -> None:
-    low, high = -(1 << (bits - 1)), 1 << (bits - 1)
-    weights = np.random.default_rng(bits).integers(low, high, shape).astype(np.int8)
-    planes = encode(weights, bits)
-    assert sum(p.nbytes for p in planes) == -(-weights.size // 8) * bits
-    assert np.array_equal(decode(planes, bits, shape), weights)
+from mpq.export.unpack import encode, unpack
 
 
 @pytest.mark.parametrize("bits", [2, 3, 5, 6])
@@ -80,7 +70,7 @@ def packed(tmp_path: Path, weights: list[np.ndarray], bits: int) -> Path:
     return path
 
 
-@pytest.mark.parametrize("bits", [2, 3, 5, 6])
+@pytest.mark.parametrize("bits", range(2, 8))
 def test_layers_of_a_width_are_unpacked_together(bits: int, tmp_path: Path) -> None:
     rng = np.random.default_rng(bits)
     high = 1 << (bits - 1)
@@ -88,6 +78,9 @@ def test_layers_of_a_width_are_unpacked_together(bits: int, tmp_path: Path) -> N
         rng.integers(-high, high, shape).astype(np.int8)
         for shape in [(3, 5, 3, 3), (7, 1), (8,), (1, 1)]
     ]
+    count = sum(one.size for one in weights)
+    planes = encode(np.zeros(count, np.int8), bits)
+    assert sum(plane.nbytes for plane in planes) == -(-count // 8) * bits
     path = packed(tmp_path, weights, bits)
     _, *found = runtime.session(path).run(None, {"x": np.zeros((1, 8), np.int8)})
     for one, read in zip(weights, found, strict=True):

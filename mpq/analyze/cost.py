@@ -83,7 +83,7 @@ def layer_bytes(layer: LayerInfo, bits: int | None, target: Target) -> int:
     channels = layer.out_channels * per_channel
     weights = weight_bytes_of(_stored_weights(layer, bits), bits)
     names = len(layer.name) * (1 if bits == 8 else 2)  # another width is an entry of the policy
-    return weights + channels + names + target.layer_bytes(bits)
+    return weights + channels + names + target.bytes_per_layer.get(bits, 0)
 
 
 def _stored_weights(layer: LayerInfo, bits: int | None) -> int:
@@ -102,7 +102,7 @@ def fixed_bytes(
     besides: Iterable[FloatPart], target: Target, bits: Iterable[int | None] = ()
 ) -> int:
     """Bytes of the exported file that belong to no layer, where weights have widths of `bits`."""
-    shared = sum(map(target.width_bytes, set(bits)))
+    shared = sum(target.bytes_per_width.get(width, 0) for width in set(bits))
     return target.bytes_per_file + shared + sum(part.bytes for part in besides)
 
 
@@ -113,9 +113,8 @@ def predicted_bytes(
     besides: Iterable[FloatPart] = (),
 ) -> int:
     """Bytes of the exported file (`tests/test_size.py` compares them with real files)."""
-    bits = {layer.name: widths[layer.name][0] for layer in layers}
-    own = sum(layer_bytes(layer, bits[layer.name], target) for layer in layers)
-    return fixed_bytes(besides, target, bits.values()) + own
+    own = sum(layer_bytes(layer, widths[layer.name][0], target) for layer in layers)
+    return own + fixed_bytes(besides, target, (widths[layer.name][0] for layer in layers))
 
 
 def activation_bytes(live_sets: Iterable[LiveSet], widths: Mapping[str, Widths]) -> int:

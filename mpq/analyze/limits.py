@@ -85,8 +85,7 @@ def limits(
             [float(cost.layer_bytes(i, p[0], target)) for i, p in of],
             1e6,
             lambda w: cost.predicted_bytes(layers, w, target, besides) / 1e6,
-            # of all widths to choose from, as the search does not know which it will take
-            float(cost.fixed_bytes(besides, target, [pair[0] for _, pair in of])),
+            float(cost.fixed_bytes(besides, target, [p[0] for _, p in of])),  # whatever it takes
         ),
         linear(
             "max_bops",

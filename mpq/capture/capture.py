@@ -26,7 +26,6 @@ from mpq.errors import GraphError
 
 logger = logging.getLogger(__name__)
 MAX_ISLANDS = 64
-DETECTORS = "torchvision.models.detection"
 
 
 @dataclass(frozen=True)
@@ -57,12 +56,10 @@ def capture(network: Network, *, replayed: bool = True) -> Captured:
     Raises:
         GraphError: the network cannot be copied, run, recorded or replayed.
     """
-    if type(network.module).__module__.startswith(DETECTORS):
+    if type(network.module).__module__.startswith("torchvision.models.detection"):
         raise GraphError(
             f"the model must take a batch and answer with tensors. {type(network.module).__name__} "
-            "of torchvision takes a list of images and decodes boxes inside, of which there are "
-            "more or fewer for each image. Wrap it so that it answers with its maps, and decode "
-            "behind the file: docs/tasks/detection.md has the few lines."
+            "of torchvision takes a list of images. docs/tasks/detection.md shows how to wrap it."
         )
     network = Network(fresh(network.module), network.args, network.kwargs)
     open_attention(network)

@@ -42,8 +42,9 @@ def sized(search: Search, graph: QuantGraph, policy: Callable[[Allocation], Poli
         policy: makes the policy of an allocation, as it will travel in the file.
     """
     widest, scores = search.allocate(Constraints()), search.scores
-    averages = search.target.bytes_per_file
-    averages += sum(search.target.layer_bytes(bits) for bits, _ in widest.widths.values())
+    target = search.target
+    averages = target.bytes_per_file
+    averages += sum(target.bytes_per_layer.get(bits, 0) for bits, _ in widest.widths.values())
     averages += sum(part.bytes for part in scores.besides if part.kind == GRAPH)
     if averages < SHARE * widest.bytes:
         return search
