@@ -85,13 +85,17 @@ def classes(path: Path, images: NDArray[np.uint8]) -> NDArray[np.int64]:
 
 
 def policy_of(configuration: str, graph: QuantGraph, sample: Tensor) -> Policy:
-    """All layers alike, or the best of some widths (8 and 4) for so many effective bits."""
+    """All layers alike, or the best of some widths (8 and 4) for so many effective bits.
+
+    Behind a comma, `feedback`: scores of weights that are rounded as `mpq ptq` rounds them.
+    """
     if configuration in UNIFORM:
         return uniform(configuration, graph.layers)
-    widths, _, budget = configuration.rpartition(" at ")
+    asked, _, rounding = configuration.partition(", ")
+    widths, _, budget = asked.rpartition(" at ")
     limit = Constraints(effective_bits=float(budget))
     bits = tuple(int(width) for width in (widths or "8/4").split("/"))
-    scores = score_layers(graph, sample, how=Scoring(bits=bits))
+    scores = score_layers(graph, sample, how=Scoring(bits=bits, rounding=rounding or "nearest"))
     return build_policy(Search(scores).allocate(limit), scores, constraints=limit)
 
 
