@@ -326,7 +326,8 @@ def test_overwritten_memory_that_cannot_be_read_again_is_refused():
 
 
 def test_a_bare_detector_of_torchvision_is_told_what_to_do():
-    detector = type("SSD", (nn.Module,), {"__module__": "torchvision.models.detection.ssd"})()
+    members = {"__module__": "torchvision.models.detection.ssd", "eager_outputs": None}
+    detector = type("SSD", (nn.Module,), members)()
     with pytest.raises(GraphError, match=r"SSD of torchvision takes a list of images.*detection"):
         capture(Network(detector, (torch.rand(1, 3, 8, 8),)))
 

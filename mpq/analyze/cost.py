@@ -98,9 +98,7 @@ def _stored_weights(layer: LayerInfo, bits: int | None) -> int:
     return 4 * out * channels * blocks[0] * blocks[1]
 
 
-def fixed_bytes(
-    besides: Iterable[FloatPart], target: Target, bits: Iterable[int | None] = ()
-) -> int:
+def fixed_bytes(besides: Iterable[FloatPart], target: Target, bits: Iterable[int | None]) -> int:
     """Bytes of the exported file that belong to no layer, where weights have widths of `bits`."""
     shared = sum(target.bytes_per_width.get(width, 0) for width in set(bits))
     return target.bytes_per_file + shared + sum(part.bytes for part in besides)

@@ -56,10 +56,13 @@ def capture(network: Network, *, replayed: bool = True) -> Captured:
     Raises:
         GraphError: the network cannot be copied, run, recorded or replayed.
     """
-    if type(network.module).__module__.startswith("torchvision.models.detection"):
+    kind = type(network.module)
+    if kind.__module__.startswith("torchvision.models.detection") and hasattr(
+        kind, "eager_outputs"
+    ):
         raise GraphError(
-            f"the model must take a batch and answer with tensors. {type(network.module).__name__} "
-            "of torchvision takes a list of images. docs/tasks/detection.md shows how to wrap it."
+            f"the model must take a batch and answer with tensors. {kind.__name__} of torchvision "
+            "takes a list of images. docs/tasks/detection.md shows how to wrap it."
         )
     network = Network(fresh(network.module), network.args, network.kwargs)
     open_attention(network)
