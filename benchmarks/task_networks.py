@@ -44,8 +44,8 @@ class Task:
         metric: figures of answers to `inputs`, by name.
         agreement: the same with the float network's answers for the truth.
         free: sizes that differ among `inputs`, by the names of `mpq export --dynamic`.
-        lessons: unlabelled inputs to learn from, and others to choose the epoch on; None: `rows` of
-            `tasks.py` with training learn from `unlabelled`.
+        lessons: unlabelled inputs to learn from; None: `unlabelled`.
+        held: others, by which the epoch is chosen and files are held against the float network.
     """
 
     network: Callable[[], nn.Module]
@@ -54,7 +54,8 @@ class Task:
     metric: Callable[[Answers], dict[str, float]]
     agreement: Callable[[Answers, Answers], dict[str, float]]
     free: tuple[str, ...] = ("batch",)
-    lessons: Callable[[], tuple[Tensor, Tensor]] | None = None
+    lessons: Callable[[], Tensor] | None = None
+    held: Callable[[], Tensor] | None = None
 
 
 # -- the tasks -------------------------------------------------------------------------------------
@@ -81,12 +82,14 @@ def pictures(count: int = 100) -> list[Image.Image]:
         return [Image.open(io.BytesIO(archive.read(inside[n]))).convert("RGB") for n in names]
 
 
-@cache
-def lessons() -> tuple[list[Image.Image], list[Image.Image]]:
-    """All ImageNet pictures but 32, and these: no label of them is read."""
-    chosen, (others, _) = pictures(200), reported(800)
-    held = slice(100, 132)
-    return [*chosen[: held.start], *chosen[held.stop :], *others], chosen[held]
+def held() -> list[Image.Image]:
+    """ImageNet pictures that nothing is calibrated or trained on."""
+    return pictures(132)[100:]
+
+
+def lessons() -> list[Image.Image]:
+    """All others: no label of them is read."""
+    return [*pictures(), *pictures(200)[132:], *reported(800)[0]]
 
 
 def planes(images: Sequence[NDArray[np.uint8]]) -> Tensor:
@@ -117,10 +120,9 @@ def detector() -> Task:
         values = np.array(list(own.ap_table(boxes(answers), truth, own.LIMITS).values()))
         return {"AP50": values[:, 0].mean(), "AP": values.mean()}
 
-    def taught() -> tuple[Tensor, Tensor]:
-        many, held = lessons()
-        parts = [prepared(many[i : i + 100]) for i in range(0, len(many), 100)]
-        return torch.cat(parts), prepared(held)
+    def taught() -> Tensor:
+        many = lessons()
+        return torch.cat([prepared(many[i : i + 100]) for i in range(0, len(many), 100)])
 
     return Task(
         partial(own.load, name),
@@ -129,6 +131,7 @@ def detector() -> Task:
         metric,
         agreement,
         lessons=taught,
+        held=lambda: prepared(held()),
     )
 
 
@@ -176,7 +179,8 @@ def enlarger(name: str) -> Task:
         lambda answers: {"PSNR dB": own.metric(name, [a[0] for a in answers])},
         decibels,
         ("batch", "height", "width"),
-        lambda: (prepared(lessons()[0]), prepared(lessons()[1])),
+        lambda: prepared(lessons()),
+        lambda: prepared(held()),
     )
 
 

@@ -167,9 +167,8 @@ class Bench:
     def _trained(self, policy: mpq.Policy, how: str) -> mpq.Quantized:
         """The float network teaches, without a label."""
         network = self.network
-        images, held = self.unlabelled, self.unlabelled[:VERIFIED]
-        if self.task.lessons:
-            images, held = self.task.lessons()
+        images = self.task.lessons() if self.task.lessons else self.unlabelled
+        held = self.task.held() if self.task.held else self.unlabelled[:VERIFIED]
         if how.startswith("split"):
             network = split_signs(network)
             sides = [part for half in images.chunk(2, 2) for part in half.chunk(2, 3)]
@@ -188,8 +187,8 @@ class Bench:
         made = time.process_time() - began
         answers = answers_of(path, self.inputs)
         figures = self.task.metric(answers) | self.task.agreement(self.reference, answers)
-        if self.task.lessons:
-            held = list(self.task.lessons()[1].split(1))
+        if self.task.held:
+            held = list(self.task.held().split(1))
             far = decibels(answers_of(self.float_file, held), answers_of(path, held))
             figures["held dB"] = far["SQNR dB"]
         times = interleave([self._runner(p) for p in (self.float_file, path)], runs=30)
