@@ -16,11 +16,17 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from mpq.spec import plane_widths
-
 from .edit import Writer
 
 Bytes = NDArray[np.uint8]
+
+
+def plane_widths(bits: int) -> tuple[int, ...]:
+    """Widths that fill bytes evenly and add up to `bits`, widest first: 5 = 4 + 1.
+
+    Integers that no type of a file fits are cut into such parts, low bits first.
+    """
+    return tuple(width for width in (4, 2, 1) if bits & width)
 
 
 def encode(weights: NDArray[np.int8], bits: int) -> list[Bytes]:

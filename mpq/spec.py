@@ -87,14 +87,6 @@ class QuantSpec:
         return (1 << (self.bits - self.signed - self.reduced)) - 1
 
 
-def plane_widths(bits: int) -> tuple[int, ...]:
-    """Widths that fill bytes evenly and add up to `bits`, widest first: 5 = 4 + 1.
-
-    Integers that no type of a file fits are cut into such parts, low bits first.
-    """
-    return tuple(width for width in (4, 2, 1) if bits & width)
-
-
 def weight_spec(bits: int) -> QuantSpec:
     """The weight format at a width: signed, per output channel."""
     return QuantSpec(bits, True, "channel")
