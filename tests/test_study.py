@@ -20,10 +20,11 @@ from benchmarks.study import parcel, results, shelf  # noqa: E402
 from benchmarks.study.__main__ import main as study_command  # noqa: E402
 from benchmarks.study.check import check  # noqa: E402
 from benchmarks.study.clock import Clock, TimeUpError  # noqa: E402
+from benchmarks.study.networks import opened  # noqa: E402
 from benchmarks.study.plan import PLANS, Plan  # noqa: E402
 from benchmarks.study.shelf import Shelf  # noqa: E402
 from benchmarks.study.stages import select, stages_of  # noqa: E402
-from benchmarks.study.work import Study  # noqa: E402
+from benchmarks.study.work import Study, data_key  # noqa: E402
 from mpq import trusting  # noqa: E402
 from mpq.errors import UsageError  # noqa: E402
 from mpq.policy import Policy  # noqa: E402
@@ -45,11 +46,16 @@ policies:
 rows:
   - {name: float, network: [scratch, taught]}
   - {name: static, network: taught, policy: narrow, method: ptq, claim: false, published: 90.5}
+  - {name: dynamic, network: taught, method: dynamic, claim: false, keep: false}
   - {name: mixed, network: taught, policy: mixed, method: qat, recipe: tune, teachers: [teacher]}
 effort: fast
 latency_runs: 1
 rank: {candidates: [resnet8], recipe: taught}
 """
+
+
+def data_of(plan: Plan) -> str:
+    return data_key(opened(plan.data))
 
 
 def write_plan(folder: Path, text: str = SMALL) -> Path:
@@ -112,7 +118,7 @@ def test_a_stopped_study_goes_on_where_it_was(made: tuple[Path, Path, list[str]]
 def test_rows_say_what_was_done_on_what(made: tuple[Path, Path, list[str]]) -> None:
     _, kept, _ = made
     rows = {row["row"]: row for row in results.read_csv(kept / "rows.csv")}
-    assert list(rows) == ["float", "static", "mixed"]
+    assert list(rows) == ["float", "static", "dynamic", "mixed"]
     assert rows["float"]["network"] in ("scratch", "taught")
     assert rows["static"]["test_top1"] == ""  # no claim: the test images were not read for it
     assert float(rows["mixed"]["test_top1"]) >= 0
@@ -121,6 +127,10 @@ def test_rows_say_what_was_done_on_what(made: tuple[Path, Path, list[str]]) -> N
     assert float(rows["mixed"]["effective_bits"]) <= 5
     assert float(rows["static"]["integer_coverage"]) == 1
     assert int(rows["static"]["bytes"]) == (kept / rows["static"]["file"]).stat().st_size
+    assert float(rows["dynamic"]["validation_top1"]) >= 0
+    assert int(rows["dynamic"]["bytes"]) > 0
+    assert not rows["dynamic"]["file"]  # not to be kept
+    assert not (kept / "files" / "dynamic-s0.onnx").exists()
     assert all(row["machine"] and row["torch"] and row["code"] for row in rows.values())
     table = (kept / "table.md").read_text(encoding="utf-8")
     assert "| static |" in table
@@ -176,6 +186,39 @@ def test_rows_stay_where_their_stages_are_gone(
     with pytest.raises(TimeUpError):
         Study(plan, Shelf(tmp_path / "bare", plan.name), kept, "cpu", Clock(0), print).run()
     assert (kept / "rows.csv").read_bytes() == before
+
+
+def test_kept_students_spare_their_training(
+    plan: Plan, made: tuple[Path, Path, list[str]], tmp_path: Path
+) -> None:
+    _, kept, _ = made
+    copy, told = tmp_path / "kept", list[str]()
+    shutil.copytree(kept, copy)
+    curves = (copy / "curves.json").read_bytes()
+    bare = Shelf(tmp_path / "bare", plan.name)
+    Study(plan, bare, copy, "cpu", Clock(), told.append, from_kept=True).run(["row-static-s0"])
+    assert [line for line in told if "] " in line] == [
+        "[1/2] network-taught-s0",
+        "[2/2] row-static-s0",
+    ]
+    assert f"  taken from {copy / 'networks' / 'taught-s0.pth'}" in told
+    before, after = (
+        {row["row"]: row for row in results.read_csv(path / "rows.csv")} for path in (kept, copy)
+    )
+    assert list(after) == list(before)
+    assert after["static"]["sha256"] == before["static"]["sha256"]
+    assert after["static"]["epochs"] == before["static"]["epochs"]
+    assert (copy / "curves.json").read_bytes() == curves
+
+
+def test_students_of_another_plan_part_are_trained_again(
+    plan: Plan, made: tuple[Path, Path, list[str]]
+) -> None:
+    _, kept, _ = made
+    assert "network-taught-s0" in results.kept_networks(kept, stages_of(plan, data_of(plan)))
+    recipes = plan.recipes | {"taught": plan.recipes["taught"] | {"lr": 0.07}}
+    other = plan.model_copy(update={"recipes": recipes})
+    assert "network-taught-s0" not in results.kept_networks(kept, stages_of(other, data_of(other)))
 
 
 def test_other_plans_and_other_code_are_refused(
@@ -300,7 +343,8 @@ def test_what_was_made_stays_made_when_recipes_and_policies_get_new_choices() ->
     ("change", "other"),
     [
         (lambda p: {"data": p.data}, []),
-        (lambda p: {"effort": "good"}, ["row-float-s0", "row-static-s0", "row-mixed-s0"]),
+        (lambda p: {"effort": "good"},
+             [f"row-{name}-s0" for name in ("float", "static", "dynamic", "mixed")]),
         (lambda p: {"recipes": p.recipes | {"tune": p.recipes["tune"] | {"lr": 1.0}}},
          ["row-mixed-s0"]),
     ],
@@ -376,7 +420,7 @@ def test_the_command_says_what_is_wrong_with_its_input(tmp_path: Path) -> None:
     for args, message in [
         (
             ["no-such-plan"],
-            "the plan must be a YAML file or one of cifar10-fast, cifar10-mobilenet",
+            "the plan must be a YAML file or one of cifar10-ablations, cifar10-fast",
         ),
         (["check", str(tmp_path)], "the plan must be a YAML file"),
     ]:

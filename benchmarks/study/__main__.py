@@ -32,6 +32,8 @@ TIME_UP = 3
 @click.option("-o", "--results", "out", type=click.Path(path_type=Path),
               help="What is kept.  [benchmarks/results/PLAN]")  # fmt: skip
 @click.option("--any-code", is_flag=True, help="Take over stages of another code version.")
+@click.option("--from-kept", is_flag=True,
+              help="Take students of kept rows, where their stages are gone.")  # fmt: skip
 @click.option("--rehearse", type=click.IntRange(min=8), metavar="IMAGES",
               help="Every stage on so few images, one epoch each.")  # fmt: skip
 def main(
@@ -42,6 +44,7 @@ def main(
     runs: Path | None,
     out: Path | None,
     any_code: bool,
+    from_kept: bool,
     rehearse: int | None,
 ) -> None:
     """Make what is missing of a PLAN, or `check RESULTS`: measure what was kept again.
@@ -61,7 +64,7 @@ def main(
         shelf = Shelf(runs or Path("runs/study") / plan.name, plan.name, any_code=any_code)
         kept = out or (shelf.root / "results" if rehearse else RESULTS / plan.name)
         with trusting(*plan.code()):  # a plan is the user's own word, as a command line is
-            Study(plan, shelf, kept, device, clock, click.echo).run(only)
+            Study(plan, shelf, kept, device, clock, click.echo, from_kept).run(only)
     except TimeUpError:
         click.echo("the time is up: what is finished is kept, and the same command goes on")
         sys.exit(TIME_UP)

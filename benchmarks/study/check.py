@@ -49,16 +49,19 @@ def check(
         raise UsageError(f"rows must be some of {results}. Got {', '.join(sorted(unknown))}.")
     wrong: list[str] = []
     for row in rows:
-        if not only or row["row"] in only:
-            found = _check_row(results, plan, row)
-            tell(f"{row['row']} (seed {row['seed']}): {found or 'as written'}")
-            wrong += [f"{row['row']} (seed {row['seed']}): {text}" for text in found]
+        if only and row["row"] not in only:
+            continue
+        name = f"{row['row']} (seed {row['seed']})"
+        if not row["checkpoint"]:
+            tell(f"{name}: its files were not kept")
+            continue
+        found = _check_row(results, plan, row)
+        tell(f"{name}: {found or 'as written'}")
+        wrong += [f"{name}: {text}" for text in found]
     return wrong
 
 
 def _check_row(results: Path, plan: Plan, row: dict[str, str]) -> list[str]:
-    if not row["checkpoint"]:
-        return []  # too large to be kept
     subject = networks.load_subject(results / row["checkpoint"], plan.data)
     if row["file"]:
         return _compare(results / row["file"], subject, row, exact=True)

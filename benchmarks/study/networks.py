@@ -18,6 +18,7 @@ from torch import nn
 
 from benchmarks.study.clock import Clock
 from benchmarks.study.plan import Data, Network, Plan, checkpoint_file
+from mpq import files
 from mpq.checkpoint import Reading, load_model, save_model
 from mpq.data import DataSet, Normalization, open_data, sample_indices
 from mpq.data.dataset import subset
@@ -161,19 +162,29 @@ def make_network(
     else:
         recipe = job.plan.recipe(part.recipe)
         subject, epochs = _trained(job, part, recipe, start, teachers), recipe.epochs
-    kept = job.folder / FILE
-    keep(kept, subject, {"epochs": epochs, "seed": job.seed})
-    found = load_subject(kept, data)
+    keep(job.folder / FILE, subject, {"epochs": epochs, "seed": job.seed})
+    return _told(job, part) | {"seconds": round(time.perf_counter() - begun, 1)}
+
+
+def take_network(job: Job, name: str, file: Path) -> dict[str, Any]:
+    """Take a network that an earlier study kept into its stage's folder, in place of training."""
+    files.write_bytes(job.folder / FILE, file.read_bytes())
+    return _told(job, job.plan.network(name)) | {"taken": str(file), "seconds": 0.0}
+
+
+def _told(job: Job, part: Network) -> dict[str, Any]:
+    """What is known of a network whose file is there."""
+    found = load_subject(job.folder / FILE, job.plan.data)
+    epochs = job.plan.recipe(part.recipe).epochs if part.recipe else 0
     return {
         "files": [FILE],
-        "network": name,
+        "network": part.name,
         "arch": found.info.arch,
         "validation_top1": validation_top1(found),
         "epochs": epochs,
         "images_seen": epochs * len(found.require_data("the study").train),
         "parameters": sum(p.numel() for p in found.module.parameters()),
         "teachers": list(part.teachers),
-        "seconds": round(time.perf_counter() - begun, 1),
     }
 
 

@@ -21,6 +21,8 @@ from mpq.train.recipe import Recipe
 PLANS = Path(__file__).parent / "plans"
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]*$")]
 Method = Literal["float", "ptq", "dynamic", "qat"]
+UNPLANNED = ("float", "dynamic")
+"""Methods without a policy: the network as it is, and onnxruntime's own dynamic form of it."""
 
 
 class Strict(BaseModel):
@@ -96,7 +98,10 @@ class Widths(Strict):
 class Row(Strict):
     """A line of the table: a network (of several, the one that validation prefers), quantized.
 
-    A `claim` is measured on the test images in the end; other rows on validation images alone.
+    `dynamic` is what onnxruntime itself makes of the float file, all ranges found at run time: a
+    convolutional network that mpq has quantized reads floats nowhere, so it has no such form.
+    A `claim` is measured on the test images in the end; other rows on validation images alone. Of a
+    row that is not to `keep`, `rows.csv` has the figures, and its files stay with its stage.
     `seeds` are those of this row, where it takes others than the plan.
     """
 
@@ -109,6 +114,7 @@ class Row(Strict):
     teachers: tuple[str, ...] = ()
     published: float | None = None
     claim: bool = True
+    keep: bool = True
     section: str = "table"
     seeds: tuple[int, ...] = ()
 
@@ -123,8 +129,10 @@ class Row(Strict):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if (self.method == "float") == (self.policy is not None):
-            raise ValueError(f"row {self.name} must have a policy, unless its method is float")
+        if (self.method in UNPLANNED) == (self.policy is not None):
+            raise ValueError(
+                f"row {self.name} must have a policy, unless its method is {' or '.join(UNPLANNED)}"
+            )
         if (self.method == "qat") == (self.recipe is None):
             raise ValueError(f"row {self.name} must have a recipe if its method is qat, only then")
         if self.teachers and self.method != "qat":

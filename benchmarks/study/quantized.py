@@ -14,6 +14,7 @@ from mpq import files
 from mpq.analyze import cost
 from mpq.analyze.score import Scoring
 from mpq.export.bench import file_bytes, top1
+from mpq.export.peers import onnxruntime_dynamic
 from mpq.pipeline.analyzing import Analyzing, find_policy
 from mpq.pipeline.exporting import export_float, export_run
 from mpq.pipeline.quantizing import Quantized, run_ptq, run_qat
@@ -24,7 +25,7 @@ from mpq.rundir import Run
 from mpq.spec import activation_spec, weight_spec
 
 SCORED = 512
-MODEL, POLICY = "model.onnx", "policy.yaml"
+MODEL, POLICY, FLOAT = "model.onnx", "policy.yaml", "float.onnx"
 
 
 def make_row(job: Job, row: Row, *, network: Path, teachers: Sequence[Path]) -> dict[str, Any]:
@@ -34,6 +35,9 @@ def make_row(job: Job, row: Row, *, network: Path, teachers: Sequence[Path]) -> 
     found: dict[str, Any] = {"row": row.name, "seed": job.seed, "method": row.method}
     if row.method == "float":
         path = export_float(subject, job.folder / MODEL)
+    elif row.method == "dynamic":
+        source = export_float(subject, job.folder / FLOAT)
+        path = onnxruntime_dynamic(source, job.folder / MODEL)
     else:
         assert row.policy is not None
         policy = _policy(job, plan.policies[row.policy], subject)
@@ -41,7 +45,7 @@ def make_row(job: Job, row: Row, *, network: Path, teachers: Sequence[Path]) -> 
         found |= told
     epochs = plan.recipe(row.recipe).epochs if row.recipe else 0
     return found | {
-        "files": [MODEL] if row.method == "float" else [MODEL, POLICY],
+        "files": [MODEL] if row.policy is None else [MODEL, POLICY],
         "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
         "epochs": epochs,
         "images_seen": epochs * len(subject.require_data("the study").train),
@@ -56,7 +60,7 @@ def _quantize(
 ) -> Quantized:
     """With training or without, as the row says."""
     if row.recipe is None:
-        settings = PtqSettings(effort=job.plan.effort, dynamic=row.method == "dynamic")
+        settings = PtqSettings(effort=job.plan.effort)
         return run_ptq(policy, subject, settings, Run(seed=job.seed))
     training = job.training(job.plan.recipe(row.recipe), teachers)
     return run_qat(policy, subject, training, job.run(), job.hooks())

@@ -12,7 +12,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -84,7 +84,7 @@ def write(plan: Plan, shelf: Shelf, kept: Path, stages: Sequence[Stage]) -> None
     if ranked:
         files.write_json(kept / "rank.json", {"rows": ranked})
     _replace(kept / "table.md", table(plan, read_csv(kept / "rows.csv"), ranked).encode())
-    if curves := done.curves():
+    if curves := done.curves(known.values()):
         _replace(kept / "curves.json", (json.dumps(curves, indent=1) + "\n").encode())
         files.write_bytes(kept / "curves.png", png(_curve_plot(curves)))
     files.write_bytes(kept / "sizes.png", png(_size_plot(read_csv(kept / "rows.csv"))))
@@ -115,7 +115,8 @@ class _Finished:
         line |= {"test_top1": tested.get("test_top1"), "test_images": tested.get("n")}
         line["test_second_half"] = tested.get("test_second_half")
         line |= {"latency_ms": times.get("ms"), "latency_ratio": times.get("ratio")}
-        return line | {"key": stage.key[:10]} | self._files(stage, found)
+        kept = self._files(stage, found) if row.keep else {}
+        return line | {"key": stage.key[:10]} | kept
 
     def _files(self, stage: Stage, found: Result) -> Line:
         """Copies of the model, its policy and the student's checkpoint, as far as small."""
@@ -130,16 +131,43 @@ class _Finished:
         target = self.kept / "networks" / f"{network.of}-s{network.seed}.pth"
         return line | {"checkpoint": _copy(source, target)}
 
-    def curves(self) -> dict[str, list[dict[str, Any]]]:
-        """The epochs of every training, by stage."""
+    def curves(self, known: Iterable[Mapping[str, str]]) -> dict[str, list[dict[str, Any]]]:
+        """The epochs of every training, by stage: of those here, and behind rows `known`."""
+        path = self.kept / "curves.json"
+        before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        stay = behind(self.stages.values(), known)
         found = {}
-        for name in self.made:
-            if self.stages[name].kind in ("network", "row"):
-                path = next(self.shelf.folder(self.stages[name]).glob("**/metrics.jsonl"), None)
+        for name, stage in self.stages.items():
+            if name in self.made and stage.kind in ("network", "row"):
+                path = next(self.shelf.folder(stage).glob("**/metrics.jsonl"), None)
                 if path is not None:
                     epochs = map(json.loads, path.read_text(encoding="utf-8").splitlines())
                     found[name] = [{k: e.get(k) for k in _CURVE} for e in epochs]
+            if name not in found and name in stay and name in before:
+                found[name] = before[name]
         return found
+
+
+def behind(stages: Iterable[Stage], lines: Iterable[Mapping[str, str]]) -> set[str]:
+    """Names of the stages that lines of `rows.csv` rest on: a row's key has all of theirs in it."""
+    keys, order = {line["key"] for line in lines}, list(stages)
+    found = {s.name for s in order if s.kind == "row" and s.key[:10] in keys}
+    for stage in reversed(order):
+        if stage.name in found:
+            found.update(stage.needs)
+    return found
+
+
+def kept_networks(kept: Path, stages: Sequence[Stage]) -> dict[str, Path]:
+    """The students of the rows in a results folder, by the stage that would train them again."""
+    lines = read_csv(kept / "rows.csv")
+    known, students = behind(stages, lines), {line["checkpoint"] for line in lines}
+    names = {s.name: f"networks/{s.of}-s{s.seed}.pth" for s in stages if s.kind == "network"}
+    return {
+        name: kept / file
+        for name, file in names.items()
+        if name in known and file in students and (kept / file).is_file()
+    }
 
 
 _CURVE = ("epoch", "lr", "train_loss", "train_top1", "val_top1", "seconds")
@@ -225,9 +253,9 @@ def _table_row(seeds: Sequence[Mapping[str, str]]) -> str:
         reach = f"{low:.2f} to {high:.2f}"
     cells = [
         first["title"],
-        _number(tested),
+        _spread(seeds, "test_top1"),
         reach,
-        _number(_mean(seeds, "validation_top1")),
+        _spread(seeds, "validation_top1"),
         _number(_mean(seeds[:1], "published")),
         f"{int(first['bytes']):,}",
         _number(_mean(seeds, "effective_bits")),
@@ -240,6 +268,14 @@ def _table_row(seeds: Sequence[Mapping[str, str]]) -> str:
 def _mean(lines: Sequence[Mapping[str, str]], column: str) -> float | None:
     values = [float(line[column]) for line in lines if line[column]]
     return sum(values) / len(values) if values else None
+
+
+def _spread(lines: Sequence[Mapping[str, str]], column: str) -> str:
+    """The mean over seeds, with the least and the greatest where there are several."""
+    mean, values = _mean(lines, column), [float(line[column]) for line in lines if line[column]]
+    if len(values) < 2:
+        return _number(mean)
+    return f"{_number(mean)} ({min(values):.2f} to {max(values):.2f})"
 
 
 def _ranked(row: Mapping[str, Any]) -> str:

@@ -6,7 +6,7 @@ import fnmatch
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -109,7 +109,7 @@ class _Builder:
         teachers = [self.network(t, self.plan.seeds[0]) for t in row.teachers]
         widths = _content(self.plan.policies[row.policy]) if row.policy else {}
         recipe = _content(self.plan.recipe(row.recipe)) if row.recipe else {}
-        told = {"title", "published", "section", "claim", "seeds"}  # these change no number
+        told = {"title", "published", "section", "claim", "keep", "seeds"}  # these change no number
         content = {"part": row.model_dump(mode="json", exclude=told), "widths": widths}
         content |= {"recipe": recipe, "effort": self.plan.effort}
         return self.add(
@@ -139,8 +139,12 @@ def _content(part: BaseModel) -> dict[str, Any]:
     return {k: v for k, v in values.items() if k not in LATER or v != fields[k].default}
 
 
-def select(stages: Sequence[Stage], only: Iterable[str]) -> list[Stage]:
+def select(
+    stages: Sequence[Stage], only: Iterable[str], given: Collection[str] = ()
+) -> list[Stage]:
     """The stages that patterns name (all without any), with everything that they need.
+
+    Stages that are `given` need nothing.
 
     A pattern is a stage's name or a glob of it, or a kind: `row-w4a8-s0`, `network-*`, `test`.
 
@@ -160,6 +164,6 @@ def select(stages: Sequence[Stage], only: Iterable[str]) -> list[Stage]:
             )
         wanted.update(found)
     for stage in reversed(stages):
-        if stage.name in wanted:
+        if stage.name in wanted and stage.name not in given:
             wanted.update(stage.needs)
     return [s for s in stages if s.name in wanted]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ class Study:
         device: where networks are trained and scored, `cpu` or `cuda`.
         clock: when to stop.
         tell: told what is being done.
+        from_kept: students of rows in `kept` are taken from there and not trained again.
     """
 
     plan: Plan
@@ -48,6 +50,7 @@ class Study:
     device: str
     clock: Clock
     tell: networks.Tell
+    from_kept: bool = False
 
     def run(self, only: Sequence[str] = ()) -> None:
         """Make what is missing of the stages that `only` selects.
@@ -58,7 +61,8 @@ class Study:
         """
         data = networks.opened(self.plan.data)
         every = stages_of(self.plan, data_key(data))
-        stages = {s.name: s for s in select(every, only)}
+        given = results.kept_networks(self.kept, every) if self.from_kept else {}
+        stages = {s.name: s for s in select(every, only, given)}
         self._check_classes(stages.values(), len(data.classes))
         with self.shelf.locked():
             made: dict[str, Result] = {}
@@ -68,15 +72,21 @@ class Study:
                     if found is None:
                         self.clock.ask()
                         self.tell(f"[{number}/{len(stages)}] {stage.name}")
-                        found = self._finish(stage, stages, made)
+                        make = partial(self._make, stage, stages, made)
+                        if stage.name in given:
+                            make = partial(self._take, stage, given[stage.name])
+                        found = self._finish(stage, make)
                     made[stage.name] = found
             finally:
                 results.write(self.plan, self.shelf, self.kept, every)
 
-    def _finish(self, stage: Stage, stages: Mapping[str, Stage], made: dict[str, Result]) -> Result:
+    def _finish(self, stage: Stage, make: Callable[[], Result]) -> Result:
         self.shelf.begin(stage)
-        given = self._make(stage, stages, made) | results.setting(self.device)
-        return self.shelf.finish(stage, given)
+        return self.shelf.finish(stage, make() | results.setting(self.device))
+
+    def _take(self, stage: Stage, file: Path) -> Result:
+        self.tell(f"  taken from {file}")
+        return networks.take_network(self._job(stage), stage.of, file)
 
     def file(self, stage: Stage, name: str) -> Path:
         """A file of a finished stage."""
