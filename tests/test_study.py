@@ -331,6 +331,20 @@ def test_what_a_stage_needs_is_made_before_it(plan: Plan) -> None:
         select(stages, ["row-statik-s0"])
 
 
+def test_seeds_of_a_row_may_share_a_network(plan: Plan) -> None:
+    rows = [r.model_copy(update={"seeds": (0, 1)}) if r.name == "static" else r for r in plan.rows]
+    networks = [
+        n.model_copy(update={"seed": 0}) if n.name == "taught" else n for n in plan.networks
+    ]
+    one = plan.model_copy(update={"rows": tuple(rows), "networks": tuple(networks)})
+    stages = {s.name: s for s in stages_of(one, "")}
+    assert stages["row-static-s1"].needs == stages["row-static-s0"].needs == ("network-taught-s0",)
+    before = {s.name: s.key for s in stages_of(plan, "")}
+    assert stages["row-static-s0"].key == before["row-static-s0"]
+    each = plan.model_copy(update={"rows": tuple(rows)})
+    assert "network-taught-s1" in {s.name for s in stages_of(each, "")}
+
+
 def test_what_was_made_stays_made_when_recipes_and_policies_get_new_choices() -> None:
     """Keys of work that is kept: where this fails, name the new choice in `stages.LATER`."""
     found = stages_of(Plan.load(PLANS / "cifar10-resnet20.yaml"), "")

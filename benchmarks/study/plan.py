@@ -50,7 +50,8 @@ class Network(Strict):
     """A float network: read from `checkpoint`, or trained by `recipe`.
 
     A relative `checkpoint` lies beside the plan, or in `checkpoints/` of `$MPQ_DATA`. Training
-    begins at random, or from the network `start`; with `teachers` it is distilled.
+    begins at random, or from the network `start`; with `teachers` it is distilled. It is trained
+    anew for each seed of a row, unless it names the `seed` that all of them take.
     """
 
     name: Name
@@ -60,6 +61,7 @@ class Network(Strict):
     start: str | None = None
     recipe: str | None = None
     teachers: tuple[str, ...] = ()
+    seed: int | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -86,7 +86,7 @@ def write(plan: Plan, shelf: Shelf, kept: Path, stages: Sequence[Stage]) -> None
     _replace(kept / "table.md", table(plan, read_csv(kept / "rows.csv"), ranked).encode())
     if curves := done.curves(known.values()):
         _replace(kept / "curves.json", (json.dumps(curves, indent=1) + "\n").encode())
-        files.write_bytes(kept / "curves.png", png(_curve_plot(curves)))
+        files.write_bytes(kept / "curves.png", png(_curve_plot(plan, curves)))
     files.write_bytes(kept / "sizes.png", png(_size_plot(read_csv(kept / "rows.csv"))))
 
 
@@ -289,15 +289,28 @@ def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}"
 
 
-def _curve_plot(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
-    figure = Figure(figsize=(8, 5))
+def _curve_plot(plan: Plan, curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
+    """Validation by hours of training, those of the network that it began with included.
+
+    A line is the mean over seeds. Answers that were kept are not computed again, so the first
+    epochs of a first student are the long ones.
+    """
+    before = {f"network-{n.name}": f"network-{n.start}" for n in plan.networks if n.start}
+    before |= {f"row-{r.name}": f"network-{r.networks[0]}" for r in plan.rows if r.recipe}
+    figure = Figure(figsize=(10, 5), layout="constrained")
     axes = figure.subplots()
-    for name, epochs in curves.items():
-        key = "val_top1" if epochs and epochs[0]["val_top1"] is not None else "train_top1"
-        values = [np.nan if e[key] is None else e[key] for e in epochs]
-        axes.plot(range(1, len(epochs) + 1), values, label=name)
-    axes.set(xlabel="epoch", ylabel="top-1 in percent, validation")
-    axes.legend(fontsize=6)
+    ends: dict[str, float] = {}
+    for name in dict.fromkeys(stage.rpartition("-s")[0] for stage in curves):
+        seeds = [e for stage, e in curves.items() if stage.rpartition("-s")[0] == name]
+        shown = np.array([[e["val_top1"] for e in epochs] for epochs in seeds], dtype=float)
+        seconds = np.mean([[e["seconds"] for e in epochs] for epochs in seeds], axis=0)
+        hours = np.cumsum(seconds) / 3600 + ends.get(before.get(name, ""), 0.0)
+        ends[name] = hours[-1]
+        if not np.isnan(shown).all():
+            axes.plot(hours, shown.mean(axis=0), ".-", label=name.partition("-")[2])
+    axes.set(xlabel="hours of training", ylabel="top-1 in percent, validation")
+    axes.grid(alpha=0.3)
+    figure.legend(fontsize=7, loc="outside right upper")
     return figure
 
 

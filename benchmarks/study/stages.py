@@ -95,11 +95,14 @@ class _Builder:
 
     def network(self, name: str, seed: int) -> str:
         part = self.plan.network(name)
-        seed = seed if part.recipe else self.plan.seeds[0]  # a file is the same for every seed
+        if part.recipe is None:
+            seed = self.plan.seeds[0]  # a file is the same for every seed
+        elif part.seed is not None:
+            seed = part.seed
         teachers = [self.network(t, self.plan.seeds[0]) for t in part.teachers]
         start = [self.network(part.start, seed)] if part.start else []
         recipe = _content(self.plan.recipe(part.recipe)) if part.recipe else {}
-        content = {"part": part.model_dump(mode="json"), "recipe": recipe}
+        content = {"part": part.model_dump(mode="json", exclude={"seed"}), "recipe": recipe}
         return self.add(
             "network", f"network-{name}-s{seed}", name, seed, [*teachers, *start], content
         )
