@@ -148,6 +148,8 @@ def test_first_and_last_layer_are_spared_as_in_published_tables(
     assert list(widths) == ["conv1", "linear"]
     assert set(widths.values()) == {8}
     assert policy.default.weight.bits == policy.default.activation.bits == 4
+    assert policy.model.checkpoint == "../networks/taught-s0.pth"  # wherever the results lie
+    assert (kept / "files" / policy.model.checkpoint).is_file()
 
 
 def test_a_finished_study_does_nothing(plan: Plan, made: tuple[Path, Path, list[str]]) -> None:

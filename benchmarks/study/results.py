@@ -29,6 +29,7 @@ from benchmarks.study.shelf import Result, Shelf, claim
 from benchmarks.study.stages import Stage, slug
 from mpq import files
 from mpq.cpu import this_cpu
+from mpq.policy import Policy
 from mpq.report.plots import png
 from mpq.targets import this_target
 
@@ -119,17 +120,23 @@ class _Finished:
         return line | {"key": stage.key[:10]} | kept
 
     def _files(self, stage: Stage, found: Result) -> Line:
-        """Copies of the model, its policy and the student's checkpoint, as far as small."""
-        line: Line = {}
-        name = f"{stage.of}-s{stage.seed}"
-        folder = self.shelf.folder(stage)
-        if found["method"] != "float":
-            line["file"] = _copy(folder / quantized.MODEL, self.kept / "files" / f"{name}.onnx")
-            _copy(folder / quantized.POLICY, self.kept / "files" / f"{name}.yaml")
+        """Copies of the model, its policy and the student's checkpoint, as far as small.
+
+        The policy names the checkpoint beside it, if that is kept.
+        """
+        name, folder = f"{stage.of}-s{stage.seed}", self.shelf.folder(stage)
         network = self.stages[found["network_stage"]]
         source = self.shelf.folder(network) / networks.FILE
         target = self.kept / "networks" / f"{network.of}-s{network.seed}.pth"
-        return line | {"checkpoint": _copy(source, target)}
+        line: Line = {"checkpoint": _copy(source, target)}
+        if found["method"] != "float":
+            line["file"] = _copy(folder / quantized.MODEL, self.kept / "files" / f"{name}.onnx")
+        if (folder / quantized.POLICY).is_file():
+            policy = Policy.load(folder / quantized.POLICY)
+            beside = f"../{line['checkpoint']}" if line["checkpoint"] else ""
+            text = policy.replace(model=policy.model.replace(checkpoint=beside)).to_yaml()
+            _replace(self.kept / "files" / f"{name}.yaml", text.encode())
+        return line
 
     def curves(self, known: Iterable[Mapping[str, str]]) -> dict[str, list[dict[str, Any]]]:
         """The epochs of every training, by stage: of those here, and behind rows `known`."""
