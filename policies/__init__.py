@@ -2,7 +2,7 @@
 
 They name no target: they are for the computer that reads them.
 `resnet20-cifar10-4.8bit.yaml` is what `mpq analyze` found for a ResNet-20; it names the hash of the
-weights that it was made for.
+weights that it was made for. Those with a budget and what was seen at their head are the study's.
 """
 
 from __future__ import annotations
