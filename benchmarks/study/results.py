@@ -297,26 +297,30 @@ def _number(value: float | None) -> str:
 
 
 def _curve_plot(plan: Plan, curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
-    """Validation by hours of training, those of the network that it began with included.
+    """Validation by epochs and by hours of training, those of the network before it included.
 
-    A line is the mean over seeds. Answers that were kept are not computed again, so the first
-    epochs of a first student are the long ones.
+    A line is the mean over seeds. Hours are those of the clock: the first student pays for answers
+    that others find kept.
     """
     before = {f"network-{n.name}": f"network-{n.start}" for n in plan.networks if n.start}
     before |= {f"row-{r.name}": f"network-{r.networks[0]}" for r in plan.rows if r.recipe}
-    figure = Figure(figsize=(10, 5), layout="constrained")
-    axes = figure.subplots()
-    ends: dict[str, float] = {}
+    figure = Figure(figsize=(12, 5), layout="constrained")
+    by_epoch, by_hour = figure.subplots(1, 2, sharey=True)
+    ends: dict[str, tuple[float, float]] = {}
     for name in dict.fromkeys(stage.rpartition("-s")[0] for stage in curves):
         seeds = [e for stage, e in curves.items() if stage.rpartition("-s")[0] == name]
         shown = np.array([[e["val_top1"] for e in epochs] for epochs in seeds], dtype=float)
         seconds = np.mean([[e["seconds"] for e in epochs] for epochs in seeds], axis=0)
-        hours = np.cumsum(seconds) / 3600 + ends.get(before.get(name, ""), 0.0)
-        ends[name] = hours[-1]
+        epoch, hour = ends.get(before.get(name, ""), (0.0, 0.0))
+        epochs, hours = epoch + 1 + np.arange(len(seconds)), hour + np.cumsum(seconds) / 3600
+        ends[name] = epochs[-1], hours[-1]
         if not np.isnan(shown).all():
-            axes.plot(hours, shown.mean(axis=0), ".-", label=name.partition("-")[2])
-    axes.set(xlabel="hours of training", ylabel="top-1 in percent, validation")
-    axes.grid(alpha=0.3)
+            by_epoch.plot(epochs, shown.mean(axis=0), ".-", label=name.partition("-")[2])
+            by_hour.plot(hours, shown.mean(axis=0), ".-")
+    by_epoch.set(xlabel="epochs", ylabel="top-1 in percent, validation")
+    by_hour.set(xlabel="hours")
+    for axes in (by_epoch, by_hour):
+        axes.grid(alpha=0.3)
     figure.legend(fontsize=7, loc="outside right upper")
     return figure
 
