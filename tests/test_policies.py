@@ -1,24 +1,12 @@
 from __future__ import annotations
 
-import csv
-import re
-from pathlib import Path
-
 import pytest
 
 from mpq import policies
 from mpq.errors import PolicyError
 from mpq.graph.passes import to_float
 from mpq.pipeline.subject import DataSource, policy_subject
-from mpq.policy import Policy
 from mpq.wide import take_form
-
-ROOT = Path(__file__).parents[1]
-STUDIED = {
-    path: found.groups()
-    for path in sorted((ROOT / "policies").glob("*.yaml"))
-    if (found := re.search(r"benchmarks\.study (\S+) --only test-(\S+)-s0", path.read_text()))
-}
 
 
 def test_every_ready_made_policy_loads() -> None:
@@ -42,21 +30,6 @@ def test_both_forms_of_16_bits_are_there() -> None:
 def test_unknown_name_offers_the_nearest() -> None:
     with pytest.raises(PolicyError, match=r"must be one of .*did you mean w4a8"):
         policies.load("w4a")
-
-
-@pytest.mark.parametrize("path", STUDIED, ids=lambda path: path.stem)
-def test_policies_of_the_study_say_what_its_rows_say(path: Path) -> None:
-    plan, name = STUDIED[path]
-    results = ROOT / "benchmarks" / "results" / plan
-    with (results / "rows.csv").open(newline="", encoding="utf-8") as file:
-        row = next(r for r in csv.DictReader(file) if r["row"] == name and r["seed"] == "0")
-    text = path.read_text()
-    assert f"# Seen: {float(row['test_top1']):.2f} % of 10,000 test images" in text
-    assert f", {int(row['bytes']):,} bytes." in text
-    policy, kept = Policy.load(path), Policy.load(results / "files" / f"{name}-s0.yaml")
-    assert policy.replace(model=kept.model) == kept
-    assert (path.parent / policy.model.checkpoint).resolve() == results / row["checkpoint"]
-    assert (results / row["checkpoint"]).is_file()
 
 
 def test_resnet20_policy_is_for_the_checkpoint(mpq_data) -> None:  # type: ignore[no-untyped-def]

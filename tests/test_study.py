@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -399,6 +400,7 @@ def test_what_is_worth_most_comes_back_first(made: tuple[Path, Path, list[str]])
     ends = [Path(name).name for name in names]
     assert ends.index("done.json") < ends.index("model.onnx") < ends.index("model.pth")
     assert not any(n.startswith("row-float") and n.endswith("model.onnx") for n in names)
+    assert any(n.startswith("row-dynamic") and n.endswith("model.onnx") for n in names)
     assert not any(n.endswith("checkpoint.pth") for n in names)  # all trainings are over
     taken, left = parcel.within(entries, 60_000)
     assert taken
@@ -463,6 +465,28 @@ def test_the_study_prints_the_tables_of_its_results(rows: Path) -> None:
 def _ranked(folder: Path) -> Any:
     path = folder / "rank.json"
     return json.loads(path.read_text())["rows"] if path.is_file() else ()
+
+
+STUDIED = {
+    path: found.groups()
+    for path in sorted((ROOT / "policies").glob("*.yaml"))
+    if (found := re.search(r"benchmarks\.study (\S+) --only test-(\S+)-s0", path.read_text()))
+}
+
+
+@pytest.mark.parametrize("path", STUDIED, ids=lambda path: path.stem)
+def test_policies_of_the_study_say_what_its_rows_say(path: Path) -> None:
+    plan, name = STUDIED[path]
+    kept = ROOT / "benchmarks" / "results" / plan
+    rows = results.read_csv(kept / "rows.csv")
+    row = next(r for r in rows if r["row"] == name and r["seed"] == "0")
+    text = path.read_text()
+    assert f"# Seen: {float(row['test_top1']):.2f} % of 10,000 test images" in text
+    assert f", {int(row['bytes']):,} bytes." in text
+    policy, found = Policy.load(path), Policy.load(kept / "files" / f"{name}-s0.yaml")
+    assert policy.replace(model=found.model) == found
+    assert (path.parent / policy.model.checkpoint).resolve() == kept / row["checkpoint"]
+    assert (kept / row["checkpoint"]).is_file()
 
 
 def test_the_smallest_kept_file_is_as_it_was_measured(mpq_data: Path) -> None:

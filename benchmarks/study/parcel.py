@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import os
 import re
 import tarfile
@@ -72,11 +73,15 @@ def _rank(path: Path, name: str) -> int:
     if name.startswith("answers/"):
         return 4
     if path.name == "model.onnx":
-        quantized = (path.parent / "policy.yaml").is_file()
-        return 1 if quantized else _LEFT_OUT
+        return 1 if _quantized(path.parent / DONE) else _LEFT_OUT
     if path.name == "model.pth":
         return 2
     return 3 if (path.name in ("checkpoint.pth", "trained.pth")) and _open(path) else _LEFT_OUT
+
+
+def _quantized(done: Path) -> bool:
+    """Whether a finished row has another file than its float network's."""
+    return done.is_file() and json.loads(done.read_text(encoding="utf-8"))["method"] != "float"
 
 
 def _open(path: Path) -> bool:
