@@ -1,8 +1,9 @@
 """Ready-made policies: `load("w4a8")` is uniform and fits any network.
 
-They name no target: they are for the computer that reads them.
+Uniform ones name no target: they are for the computer that reads them.
 `resnet20-cifar10-4.8bit.yaml` is what `mpq analyze` found for a ResNet-20; it names the hash of the
-weights that it was made for. Those with a budget and what was seen at their head are the study's.
+weights that it was made for. Those with what was seen at their head are the study's, of its
+checkpoints in `benchmarks/results` and for CPUs with VNNI.
 """
 
 from __future__ import annotations

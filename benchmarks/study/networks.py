@@ -158,11 +158,12 @@ def make_network(
     part, data = job.plan.network(name), job.plan.data
     begun = time.perf_counter()
     if part.recipe is None:
-        subject, epochs = _read(part, data), 0
+        subject = _read(part, data)
     else:
         recipe = job.plan.recipe(part.recipe)
-        subject, epochs = _trained(job, part, recipe, start, teachers), recipe.epochs
-    keep(job.folder / FILE, subject, {"epochs": epochs, "seed": job.seed})
+        subject = _trained(job, part, recipe, start, teachers)
+    metrics = {"epochs": job.plan.epochs(part.recipe), "seed": job.seed}
+    keep(job.folder / FILE, subject, metrics)
     return _told(job, part) | {"seconds": round(time.perf_counter() - begun, 1)}
 
 
@@ -175,7 +176,7 @@ def take_network(job: Job, name: str, file: Path) -> dict[str, Any]:
 def _told(job: Job, part: Network) -> dict[str, Any]:
     """What is known of a network whose file is there."""
     found = load_subject(job.folder / FILE, job.plan.data)
-    epochs = job.plan.recipe(part.recipe).epochs if part.recipe else 0
+    epochs = job.plan.epochs(part.recipe)
     return {
         "files": [FILE],
         "network": part.name,

@@ -192,6 +192,10 @@ class Plan(Strict):
         values = dict(self.recipes[name])
         return Recipe.load(str(values.pop("base", "plain"))).override(values)
 
+    def epochs(self, recipe: str | None) -> int:
+        """Epochs of a recipe of the plan; 0 without one."""
+        return 0 if recipe is None else self.recipe(recipe).epochs
+
     def code(self) -> list[str]:
         """The functions that build its networks, `package.module:function`, where it names some."""
         return [n.arch for n in self.networks if n.arch and ":" in n.arch]

@@ -43,7 +43,7 @@ def make_row(job: Job, row: Row, *, network: Path, teachers: Sequence[Path]) -> 
         policy = _policy(job, plan.policies[row.policy], subject)
         path, told = _export(_quantize(job, row, policy, subject, teachers), job.folder)
         found |= told
-    epochs = plan.recipe(row.recipe).epochs if row.recipe else 0
+    epochs = plan.epochs(row.recipe)
     return found | {
         "files": [MODEL] if row.policy is None else [MODEL, POLICY],
         "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),

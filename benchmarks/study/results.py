@@ -1,6 +1,6 @@
 """Results that stay: rows, table, curves, and the files that they were measured on.
 
-Everything here is written from the stages' `done.json`, again after each stage; a file whose bytes
+Everything here is written from the stages' `done.json`, when a run ends; a file whose bytes
 are the same is left alone.
 """
 

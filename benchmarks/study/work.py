@@ -1,4 +1,4 @@
-"""The study at work: one stage after another, and the results written after each."""
+"""The study at work: one stage after another, and the results written when a run ends."""
 
 from __future__ import annotations
 
