@@ -48,7 +48,8 @@ rows:
   - {name: float, network: [scratch, taught]}
   - {name: static, network: taught, policy: narrow, method: ptq, claim: false, published: 90.5}
   - {name: dynamic, network: taught, method: dynamic, claim: false, keep: false}
-  - {name: mixed, network: taught, policy: mixed, method: qat, recipe: tune, teachers: [teacher]}
+  - {name: mixed, network: taught, policy: mixed, method: qat, recipe: tune, teachers: [teacher],
+     unlabelled: digits}
 effort: fast
 latency_runs: 1
 rank: {candidates: [resnet8], recipe: taught}
@@ -124,7 +125,7 @@ def test_rows_say_what_was_done_on_what(made: tuple[Path, Path, list[str]]) -> N
     assert rows["static"]["test_top1"] == ""  # no claim: the test images were not read for it
     assert float(rows["mixed"]["test_top1"]) >= 0
     assert rows["mixed"]["epochs"] == "2"
-    assert rows["mixed"]["images_seen"] == "128"
+    assert rows["mixed"]["images_seen"] == "192"  # 64 by the student, 64 and 64 without labels
     assert float(rows["mixed"]["effective_bits"]) <= 5
     assert float(rows["static"]["integer_coverage"]) == 1
     assert int(rows["static"]["bytes"]) == (kept / rows["static"]["file"]).stat().st_size
@@ -273,6 +274,7 @@ def test_a_full_disk_leaves_what_was_finished(
          r"network taught names 'techer', which must be a network above it.*did you mean"),
         (("recipe: tune, teachers", "recipe: tunes, teachers"), r"row mixed: recipe names 'tunes'"),
         (("policy: narrow, method: ptq", "method: ptq"), r"row static must have a policy"),
+        (("teachers: [teacher],\n", "\n"), r"row mixed must have teachers to say what"),
         (("name: static", "name: mixed"), r"rows must have different names. Got mixed twice"),
         (("epochs: 2,", "epochs: 0,"), r"epochs: Input should be greater than or equal to 1"),
         (("{uniform: [4, 4], ends: 8, residual: 8}", "{}"),

@@ -20,8 +20,8 @@ from benchmarks.study.clock import Clock
 from benchmarks.study.plan import Data, Network, Plan, checkpoint_file
 from mpq import files
 from mpq.checkpoint import Reading, load_model, save_model
-from mpq.data import DataSet, Normalization, open_data, sample_indices
-from mpq.data.dataset import subset
+from mpq.data import DataSet, Normalization, open_data, open_unlabelled, sample_indices
+from mpq.data.dataset import Split, subset
 from mpq.pipeline.subject import DataSource, Subject, open_checkpoint
 from mpq.pipeline.training import initial_weights, new_subject, run_train
 from mpq.rundir import Run
@@ -96,14 +96,26 @@ def shaped(found: DataSet, data: Data) -> DataSet:
     """The splits as the plan wants them: what is chosen on, and how many images."""
     if data.choose != "holdout":
         found = replace(found, validation=subset(found.test, np.arange(len(found.test) // 2)))
+    if data.train:
+        found = replace(found, train=_some(found.train, data.train))
     if not data.limit:
         return found
     fewer = {
-        name: subset(split, sample_indices(split, data.limit, 0))
+        name: _some(split, data.limit)
         for name in ("train", "validation", "test")
         if len(split := getattr(found, name))
     }
     return replace(found, **fewer)
+
+
+def _some(split: Split, count: int) -> Split:
+    return subset(split, sample_indices(split, count, 0))
+
+
+def with_more(subject: Subject, name: str, data: Data) -> Subject:
+    """The subject with the images under a name to learn beside its own, without labels."""
+    more = open_unlabelled(name, size=subject.info.input)
+    return replace(subject, unlabelled=_some(more, data.limit) if data.limit else more)
 
 
 def opened(data: Data) -> DataSet:

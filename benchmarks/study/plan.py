@@ -37,13 +37,15 @@ class Data(Strict):
     `holdout` training images are kept out to choose by. Where a network saw them all, `choose:
     first half of test` chooses on the first half of the test images by official index; the figure
     on the other half then stands beside the one on all. `limit` takes so many training images only
-    (and of the others as many at most): a rehearsal, not a result.
+    (and of the others as many at most): a rehearsal, not a result. `train` takes so many training
+    images, each class equally often, and all others.
     """
 
     name: str
     holdout: int = Field(default=5000, ge=0)
     choose: Literal["holdout", "first half of test"] = "holdout"
     limit: int = Field(default=0, ge=0)
+    train: int = Field(default=0, ge=0)
 
 
 class Network(Strict):
@@ -104,7 +106,8 @@ class Row(Strict):
     convolutional network that mpq has quantized reads floats nowhere, so it has no such form.
     A `claim` is measured on the test images in the end; other rows on validation images alone. Of a
     row that is not to `keep`, `rows.csv` has the figures, and its files stay with its stage.
-    `seeds` are those of this row, where it takes others than the plan.
+    `seeds` are those of this row, where it takes others than the plan. `unlabelled` names more
+    images to learn, as for `--unlabelled`: of them only teachers speak.
     """
 
     name: Name
@@ -114,6 +117,7 @@ class Row(Strict):
     method: Method = "float"
     recipe: str | None = None
     teachers: tuple[str, ...] = ()
+    unlabelled: str | None = None
     published: float | None = None
     claim: bool = True
     keep: bool = True
@@ -139,6 +143,8 @@ class Row(Strict):
             raise ValueError(f"row {self.name} must have a recipe if its method is qat, only then")
         if self.teachers and self.method != "qat":
             raise ValueError(f"row {self.name} has teachers, but its method {self.method} no use")
+        if self.unlabelled and not self.teachers:
+            raise ValueError(f"row {self.name} must have teachers to say what its unlabelled are")
         return self
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.study.networks import Job, load_subject
+from benchmarks.study.networks import Job, load_subject, with_more
 from benchmarks.study.plan import Row, Widths
 from mpq import files
 from mpq.analyze import cost
@@ -32,6 +32,8 @@ def make_row(job: Job, row: Row, *, network: Path, teachers: Sequence[Path]) -> 
     """Make the file of a row from the network in `network`; returns what is known of it."""
     begun = time.perf_counter()
     plan, subject = job.plan, load_subject(network, job.plan.data)
+    if row.unlabelled:
+        subject = with_more(subject, row.unlabelled, plan.data)
     found: dict[str, Any] = {"row": row.name, "seed": job.seed, "method": row.method}
     if row.method == "float":
         path = export_float(subject, job.folder / MODEL)
@@ -48,7 +50,8 @@ def make_row(job: Job, row: Row, *, network: Path, teachers: Sequence[Path]) -> 
         "files": [MODEL] if row.policy is None else [MODEL, POLICY],
         "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
         "epochs": epochs,
-        "images_seen": epochs * len(subject.require_data("the study").train),
+        "images_seen": epochs
+        * (len(subject.require_data("the study").train) + len(subject.unlabelled or ())),
         "bytes": file_bytes(path),
         "validation_top1": measured(path, subject, "validation"),
         "seconds": round(time.perf_counter() - begun, 1),

@@ -113,6 +113,7 @@ class _Builder:
         widths = _content(self.plan.policies[row.policy]) if row.policy else {}
         recipe = _content(self.plan.recipe(row.recipe)) if row.recipe else {}
         told = {"title", "published", "section", "claim", "keep", "seeds"}  # these change no number
+        told |= set() if row.unlabelled else {"unlabelled"}  # came when work had been made
         content = {"part": row.model_dump(mode="json", exclude=told), "widths": widths}
         content |= {"recipe": recipe, "effort": self.plan.effort}
         return self.add(
