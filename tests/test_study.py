@@ -192,6 +192,23 @@ def test_rows_stay_where_their_stages_are_gone(
     assert (kept / "rows.csv").read_bytes() == before
 
 
+def test_lines_follow_what_the_plan_says_of_their_rows(
+    plan: Plan, made: tuple[Path, Path, list[str]], tmp_path: Path
+) -> None:
+    copy = tmp_path / "kept"
+    shutil.copytree(made[1], copy)
+    changed = {"title": "other", "keep": False}
+    rows = [r.model_copy(update=changed) if r.name == "static" else r for r in plan.rows]
+    other = plan.model_copy(update={"rows": tuple(rows)})
+    bare = Shelf(tmp_path / "bare", plan.name)
+    results.write(other, bare, copy, stages_of(other, data_of(other)))
+    found = {row["row"]: row for row in results.read_csv(copy / "rows.csv")}
+    assert found["static"]["title"] == "other"
+    assert not found["static"]["file"]
+    assert not found["static"]["checkpoint"]
+    assert found["mixed"]["file"]
+
+
 def test_kept_students_spare_their_training(
     plan: Plan, made: tuple[Path, Path, list[str]], tmp_path: Path
 ) -> None:
@@ -462,6 +479,26 @@ def test_the_study_prints_the_tables_of_its_results(rows: Path) -> None:
     lines = results.read_csv(rows)
     assert {row["row"] for row in lines} <= {row.name for row in found.rows}
     assert table == results.table(found, lines, _ranked(rows.parent))
+
+
+def test_accuracies_in_the_text_are_those_of_rows() -> None:
+    plans = [Plan.load(path) for path in PLANS.glob("*.yaml")]
+    known = {f"{row.published:.2f}" for plan in plans for row in plan.rows if row.published}
+    for path in RESULTS:
+        known.update(FIGURE.findall((path.parent / "table.md").read_text(encoding="utf-8")))
+        for line in results.read_csv(path):
+            seen = [line["validation_top1"], line["test_top1"]]
+            known.update(f"{float(top1):.2f}" for top1 in seen if top1)
+    for page in ("docs/study.md", "docs/results.md", "README.md"):
+        text = (ROOT / page).read_text(encoding="utf-8")
+        text = re.sub(r"<!-- results: .*?<!-- end -->", "", text, flags=re.DOTALL)
+        if page != "docs/study.md":  # the sentences there that are of the study
+            text = "".join(t for t in re.split(r"(?<=\.)\s|\n\|", text) if "study.md" in t)
+        assert set(FIGURE.findall(text)) <= known, page
+
+
+FIGURE = re.compile(r"(?<![\d.,+-])[5-9]\d\.\d\d(?!\d)")
+"""A top-1 in percent, with two decimals."""
 
 
 def _ranked(folder: Path) -> Any:

@@ -75,7 +75,7 @@ def write(plan: Plan, shelf: Shelf, kept: Path, stages: Sequence[Stage]) -> None
     claim(kept, plan.name)
     known = {line["key"]: line for line in read_csv(kept / "rows.csv")}
     found = {s: done.line(s) if s.name in done.made else known.get(s.key[:10]) for s in rows}
-    lines = [line for line in found.values() if line is not None]
+    lines = [_as_planned(plan, line) for line in found.values() if line is not None]
     if not lines:
         return
     told = plan.model_dump(mode="json", exclude_defaults=True)
@@ -89,6 +89,13 @@ def write(plan: Plan, shelf: Shelf, kept: Path, stages: Sequence[Stage]) -> None
         _replace(kept / "curves.json", (json.dumps(curves, indent=1) + "\n").encode())
         files.write_bytes(kept / "curves.png", png(_curve_plot(plan, curves)))
     files.write_bytes(kept / "sizes.png", png(_size_plot(read_csv(kept / "rows.csv"))))
+
+
+def _as_planned(plan: Plan, line: Line) -> Line:
+    """A line with what the plan says of its row today and no key depends on."""
+    row = next(r for r in plan.rows if r.name == line["row"])
+    told = {"title": row.title or row.name, "section": row.section, "published": row.published}
+    return line | told | ({} if row.keep else {"file": None, "checkpoint": None})
 
 
 class _Finished:
@@ -110,8 +117,7 @@ class _Finished:
         tested = self.made.get(f"test-{stage.of}-s{stage.seed}", {})
         line: Line = dict.fromkeys(COLUMNS)
         line |= {k: v for k, v in found.items() if k in line}
-        line |= {"title": row.title or row.name, "section": row.section, "policy": row.policy}
-        line |= {"epochs": found["epochs"] + student["epochs"], "published": row.published}
+        line |= {"policy": row.policy, "epochs": found["epochs"] + student["epochs"]}
         line["images_seen"] = found["images_seen"] + student["images_seen"]
         line |= {"test_top1": tested.get("test_top1"), "test_images": tested.get("n")}
         line["test_second_half"] = tested.get("test_second_half")
