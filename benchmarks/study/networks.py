@@ -20,7 +20,7 @@ from benchmarks.study.clock import Clock
 from benchmarks.study.plan import Data, Network, Plan, checkpoint_file
 from mpq import files
 from mpq.checkpoint import Reading, load_model, save_model
-from mpq.data import DataSet, Normalization, open_data, open_unlabelled, sample_indices
+from mpq.data import DataSet, Normalization, open_data, sample_indices
 from mpq.data.dataset import Split, subset
 from mpq.pipeline.subject import DataSource, Subject, open_checkpoint
 from mpq.pipeline.training import initial_weights, new_subject, run_train
@@ -112,22 +112,19 @@ def _some(split: Split, count: int) -> Split:
     return subset(split, sample_indices(split, count, 0))
 
 
-def with_more(subject: Subject, name: str, data: Data) -> Subject:
-    """The subject with the images under a name to learn beside its own, without labels."""
-    more = open_unlabelled(name, size=subject.info.input)
-    return replace(subject, unlabelled=_some(more, data.limit) if data.limit else more)
-
-
 def opened(data: Data) -> DataSet:
     """The plan's images."""
     source = source_of(data)
     return shaped(open_data(data.name, holdout=source.holdout), data)
 
 
-def load_subject(path: Path, data: Data) -> Subject:
-    """A network that a stage kept, with the plan's images."""
-    subject = open_checkpoint(path, source_of(data))
-    return replace(subject, data=shaped(subject.require_data("the study"), data))
+def load_subject(path: Path, data: Data, unlabelled: str | None = None) -> Subject:
+    """A network that a stage kept, with the plan's images, and more to learn without labels."""
+    subject = open_checkpoint(path, replace(source_of(data), unlabelled=unlabelled))
+    more = subject.unlabelled
+    if more is not None and data.limit:
+        more = _some(more, data.limit)
+    return replace(subject, data=shaped(subject.require_data("the study"), data), unlabelled=more)
 
 
 def teachers_of(paths: Sequence[Path]) -> Ensemble | None:

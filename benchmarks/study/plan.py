@@ -210,6 +210,10 @@ class Plan(Strict):
         """A network by name."""
         return next(n for n in self.networks if n.name == name)
 
+    def row(self, name: str) -> Row:
+        """A row by name."""
+        return next(r for r in self.rows if r.name == name)
+
     def rehearsal(self, images: int) -> Plan:
         """The same stages on so few images, one epoch each: to see that all of it runs."""
         short = {"epochs": 1, "cycle": 0, "progressive_epochs": 0, "warmup_epochs": 0}

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.study.networks import Job, load_subject, with_more
+from benchmarks.study.networks import Job, load_subject
 from benchmarks.study.plan import Row, Widths
 from mpq import files
 from mpq.analyze import cost
@@ -31,9 +31,7 @@ MODEL, POLICY, FLOAT = "model.onnx", "policy.yaml", "float.onnx"
 def make_row(job: Job, row: Row, *, network: Path, teachers: Sequence[Path]) -> dict[str, Any]:
     """Make the file of a row from the network in `network`; returns what is known of it."""
     begun = time.perf_counter()
-    plan, subject = job.plan, load_subject(network, job.plan.data)
-    if row.unlabelled:
-        subject = with_more(subject, row.unlabelled, plan.data)
+    plan, subject = job.plan, load_subject(network, job.plan.data, row.unlabelled)
     found: dict[str, Any] = {"row": row.name, "seed": job.seed, "method": row.method}
     if row.method == "float":
         path = export_float(subject, job.folder / MODEL)

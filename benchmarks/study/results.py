@@ -93,7 +93,7 @@ def write(plan: Plan, shelf: Shelf, kept: Path, stages: Sequence[Stage]) -> None
 
 def _as_planned(plan: Plan, line: Line) -> Line:
     """A line with what the plan says of its row today and no key depends on."""
-    row = next(r for r in plan.rows if r.name == line["row"])
+    row = plan.row(line["row"])
     told = {"title": row.title or row.name, "section": row.section, "published": row.published}
     return line | told | ({} if row.keep else {"file": None, "checkpoint": None})
 
@@ -110,7 +110,7 @@ class _Finished:
     def line(self, stage: Stage) -> Line:
         """One line of `rows.csv`, with its files put beside it."""
         found = self.made[stage.name]
-        row = next(r for r in self.plan.rows if r.name == stage.of)
+        row = self.plan.row(stage.of)
         student = self.made[found["network_stage"]]
         measured = self.made.get(f"latency-{slug(row.section)}", {})
         times = measured.get("times", {}).get(row.name, {})

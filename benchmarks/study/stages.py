@@ -16,9 +16,9 @@ from benchmarks.study.plan import Plan, Row
 from mpq.errors import UsageError, nearest
 
 Kind = Literal["speed", "network", "row", "rank", "latency", "test"]
-LATER = ("epoch_steps", "ends", "residual")
-"""Choices of recipes and policies that came when work had been made: a key has them where they are
-taken, so that what was made before them stays made."""
+LATER = ("epoch_steps", "ends", "residual", "unlabelled")
+"""Choices of recipes, policies and rows that came when work had been made: a key has them where
+they are taken, so that what was made before them stays made."""
 
 
 @dataclass(frozen=True)
@@ -113,8 +113,7 @@ class _Builder:
         widths = _content(self.plan.policies[row.policy]) if row.policy else {}
         recipe = _content(self.plan.recipe(row.recipe)) if row.recipe else {}
         told = {"title", "published", "section", "claim", "keep", "seeds"}  # these change no number
-        told |= set() if row.unlabelled else {"unlabelled"}  # came when work had been made
-        content = {"part": row.model_dump(mode="json", exclude=told), "widths": widths}
+        content = {"part": _content(row, told), "widths": widths}
         content |= {"recipe": recipe, "effort": self.plan.effort}
         return self.add(
             "row", f"row-{row.name}-s{seed}", row.name, seed, [*networks, *teachers], content
@@ -136,10 +135,10 @@ class _Builder:
         return name
 
 
-def _content(part: BaseModel) -> dict[str, Any]:
+def _content(part: BaseModel, exclude: set[str] | None = None) -> dict[str, Any]:
     """The choices of a part of a plan that go into a key."""
     fields = type(part).model_fields
-    values = part.model_dump(mode="json")
+    values = part.model_dump(mode="json", exclude=exclude)
     return {k: v for k, v in values.items() if k not in LATER or v != fields[k].default}
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from benchmarks.study import networks, quantized, results
 from benchmarks.study.clock import Clock
-from benchmarks.study.plan import Plan, Row
+from benchmarks.study.plan import Plan
 from benchmarks.study.shelf import Result, Shelf
 from benchmarks.study.speed import measure_speed
 from benchmarks.study.stages import Stage, select, stages_of
@@ -141,7 +141,7 @@ class Study:
         )
 
     def _row(self, stage: Stage, by_name: Mapping[str, Stage], made: dict[str, Result]) -> Result:
-        row = self._row_part(stage)
+        row = self.plan.row(stage.of)
         needs = {by_name[n].of: by_name[n] for n in stage.needs}
         candidates = [needs[n] for n in row.networks]
         chosen = max(candidates, key=lambda s: made[s.name]["validation_top1"] or 0.0)
@@ -152,9 +152,6 @@ class Study:
             teachers=[self.file(needs[t], networks.FILE) for t in row.teachers],
         )
         return found | {"network": chosen.of, "network_stage": chosen.name}
-
-    def _row_part(self, stage: Stage) -> Row:
-        return next(r for r in self.plan.rows if r.name == stage.of)
 
     def _rank(self, stage: Stage) -> Result:
         part = self.plan.rank
@@ -170,7 +167,7 @@ class Study:
     def _latency(self, stage: Stage, by_name: Mapping[str, Stage]) -> Result:
         """All files of the table side by side, the float one first, in one process."""
         rows = [by_name[n] for n in stage.needs]
-        floats = [s for s in rows if self._row_part(s).method == "float"]
+        floats = [s for s in rows if self.plan.row(s.of).method == "float"]
         ordered = [*floats, *(s for s in rows if s not in floats)]
         paths = [self.file(s, quantized.MODEL) for s in ordered]
         measured = bench(
