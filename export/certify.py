@@ -288,17 +288,14 @@ def _verdict(
     if asked.support.integer != (run.op in INTEGER_OPS) or run.decoding or unrounded:
         if decoding_asked and stored.type == "INT4":
             return False, "stored for other runtimes, as --int4-format dq asks"
-        what = "rounds its input nowhere" if unrounded and run.op else _executes(run)
+        what = f"executes {run.op or 'no such node'}"
+        what = "rounds its input nowhere" if unrounded and run.op else what
         return True, f"asked for {choice.asked}, but the runtime {what}"
     if choice.exact:
         reason += f"; {ROUNDED.format(run.rounded)}"
     if asked.support.integer and asked.bits != choice.activation_bits:
         reason = WIDER.format(asked.bits)
     return False, reason
-
-
-def _executes(run: Execution) -> str:
-    return f"executes {run.op or 'no such node'}"
 
 
 def _shapes(proto: onnx.ModelProto) -> dict[str, list[int]]:

@@ -121,7 +121,8 @@ def verify_exact(
     if there is None:
         expected = runtime.answers(loaded, given, batch=count)
         optimized, told = runtime.optimized_model(model), runtime.version()
-        values = _run_tapped(optimized, given)
+        tapped, names = _tapped(optimized)
+        values = runtime.values(tapped, given, names, optimize=False)
     else:
         expected, optimized, told = foreign.answer(there, model, given)
         values = foreign.values(there, _tapped(optimized)[0], given)
@@ -135,12 +136,6 @@ def verify_exact(
         for n, x in expected.items()
     )
     return ExactReport(name, told, count, tuple(checks), same)
-
-
-def _run_tapped(optimized: onnx.ModelProto, images: Feed) -> dict[str, Array]:
-    """Every tensor of the optimized graph, which runs as it stands."""
-    tapped, names = _tapped(optimized)
-    return runtime.values(tapped, images, names, optimize=False)
 
 
 def _tapped(optimized: onnx.ModelProto) -> tuple[bytes, list[str]]:

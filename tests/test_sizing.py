@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import mpq
-from mpq import Constraints, Policy, Search
+from mpq import Constraints, Policy, Search, zoo
 from mpq.analyze.cost import Allocation
 from mpq.errors import ExportError
 from mpq.export import to_onnx
@@ -103,3 +103,28 @@ def test_a_weight_that_layers_share_is_counted_for_each(images: Tensor, tmp_path
         assert predicted == pytest.approx(found, rel=0.01)
     predicted, found = written(8, 8)
     assert predicted - first.numel() - 200 < found < predicted  # rounded alike, it is stored once
+
+
+@pytest.mark.parametrize("bits", [(8, 4), (8, 6, 5, 4), (16, 8)])
+def test_no_file_is_larger_than_its_budget(bits: tuple[int, ...], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, loader = zoo.build("resnet8", 10).eval(), [torch.rand(8, 3, 32, 32)]
+    wide = mpq.analyze(model, loader, budget=float(bits[0]), bits=bits, num_calib=8)
+    for point in wide.front[3::8]:
+        budget = {"max_size_mb": point.bytes / 1e6}  # of a file that is predicted to have just that
+        found = mpq.analyze(model, loader, budget=budget, bits=bits, num_calib=8)
+        made = mpq.export(mpq.ptq(model, loader, found), tmp_path / "model.onnx", force=True)
+        assert 0.8 * point.bytes < made.bytes <= point.bytes
+
+
+def test_a_file_that_outgrows_the_budget_of_its_policy_says_so(
+    images: Tensor, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    policy = Policy.uniform(4).replace(constraints=Constraints(max_size_mb=0.001))
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 4)).eval()
+    made = mpq.export(mpq.ptq(net, [images], policy), tmp_path / "model.onnx")
+    assert f"the file has {made.bytes:,} bytes, more than the max_size_mb 0.001" in caplog.text
+    policy = policy.replace(constraints=Constraints(max_size_mb=0.1))
+    caplog.clear()
+    mpq.export(mpq.ptq(net, [images], policy), tmp_path / "model.onnx", force=True)
+    assert "max_size_mb" not in caplog.text

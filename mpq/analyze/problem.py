@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_array, hstack, vstack
 
-from mpq.analyze.limits import Key, Limit, conversions, limits, places_of, run_as_integers, sparse
+from mpq.analyze.limits import Limit, conversions, limits, places_of, run_as_integers, sparse
 from mpq.analyze.sensitivity import PARTS, Sensitivity, by_name
 from mpq.analyze.solver import Program, solve
 from mpq.errors import InfeasibleError, PolicyError
@@ -61,7 +61,7 @@ class Problem:
         for pair in pairs:
             target.support(LayerChoice.at("any", *pair))
         self.pairs, self.locked = list(pairs), dict(locked)
-        self.keys: list[Key] = [(n, p) for n in self.layers for p in self._pairs_of(n)]
+        self.keys = [(n, p) for n in self.layers for p in ([locked[n]] if n in locked else pairs)]
         edges = len(profile.boundary_ms) if profile else 0
         self.size = len(self.keys) + edges
         self.scores = np.zeros(self.size)
@@ -82,9 +82,6 @@ class Problem:
         if name not in self.limits:
             raise PolicyError(f"{name} {_MISSING[name]}")
         return self.limits[name]
-
-    def _pairs_of(self, name: str) -> Sequence[Widths]:
-        return [self.locked[name]] if name in self.locked else self.pairs
 
     def _score(self, name: str, pair: Widths) -> float:
         # A locked width that was not scored changes no decision.

@@ -126,7 +126,7 @@ class Sensitivity:
             "samples": self.samples,
             "seed": self.seed,
             "key": self.key,
-            "layers": [_layer_json(layer) for layer in self.layers],
+            "layers": [{**dataclasses.asdict(one), "params": one.params} for one in self.layers],
             "groups": [list(group) for group in self.groups],
             "moments": [{"fixed": m.fixed, "layers": dict(m.layers)} for m in self.live_sets],
             "besides": [dataclasses.asdict(part) for part in self.besides],
@@ -165,10 +165,6 @@ class Sensitivity:
 def by_name(layers: Iterable[LayerInfo]) -> dict[str, LayerInfo]:
     """Layers by module path."""
     return {layer.name: layer for layer in layers}
-
-
-def _layer_json(layer: LayerInfo) -> dict[str, Any]:
-    return {**dataclasses.asdict(layer), "params": layer.params}
 
 
 def _layer(data: Mapping[str, Any]) -> LayerInfo:

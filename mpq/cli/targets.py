@@ -29,11 +29,8 @@ def targets(as_json: bool) -> None:
         "integers, 16 in float. 'reference': every integer is predicted bit for bit, without that "
         "CPU at hand; 'runtime': by running it there (mpq portability)."
     )
-    terminal.result(as_json, {"rows": rows}, Grid("Targets", heads, tuple(map(_cells, rows)), note))
-
-
-def _cells(row: dict[str, str]) -> tuple[str, ...]:
-    return tuple(row.values())
+    cells = tuple(tuple(row.values()) for row in rows)
+    terminal.result(as_json, {"rows": rows}, Grid("Targets", heads, cells, note))
 
 
 def _row(target: Target) -> dict[str, str]:

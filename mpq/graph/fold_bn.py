@@ -48,7 +48,8 @@ def fold_bn(qg: QuantGraph) -> int:
         node.replace_all_uses_with(before)
         qg.module.graph.erase_node(node)
         count += 1
-    _drop_unused(qg.module)
+    qg.module.recompile()
+    qg.module.delete_all_unused_submodules()  # so that no state of theirs stays in the state dict
     return count
 
 
@@ -93,9 +94,3 @@ def scale_outputs(weight: Tensor, factor: Tensor, op: LayerOp) -> Tensor:
     grouped = weight.reshape(op.groups, -1, *weight.shape[1:])
     factors = factor.reshape(op.groups, 1, -1, *[1] * (weight.ndim - 2))
     return (grouped * factors).reshape(weight.shape)
-
-
-def _drop_unused(module: fx.GraphModule) -> None:
-    """Remove the folded modules, so that no state of theirs stays in the state dict."""
-    module.recompile()
-    module.delete_all_unused_submodules()

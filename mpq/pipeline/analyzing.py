@@ -34,7 +34,7 @@ from mpq.pipeline.anything import batches_of
 from mpq.pipeline.dropping import DropMeter
 from mpq.pipeline.evaluating import evaluation
 from mpq.pipeline.scoring import scores_of
-from mpq.pipeline.sizing import sized
+from mpq.pipeline.sizing import excess, sized, taking
 from mpq.pipeline.subject import Subject
 from mpq.pipeline.wishes import Wishes
 from mpq.policy import Constraints, DataInfo, Policy
@@ -136,18 +136,13 @@ class _Work:
         scoring, images, labels = self._images()
         scores, place = scores_of(graph, images, labels, scoring, run=self.run, rescore=how.rescore)
         search = Search(scores, target, widths, locked, how.profile)
-        search = sized(search, graph, lambda one: self._policy(search, budgets[0], one, None))
+        search = sized(search, graph, lambda one: self._policy(search, budgets[0], graph, one))
         measured: list[Measured] = []
-        found = [self._solve(search, budget, graph, measured) for budget in budgets]
-        drops, kinds = {id(m.allocation): m.drop for m in measured}, stated(graph.outputs)
-        policies = [
-            self._policy(search, budget, one, drops.get(id(one)))
-            for budget, one in zip(budgets, found, strict=True)
-        ]
         choices = [
-            Choice(name, policy.replace(outputs=kinds) if kinds else policy, one)
-            for name, policy, one in zip(names, policies, found, strict=True)
+            Choice(name, *self._solve(search, budget, graph, measured))
+            for name, budget in zip(names, budgets, strict=True)
         ]
+        found = [choice.allocation for choice in choices]
         return Analysis(
             choices=tuple(choices),
             sensitivity=search.scores,
@@ -160,7 +155,7 @@ class _Work:
                 graph,
                 images.cpu() if isinstance(images, Tensor) else None,
                 scoring.bits,
-                policies[0],
+                choices[0].policy,
             ),
             judge=self.subject.judging.metric.name if self.subject.judging else "",
         )
@@ -203,21 +198,34 @@ class _Work:
 
     def _solve(
         self, search: Search, budget: Constraints, graph: QuantGraph, measured: list[Measured]
-    ) -> Allocation:
+    ) -> tuple[Policy, Allocation]:
+        """What a search finds; again with the bytes that its file has above the budget."""
+        drop = None
         if budget.max_drop is None:
-            return search.allocate(budget)
-        meter = DropMeter(self.subject, graph, relative=budget.drop_type == "relative")
-        found = search.least(
-            budget, meter.drop, minimize=self.how.minimize, progress=self.run.phase("measuring")
-        )
-        measured += [replace(m, interval=meter.intervals.get(id(m.allocation))) for m in found]
-        return found[0].allocation
+            found = search.allocate(budget)
+        else:
+            meter = DropMeter(self.subject, graph, relative=budget.drop_type == "relative")
+            tried = search.least(
+                budget, meter.drop, minimize=self.how.minimize, progress=self.run.phase("measuring")
+            )
+            measured += [replace(m, interval=meter.intervals.get(id(m.allocation))) for m in tried]
+            found, drop = tried[0].allocation, tried[0].drop
+        policy = self._policy(search, budget, graph, found, drop)
+        most = budget.max_size_mb
+        if most is not None and (more := excess(graph, policy, 1e6 * most)) > 0:
+            return self._solve(taking(search, more), budget, graph, measured)
+        return policy, found
 
     def _policy(
-        self, search: Search, budget: Constraints, found: Allocation, drop: float | None
+        self,
+        search: Search,
+        budget: Constraints,
+        graph: QuantGraph,
+        found: Allocation,
+        drop: float | None = None,
     ) -> Policy:
-        samples = search.scores.samples
-        return build_policy(
+        samples, kinds = search.scores.samples, stated(graph.outputs)
+        policy = build_policy(
             found,
             search.scores,
             model=self.subject.info,
@@ -227,6 +235,7 @@ class _Work:
             base=self.how.locked,
             measured_drop=drop,
         )
+        return policy.replace(outputs=kinds) if kinds else policy
 
     def _validate(self, search: Search, graph: QuantGraph, scored: Inputs | None) -> Validation:
         """Measure random configurations on images that were not scored."""

@@ -161,7 +161,7 @@ def export_file(
         norm = Normalization.parse(found.subject.info.normalize)
         pixels = PixelInput(norm, how.pixels == "nhwc")
     count = enough(found.graph) if count is None else count
-    return to_onnx(
+    result = to_onnx(
         found.graph,
         path,
         images=held_out(found.subject, count, seed) if images is None else images,
@@ -172,6 +172,15 @@ def export_file(
         target=how.target,
         **how.ends,
     )
+    most = found.policy.constraints.max_size_mb
+    if most is not None and result.bytes > 1e6 * most:
+        logger.warning(
+            "the file has %s bytes, more than the max_size_mb %g of its policy, which was edited "
+            "or is stored in another way. Try mpq analyze with a smaller --max-size-mb.",
+            f"{result.bytes:,}",
+            most,
+        )
+    return result
 
 
 def enough(graph: QuantGraph) -> int:

@@ -41,24 +41,33 @@ def sized(search: Search, graph: QuantGraph, policy: Callable[[Allocation], Poli
         graph: in stage `float`; it is not changed.
         policy: makes the policy of an allocation, as it will travel in the file.
     """
-    widest, scores = search.allocate(Constraints()), search.scores
-    target = search.target
+    widest, target = search.allocate(Constraints()), search.target
     averages = target.bytes_per_file
     averages += sum(target.bytes_per_layer.get(bits, 0) for bits, _ in widest.widths.values())
-    averages += sum(part.bytes for part in scores.besides if part.kind == GRAPH)
+    averages += sum(part.bytes for part in search.scores.besides if part.kind == GRAPH)
     if averages < SHARE * widest.bytes:
         return search
     named = policy(widest)
+    more = excess(graph, named, widest.bytes - (0 if named.layers else LIST_BYTES))
+    return taking(search, more) if more else search
+
+
+def excess(graph: QuantGraph, policy: Policy, most: float) -> int:
+    """Bytes of the file of a float graph above so many; 0 where it cannot be lowered."""
     try:
-        written = file_bytes(graph, named) + (0 if named.layers else LIST_BYTES)
+        return file_bytes(graph, policy) - int(most)
     except MpqError as error:  # it is the export that says so, if it comes to that
         logger.info("the size of the file is estimated: %s", error)
-        return search
+        return 0
+
+
+def taking(search: Search, more: int) -> Search:
+    """The search, of a file that takes so many bytes more whatever the widths."""
     besides = tuple(
-        replace(part, bytes=part.bytes + written - widest.bytes) if part.kind == GRAPH else part
-        for part in scores.besides
+        replace(part, bytes=part.bytes + more) if part.kind == GRAPH else part
+        for part in search.scores.besides
     )
-    return replace(search, scores=replace(scores, besides=besides))
+    return replace(search, scores=replace(search.scores, besides=besides))
 
 
 def file_bytes(graph: QuantGraph, policy: Policy) -> int:

@@ -102,7 +102,8 @@ class _Reader:
             if not data or node.output[0] in self.constants:
                 continue
             if node.op_type in CODING:
-                self._pass_on(node, data)
+                coded = node.op_type != "Cast" or data[0] in self.integers
+                self._set(node, self.source[data[0]], coded)
             elif node.op_type in FUSED and len(data) == 1 and self._fuses(found, data[0]):
                 last = self.source[data[0]]
                 found[last] = replace(found[last], op=f"{found[last].op} + {node.op_type}")
@@ -111,10 +112,6 @@ class _Reader:
                 found.append(self._row(node, data))
                 self._set(node, len(found) - 1, node.op_type in MOVES and self._all(data))
         return found
-
-    def _pass_on(self, node: onnx.NodeProto, data: list[str]) -> None:
-        coded = node.op_type != "Cast" or data[0] in self.integers
-        self._set(node, self.source[data[0]], coded)
 
     def _set(self, node: onnx.NodeProto, row: int, integer: bool) -> None:
         for name in node.output:
