@@ -237,34 +237,36 @@ def table(plan: Plan, lines: Sequence[Mapping[str, str]], ranked: Sequence[Any] 
     parts = [f"# {plan.name}\n", f"{plan.about.strip()}\n"] if plan.about else [f"# {plan.name}\n"]
     for section in dict.fromkeys(line["section"] for line in lines):
         here = [line for line in lines if line["section"] == section]
-        parts += [f"## {section}\n", _HEAD + "".join(_rows_of(here))]
+        names = dict.fromkeys(line["row"] for line in here)
+        rows = [_table_row([x for x in here if x["row"] == name]) for name in names]
+        parts += [f"## {section}\n", _grid(_HEAD, rows)]
     if ranked:
-        parts += ["## choice of student\n", _RANK + "".join(map(_ranked, ranked))]
+        parts += ["## choice of student\n", _grid(_RANK, [_ranked(row) for row in ranked])]
     return "\n".join(parts)
 
 
-_HEAD = (
-    "| | top-1, test | 95 % interval | validation | published | bytes | effective bits | "
-    "times faster | seeds |\n|---|---:|---:|---:|---:|---:|---:|---:|---:|\n"
-)
-_RANK = "| | float | 8/4 | drop | effective bits | parameters |\n|---|---:|---:|---:|---:|---:|\n"
+_HEAD = ("", "top-1, test", "95 % interval", "validation", "published", "bytes", "effective bits")
+_HEAD += ("times faster", "seeds")
+_RANK = ("", "float", "8/4", "drop", "effective bits", "parameters")
 
 
-def _rows_of(lines: Sequence[Mapping[str, str]]) -> list[str]:
-    return [
-        _table_row([x for x in lines if x["row"] == name])
-        for name in dict.fromkeys(line["row"] for line in lines)
-    ]
+def _grid(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown, without the columns that no row has anything in."""
+    full = [at for at in range(len(head)) if at == 0 or any(row[at] for row in rows)]
+    marks = [":".rjust(4, "-") if at else "---" for at in full]
+    lines = [[head[at] for at in full], *([row[at] for at in full] for row in rows)]
+    head_line, *others = (f"| {' | '.join(cells)} |\n" for cells in lines)
+    return f"{head_line}|{'|'.join(marks)}|\n{''.join(others)}"
 
 
-def _table_row(seeds: Sequence[Mapping[str, str]]) -> str:
+def _table_row(seeds: Sequence[Mapping[str, str]]) -> list[str]:
     """One configuration: means over its seeds, and the interval of all its test images."""
     first, tested = seeds[0], _mean(seeds, "test_top1")
     reach = ""
     if tested is not None:  # seeds share the test images: they do not narrow the interval
         low, high = interval(tested, int(first["test_images"]))
         reach = f"{low:.2f} to {high:.2f}"
-    cells = [
+    return [
         first["title"],
         _spread(seeds, "test_top1"),
         reach,
@@ -275,7 +277,6 @@ def _table_row(seeds: Sequence[Mapping[str, str]]) -> str:
         _number(_mean(seeds[:1], "latency_ratio")),
         str(len(seeds)),
     ]
-    return f"| {' | '.join(cells)} |\n"
 
 
 def _mean(lines: Sequence[Mapping[str, str]], column: str) -> float | None:
@@ -291,11 +292,10 @@ def _spread(lines: Sequence[Mapping[str, str]], column: str) -> str:
     return f"{_number(mean)} ({min(values):.2f} to {max(values):.2f})"
 
 
-def _ranked(row: Mapping[str, Any]) -> str:
+def _ranked(row: Mapping[str, Any]) -> list[str]:
     mixed = row["forms"]["mixed"]
     cells = [row["name"], _number(row["top1"]), _number(mixed["top1"])]
-    cells += [_number(mixed["drop"]), _number(mixed["effective_bits"]), f"{row['params']:,}"]
-    return f"| {' | '.join(cells)} |\n"
+    return [*cells, _number(mixed["drop"]), _number(mixed["effective_bits"]), f"{row['params']:,}"]
 
 
 def _number(value: float | None) -> str:
