@@ -478,6 +478,10 @@ def test_the_study_prints_the_tables_of_its_results(rows: Path) -> None:
     found = Plan.load(rows.parent / "plan.yaml")
     lines = results.read_csv(rows)
     assert {row["row"] for row in lines} <= {row.name for row in found.rows}
+    for line in lines:
+        row = found.row(line["row"])
+        trained = found.trained(row.networks[0]) + found.epochs(row.recipe)
+        assert int(line["epochs"]) == trained  # with those of the networks that it began as
     assert table == results.table(found, lines, _ranked(rows.parent))
 
 

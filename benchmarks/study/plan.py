@@ -202,6 +202,11 @@ class Plan(Strict):
         """Epochs of a recipe of the plan; 0 without one."""
         return 0 if recipe is None else self.recipe(recipe).epochs
 
+    def trained(self, network: str) -> int:
+        """Epochs of a network, with those of the networks that it began as."""
+        part = self.network(network)
+        return self.epochs(part.recipe) + (self.trained(part.start) if part.start else 0)
+
     def code(self) -> list[str]:
         """The functions that build its networks, `package.module:function`, where it names some."""
         return [n.arch for n in self.networks if n.arch and ":" in n.arch]

@@ -44,8 +44,9 @@ COLUMNS = (
     "target", "torch", "onnxruntime", "device", "code", "seconds", "file", "sha256", "checkpoint",
     "key",
 )  # fmt: skip
-"""Of `rows.csv`. Percent, bytes, milliseconds; `epochs` and `images_seen` are those of the network
-and of what followed; `latency_ratio` is times faster than the float file in the same run."""
+"""Of `rows.csv`. Percent, bytes, milliseconds; `epochs` and `images_seen` are those of the network,
+of those that it began as and of what followed; `latency_ratio` is times faster than the float file
+in the same run."""
 
 Line = dict[str, Any]
 
@@ -117,8 +118,10 @@ class _Finished:
         tested = self.made.get(f"test-{stage.of}-s{stage.seed}", {})
         line: Line = dict.fromkeys(COLUMNS)
         line |= {k: v for k, v in found.items() if k in line}
-        line |= {"policy": row.policy, "epochs": found["epochs"] + student["epochs"]}
-        line["images_seen"] = found["images_seen"] + student["images_seen"]
+        trained = self.plan.trained(student["network"])
+        line |= {"policy": row.policy, "epochs": found["epochs"] + trained}
+        an_epoch = student["images_seen"] // max(1, student["epochs"])
+        line["images_seen"] = found["images_seen"] + trained * an_epoch
         line |= {"test_top1": tested.get("test_top1"), "test_images": tested.get("n")}
         line["test_second_half"] = tested.get("test_second_half")
         line |= {"latency_ms": times.get("ms"), "latency_ratio": times.get("ratio")}
