@@ -288,8 +288,8 @@ def _verdict(
     if asked.support.integer != (run.op in INTEGER_OPS) or run.decoding or unrounded:
         if decoding_asked and stored.type == "INT4":
             return False, "stored for other runtimes, as --int4-format dq asks"
-        what = f"executes {run.op or 'no such node'}"
-        what = "rounds its input nowhere" if unrounded and run.op else what
+        executes = f"executes {run.op or 'no such node'}"
+        what = "rounds its input nowhere" if unrounded and run.op else executes
         return True, f"asked for {choice.asked}, but the runtime {what}"
     if choice.exact:
         reason += f"; {ROUNDED.format(run.rounded)}"

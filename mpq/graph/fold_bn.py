@@ -49,7 +49,7 @@ def fold_bn(qg: QuantGraph) -> int:
         qg.module.graph.erase_node(node)
         count += 1
     qg.module.recompile()
-    qg.module.delete_all_unused_submodules()  # so that no state of theirs stays in the state dict
+    qg.module.delete_all_unused_submodules()  # no state of a folded norm stays
     return count
 
 
