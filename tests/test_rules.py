@@ -168,6 +168,17 @@ def test_an_interleaving_of_integers_is_written_in_old_operators():
     assert done == ["Reshape", "Transpose", "Reshape"]
 
 
+@pytest.mark.parametrize("sides", ["H,W", "3,W", "H,5"])
+def test_and_so_is_one_of_free_sizes(sides: str):
+    free = SHUFFLE.replace("2,8,3,5", f"N,8,{sides}").replace("2,2,6,10", "N,2,P,Q")
+    done = same(parse(free), PLAIN_SHUFFLE, x=BYTES)
+    assert [op for op in done if op in ("Reshape", "Transpose")] == [
+        "Reshape",
+        "Transpose",
+        "Reshape",
+    ]
+
+
 @pytest.mark.parametrize(
     ("text", "reason"),
     [

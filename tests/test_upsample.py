@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from test_forms import RUNTIMES
 from torch import Tensor, nn
 
+import mpq
 from mpq.export import runtime, to_onnx
 from mpq.export.exact import verify_exact
 from mpq.export.onnx_file import verify_file
@@ -174,6 +175,62 @@ def test_old_runtimes_take_it_in_their_own_operations(tmp_path: Path):
         if tuple(map(int, version.split(".")[:2])) < (1, 23):
             with pytest.raises(RuntimeError):
                 RUNTIMES.run_in(version, new.path, images.numpy())
+
+
+class Decoder(nn.Module):
+    """Gives its image's height and width, said in each way that torch takes."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.down, self.up = nn.Conv2d(3, 8, 3, 2, 1), nn.ConvTranspose2d(8, 4, 3, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.down(x))
+        if self.how == "twice":
+            return (
+                self.up(y, output_size=x.shape[-2:])[..., :7, :7] + self.up(-y, None)[..., :7, :7]
+            )
+        said = {"shape": x.shape[-2:], "whole": x.size(), "fixed": [8, 9]}
+        return self.up(y, said[self.how])
+
+
+@pytest.mark.parametrize("how", ["shape", "whole", "fixed", "twice"])
+def test_an_output_size_is_taken_at_every_size_of_the_image(how: str, tmp_path: Path):
+    torch.manual_seed(0)
+    network, free = Decoder(how).eval(), how in ("shape", "whole")
+    quantized = mpq.ptq(network, torch.rand(16, 3, 8, 9), mpq.Policy.uniform(8))
+    dynamic = ["batch", "height", "width"] if free else ["batch"]
+    mpq.export(quantized, tmp_path / "m.onnx", dynamic_axes=dynamic)
+    session = runtime.session(tmp_path / "m.onnx")
+    assert network.up.output_padding == (0, 0)
+    for shape in [(3, 3, 8, 9)] + [(2, 3, 11, 14)] * free:
+        x = torch.rand(shape)
+        (answer,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+        float_answer = network(x).detach()
+        np.testing.assert_allclose(answer, quantized.module(x).detach(), atol=1e-5)
+        assert answer.shape == float_answer.shape
+        assert (torch.tensor(answer) - float_answer).norm() < 0.05 * float_answer.norm()
+
+
+class Shuffling(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(12, 8, 3, padding=1), nn.Conv2d(8, 12, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.pixel_shuffle(self.b(F.relu(self.a(F.pixel_unshuffle(x, 2)))), 2) + x
+
+
+@pytest.mark.parametrize("free", [("height", "width"), ("width",), ("height",)])
+def test_a_shuffle_of_bytes_is_right_at_every_size(free: tuple[str, ...], tmp_path: Path):
+    torch.manual_seed(0)
+    quantized = mpq.ptq(Shuffling().eval(), torch.rand(16, 3, 8, 8), mpq.Policy.uniform(8))
+    mpq.export(quantized, tmp_path / "m.onnx", dynamic_axes=["batch", *free])
+    session = runtime.session(tmp_path / "m.onnx")
+    x = torch.rand(2, 3, 12 if "height" in free else 8, 10 if "width" in free else 8)
+    (answer,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    np.testing.assert_allclose(answer, quantized.module(x).detach(), atol=1e-5)
 
 
 def test_what_gains_nothing_stays_in_float():

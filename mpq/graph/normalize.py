@@ -18,6 +18,7 @@ from typing import cast
 
 import torch
 from torch import fx, nn
+from torch.nn.modules.conv import _ConvTransposeNd
 
 from mpq.graph.attention import open_products
 from mpq.graph.functional import free_path, functional_layers
@@ -38,6 +39,7 @@ def normalize(qg: QuantGraph) -> int:
         functional_layers,
         _halves_of_a_batch,
         _split_shared,
+        _sizes_of_transposed,
         _global_means,
         ceil_pools,
         open_gates,
@@ -125,6 +127,39 @@ def _split_shared(qg: QuantGraph) -> int:
             qg.module.add_submodule(path, _shallow(module))
             node.target = path
             count += 1
+    return count
+
+
+def _sizes_of_transposed(qg: QuantGraph) -> int:
+    """`output_size` of a transposed convolution: the most padding, of which so much is taken.
+
+    What `output_padding` adds comes last, so that a smaller output begins a larger one.
+    """
+    modules, graph, count = _modules(qg), qg.module.graph, 0
+    for node in list(graph.nodes):
+        module = modules.get(str(node.target)) if node.op == "call_module" else None
+        if not isinstance(module, _ConvTransposeNd) or len(node.args) + len(node.kwargs) < 2:
+            continue
+        given = node.kwargs.get("output_size", node.args[1] if len(node.args) > 1 else None)
+        node.args, node.kwargs = (*node.args, node.kwargs.get("input"))[:1], {}
+        count += 1
+        if given is None:
+            continue
+        padded, users = cast(_ConvTransposeNd, _shallow(module)), list(node.users)
+        padded.output_padding = tuple(step - 1 for step in module.stride)
+        qg.module.set_submodule(str(node.target), padded)
+        places = range(-len(module.stride), 0)
+        with graph.inserting_before(node):
+            of_tuple = isinstance(given, fx.Node)
+            ends = [
+                graph.call_function(operator.getitem, (given, i)) if of_tuple else given[i]
+                for i in places
+            ]
+        part = (slice(None), slice(None), *(slice(None, end) for end in ends))
+        with graph.inserting_after(node):
+            taken = graph.call_function(operator.getitem, (node, part))
+        for user in users:
+            user.replace_input_with(node, taken)
     return count
 
 
