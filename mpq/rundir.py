@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 REMEMBERED = 100
 RUNS = Path("runs")
 """Where runs lie unless `-o` says otherwise, relative to the working directory."""
+_POINTER = RUNS / ".newest"
 
 FILES = {
     "profile.json": "mpq profile MODEL.pth",
@@ -61,6 +62,8 @@ STAGES = {"ptq": "ptq.pth", "qat": "qat.pth"}
 FORMER = "quantized.pth"
 """What both stages wrote in 0.1; it is read until 0.3."""
 QUANTIZED = (FORMER, *STAGES.values())
+TORCH = (".pth", ".pt", ".ckpt")
+"""How the names of checkpoints end."""
 _SUFFIXES = {Path(name).suffix for name in FILES}
 
 Progress = Callable[[str, int, int], None]
@@ -128,7 +131,7 @@ def touch_run(folder: Path) -> Path:
     recent = [noted, *(run for run in _recent() if run != noted)]
     lines = "".join(f"{run.as_posix()}\n" for run in recent[:REMEMBERED])
     try:
-        write_text(_pointer(), lines)
+        write_text(_POINTER, lines)
         sweep(RUNS, older_than=60.0)  # other commands write there too
     except OSError as error:
         told = "%s cannot be written (%s): name %s to the commands that follow"
@@ -239,14 +242,23 @@ def refuse_overwrite(path: Path, force: bool) -> None:
         ) from None
 
 
-def _pointer() -> Path:
-    return RUNS / ".newest"
+def require_kind(path: Path, *endings: str) -> None:
+    """Refuse to write a file under a name that says that it is of another kind.
+
+    Raises:
+        UsageError: its suffix is one that mpq knows, but not one of `endings`.
+    """
+    if path.suffix in {*_SUFFIXES, *TORCH, ".safetensors"} - {*endings}:
+        raise UsageError(
+            f"the name of the file to write must end in {', '.join(endings)}. Got {path}. Try "
+            f"{path.with_suffix(endings[0])}."
+        )
 
 
 def _recent() -> list[Path]:
     """Runs by last use, the latest first."""
     try:
-        text = _pointer().read_text(encoding="utf-8")
+        text = _POINTER.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
         return []
     return [Path(line) for line in text.splitlines() if line.strip()]

@@ -33,10 +33,10 @@ _NAME = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", re.ASCII)
 
 @dataclass(frozen=True)
 class Recalled:
-    """A name that the run was trusted with, the file it lay in, and whether that is unchanged."""
+    """A name that the run was trusted with, its file, and whether that is unchanged; None: gone."""
 
     file: str
-    unchanged: bool
+    unchanged: bool | None
 
 
 def is_name(name: str) -> bool:
@@ -49,7 +49,8 @@ def recalled(folder: Path, name: str) -> Recalled | None:
     entry = _entries(folder).get(name)
     if entry is None:
         return None
-    return Recalled(entry["file"], entry["sha256"] == _code(name)[1])
+    now = _code(name)[1]
+    return Recalled(entry["file"], entry["sha256"] == now if now else None)
 
 
 def remember(folder: Path, names: Iterable[str], runs: Iterable[Path] = ()) -> None:

@@ -48,6 +48,14 @@ class Trust:
         known = [found for run in self.runs if (found := recalled(run, name)) is not None]
         if any(found.unchanged for found in known):
             return None
+        if known and known[0].unchanged is None:
+            file, module = Path(known[0].file), name.partition(":")[0]
+            home = file.parents[module.count(".") + (file.stem == "__init__")]
+            return (
+                f"the module {module} of {name} must be importable from this folder or the "
+                f"environment, but is not found. When trusted it lay in {file}: start mpq in "
+                f"{home}, or put that folder on PYTHONPATH."
+            )
         if known:
             return (
                 f"{known[0].file} has changed since {name} was trusted, so it is not run again. "

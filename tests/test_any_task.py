@@ -256,6 +256,23 @@ def test_scores_of_a_loss_are_the_losses_of_its_gradient() -> None:
         mpq.analyze(heads(), [*labelled(16), pictures(16)], loss=pixel_loss)
 
 
+def test_class_maps_are_scored_as_choices_where_the_metric_is_miou() -> None:
+    class Maps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.last = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.stem(x).relu())
+
+    maps = Maps().eval()
+    plain = mpq.analyze(maps, pictures(16))
+    assert plain.policy.outputs == {"output": "regression"}
+    found = mpq.analyze(maps, labelled(16), metric="miou")
+    assert found.policy.outputs == {"output": "places"}
+    assert mpq.ptq(maps, pictures(16), found.policy).policy.outputs == {"output": "places"}
+
+
 def test_ptq_and_bench_say_what_a_metric_loses(tmp_path: Path) -> None:
     found = mpq.ptq(heads(), pictures(), policy(8), metric="miou", postprocess=only_classes,
                     validation=labelled(32, 1))  # fmt: skip

@@ -19,7 +19,7 @@ import mpq
 from mpq import zoo
 from mpq.checkpoint import save_model
 from mpq.cli import COMMANDS, main
-from mpq.errors import DataError, PolicyError, UsageError
+from mpq.errors import DataError, GraphError, PolicyError, UsageError
 from mpq.export import runtime
 from mpq.keys import schema
 from mpq.pipeline.given import Wanted, gather, given
@@ -166,6 +166,8 @@ def test_from_a_network_to_a_file_and_back(here: Path) -> None:
     assert result.certificate.integer_macs_fraction == 1
     with pytest.raises(UsageError, match=r"model\.onnx exists already"):
         mpq.export(quantized)
+    with pytest.raises(UsageError, match=r"must end in \.onnx\. Got small\.pth"):
+        mpq.export(quantized, "small.pth")
     data, named = values()[0], Path("named.onnx")
     mpq.export(quantized, named, data=data, num_test=4, output_names=["classes"])
     assert runtime.session(named).get_outputs()[0].name == "classes"
@@ -323,3 +325,40 @@ def test_without_a_budget_the_widths_have_one(bits: tuple[int, ...], budget: flo
     found = mpq.analyze(net(), form("tensor"), bits=bits, metric="sqnr").policy
     assert found.constraints.effective_bits == budget
     assert min(bits) <= found.result.effective_bits <= budget
+
+
+def _no_network(kind: str) -> Any:
+    """What comes as a network and cannot be worked on."""
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 4)).eval()
+    if kind == "half":
+        return net.half()
+    if kind == "nan":
+        net[3].weight.data[0, 0] = float("nan")
+    made: dict[str, Any] = {
+        "scripted": lambda: torch.jit.script(net),
+        "traced": lambda: torch.jit.trace(net, torch.rand(1, 3, 8, 8)),
+        "inside": lambda: nn.Sequential(torch.jit.script(net), nn.Linear(4, 4)),
+        "state": net.state_dict,
+        "nan": lambda: net,
+    }
+    return made[kind]()
+
+
+@pytest.mark.parametrize("verb", [mpq.analyze, mpq.ptq])
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("half", r"must be float32\. Got 0\.weight as float16.*Call \.float\(\)"),
+        ("nan", r"must be finite\. 3\.weight holds NaN"),
+        ("scripted", "must be a Python module. Got TorchScript"),
+        ("traced", "must be a Python module. Got TorchScript"),
+        ("inside", "must be a Python module. Got TorchScript as 0"),
+        ("state", r"Got OrderedDict\. A state dict needs its network"),
+    ],
+)
+def test_what_is_no_network_of_float32_is_refused_at_once(
+    verb: Any, kind: str, message: str
+) -> None:
+    images = torch.rand(8, 3, 8, 8)
+    with pytest.raises((GraphError, UsageError), match=message):
+        verb(_no_network(kind), images.half() if kind == "half" else images)

@@ -157,6 +157,18 @@ def test_nothing_fits_names_the_file(file):
         load_model(file)
 
 
+def test_a_factory_of_other_classes(file, tmp_path, monkeypatch):
+    (tmp_path / "tens.py").write_text("from torch import nn\ndef net(): return nn.Linear(8, 10)\n")
+    monkeypatch.chdir(tmp_path)
+    torch.save(nn.Linear(8, 5).state_dict(), file)
+    message = r"differ: 2 .*Give tens:net a parameter num_classes, .* build a network of 5 classes"
+    with pytest.raises(CheckpointError, match=message):
+        load_model(file, arch="tens:net")
+    torch.save(nn.Linear(4, 10).state_dict(), file)
+    with pytest.raises(CheckpointError, match="or give the function that builds it"):
+        load_model(file, arch="tens:net")
+
+
 def test_factory(file, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     arch = "benchmarks.foreign_models:mlperf_tiny_resnet8"

@@ -13,6 +13,7 @@ import time
 import numpy as np
 import onnx
 import pytest
+import torch
 from onnx import TensorProto, helper, numpy_helper
 from rich.console import Console
 
@@ -94,8 +95,10 @@ def test_version(capsys):
         (["bench", "--runz", "3"], "--runs"),
         (["bench", "--batch", "0"], "--batch"),
         (["bench", "--normalize", "imagnet", "x.onnx"], "did you mean imagenet"),
-        (["bench", "absent.onnx"], "error: model file absent.onnx does not exist"),
+        (["bench", "absent.onnx"], "error: absent.onnx does not exist. Name an ONNX file"),
         (["bench"], "no run under runs/ holds a model.onnx. Run `mpq export` first"),
+        (["train", "resnet8", "-o", "m.onnx"], "must end in .pth, .pt, .ckpt. Got m.onnx"),
+        (["ensemble", "a.pth", "-o", "e.yaml"], "Got e.yaml. Try e.pth."),
         (["report"], "Run `mpq analyze MODEL.pth` first"),
         (["report", "absent"], "error: run folder absent does not exist"),
     ],
@@ -107,6 +110,13 @@ def test_mistakes_end_with_2_and_one_message(here, capsys, argv, told):
     assert "Traceback" not in err
     assert out == ""
     assert list(here.iterdir()) == []
+
+
+@pytest.mark.parametrize("argv", ["verify", "verify --exact", "certify", "bench", "portability"])
+def test_a_checkpoint_is_no_onnx_file(here, capsys, argv):
+    torch.save({"a": torch.zeros(2)}, "tiny.pth")
+    assert main([*argv.split(), "tiny.pth"]) == 2
+    assert "tiny.pth must be an ONNX file. Got a checkpoint of torch" in capsys.readouterr().err
 
 
 def test_an_error_of_ours_is_one_message(command, capsys):

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mpq.errors import UsageError
+from mpq.graph.outputs import as_places
 from mpq.numerics import sqnr_db
 from mpq.outputs import (
     Evidence,
@@ -240,6 +241,17 @@ def test_kinds_can_be_given() -> None:
     assert found["map"].rule == "given"
     assert settle(outputs(), {}) == outputs()
     assert settle(outputs(), {"map": "sequence"})["map"].kind == "sequence"
+
+
+def test_a_metric_of_places_makes_the_only_output_places() -> None:
+    raw = propose("output", Evidence((1, 4, 8, 8), convolved=True), alone=True)
+    assert raw.kind == "regression"
+    assert as_places({"output": raw})["output"].kind == "places"
+    given = settle({"output": raw}, {"output": "regression"})
+    assert as_places(given) == given
+    assert as_places(outputs()) == outputs()
+    binary = {"output": propose("output", Evidence((1, 1, 8, 8), convolved=True), alone=True)}
+    assert as_places(binary) == binary
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from jsonkeys import documented, keys
 from rich.console import Console
 
@@ -130,6 +131,7 @@ def test_the_plot_has_a_line_for_each_network(here, arranged):
         ("rank resnet8 resnet8 -o a", "every candidate must be named once. Got resnet8 twice"),
         ("rank resnet8 -o r", "r/rank.json exists already"),
         ("rank resnet8 -o r --resume", "was measured with other settings (data, "),
+        ("rank resnet8 -o a --effective-bits 4,5", "'4,5' is not a valid float"),
         ("rank resnet8 -o a --effective-bits 0", "must be a number above 0"),
         ("rank resnet8 -o a --set lr", "--set must be KEY=VALUE"),
         ("rank resnet8 -o a --data none", "--data must name images to measure on"),
@@ -142,3 +144,18 @@ def test_mistakes_end_with_2_and_write_nothing(here, capsys, argv, wanted):
     assert wanted in err
     assert "Traceback" not in err
     assert sorted(Path().rglob("*")) == before
+
+
+def test_hints_and_help_name_options_that_there_are(here, capsys):
+    torch.save({"conv.weight": torch.zeros(3, 3, 1, 1)}, "tiny.pth")
+    assert main(["rank", "tiny.pth", "--data", "digits", "-o", "a"]) == 2
+    told = capsys.readouterr().err
+    assert "--model" not in told
+    assert "Name a file of mpq train, which says what it is" in told
+    assert main(["rank", "--help"]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "Mean bits per weight of the mixed policy. [default: 4.8]" in told
+    assert "--epochs N Epochs of an architecture's training. [default: 10" in told
+    assert "--bits" not in told
+    assert main(["train", "resnet8", "--data", "digits", "--teacher", "tiny.pth"]) == 2
+    assert "Name the network with --teacher-model NAME" in capsys.readouterr().err

@@ -22,13 +22,19 @@ from mpq.pipeline.analysis import _said
 from mpq.pipeline.subject import open_checkpoint
 from mpq.policy import Constraints, ModelInfo, Policy, SearchResult
 from mpq.report import tables, trained
-from mpq.report.grid import plain
+from mpq.report.grid import agreement_text, plain
 from mpq.report.words import NOWHERE, chance, difference, distilled, meaning, measured
 
 
 def figures(**changes: Any) -> dict[str, Any]:
     known = {"validation_top1": 99.6, "float_top1": 99.8, "validation_images": 500}
     return {**known, "validation_seen": False, **changes}
+
+
+def test_an_output_without_any_difference_is_exact() -> None:
+    first = {"name": "a", "kind": "regression", "agreement": None, "sqnr_db": 999.0}
+    told = {"top1_agreement": None, "outputs": [first, {**first, "name": "b", "sqnr_db": 61.26}]}
+    assert agreement_text(told) == "a (regression) exact, b (regression) 61.3 dB"
 
 
 def test_an_accuracy_stands_beside_floats_with_images_interval_and_chance() -> None:

@@ -305,6 +305,15 @@ def test_auxiliary_heads_are_dropped():
     assert zoo.detect(state) == ("googlenet", 10)
 
 
+def test_a_size_that_nobody_says_is_told(factories, caplog):
+    state = zoo.build(f"{factories}:wrapped", 5).state_dict()
+    assert recognize(state, f"{factories}:wrapped").input == (3, 32, 32)
+    assert "wrapped does not say the size of its images: 3,32,32 is taken" in caplog.text
+    caplog.clear()
+    assert recognize(state, f"{factories}:wrapped", size=(48, 40)).input == (3, 48, 40)
+    assert not caplog.text
+
+
 def test_the_prefix_of_a_factorys_network_may_differ(factories):
     network = zoo.build(f"{factories}:wrapped", 5)
     state = {k.replace("net.", "module."): v for k, v in network.state_dict().items()}

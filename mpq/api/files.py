@@ -79,8 +79,9 @@ def export(
 
     Raises:
         ExportError: the file breaks a promise; nothing is written.
-        UsageError: the file exists and `force` is off.
+        UsageError: the file exists and `force` is off, or its name is that of another kind.
     """
+    rundir.require_kind(Path(path), ".onnx")
     rundir.refuse_overwrite(Path(path), force)
     count = VERIFIED if num_test is None else num_test
     ends = Asked(

@@ -37,6 +37,7 @@ class Network:
 
     def __post_init__(self) -> None:
         name = type(self.module).__name__
+        check_module(self.module)
         if not any(isinstance(v, Tensor) for v in pytree.tree_leaves((self.args, self.kwargs))):
             raise GraphError(f"the example call of {name} must hold a tensor. Got none.")
         try:
@@ -150,3 +151,31 @@ class Network:
 def holds_tensor(value: Any) -> bool:
     """Whether a nesting of values holds a tensor."""
     return any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value))
+
+
+def check_module(module: nn.Module) -> None:
+    """Refuse what no pass can work on: scales and integers follow from known float32 weights.
+
+    Raises:
+        GraphError: TorchScript, weights of another precision, or weights that are not finite.
+    """
+    kind = type(module).__name__
+    for name, part in module.named_modules():
+        if isinstance(part, torch.jit.ScriptModule):
+            raise GraphError(
+                f"{kind} must be a Python module. Got TorchScript{f' as {name}' if name else ''}, "
+                "whose operations no public function of torch gives. Give the module that was "
+                "scripted or traced."
+            )
+    for name, weight in module.named_parameters():
+        if weight.is_floating_point() and weight.dtype != torch.float32:
+            raise GraphError(
+                f"the weights of {kind} must be float32. Got {name} as "
+                f"{str(weight.dtype).removeprefix('torch.')}. Call .float() on the model, which "
+                "loses nothing, and give it float32 inputs."
+            )
+        if name.endswith(("weight", "bias")) and not bool(torch.isfinite(weight).all()):
+            raise GraphError(
+                f"the weights of {kind} must be finite. {name} holds NaN or infinity: the "
+                "checkpoint is damaged or its training diverged."
+            )

@@ -33,7 +33,7 @@ class Entry(NamedTuple):
 
 
 COMMANDS = {
-    "demo": Entry("mpq.cli.demo:demo", "The whole pipeline on embedded data, in two minutes."),
+    "demo": Entry("mpq.cli.demo:demo", "The whole pipeline on embedded data, in 2 to 3 minutes."),
     "train": Entry("mpq.cli.train:train", "Train a float model: baseline, teacher or student."),
     "ensemble": Entry("mpq.cli.ensemble:ensemble", "Bundle teachers, measured together."),
     "rank": Entry("mpq.cli.rank:command", "Which networks take low precision well."),

@@ -142,7 +142,7 @@ def analyze(
 
 def _introduce(checkpoint: Path, subject: Subject) -> None:
     """Say what was opened."""
-    takes = f"{subject.info.classes} classes"
+    takes = f"images {'x'.join(map(str, subject.info.input))}, {subject.info.classes} classes"
     if subject.call is not None:
         takes = ", ".join(f"{name} {spec}" for name, spec in subject.call.specs.items())
     terminal.say(

@@ -66,11 +66,11 @@ def bench(
     """
     if out is not None:
         out = rundir.resolve_out(out, "")
-    paths = [places.in_run(path, "model.onnx") for path in files or [out]]
-    reference = float_file or float_beside(paths[0])
+    paths = [places.onnx_file(path) for path in files or [out]]
+    reference = places.onnx_file(float_file, "float.onnx") if float_file else float_beside(paths[0])
     for path in [*paths, *([reference] if reference else [])]:
         origins.require(path)
-    folder = out or _run_of(paths[0])
+    folder = out or (paths[0].parent if rundir.is_run(paths[0].parent) else None)
     if folder is not None:
         places.hold(folder)
     how = Benching(
@@ -86,10 +86,6 @@ def bench(
     with terminal.status() as tell:
         found = run_bench(paths, source, how, tell=tell, say=terminal.say)
     _show(found.rows, as_json, folder)
-
-
-def _run_of(path: Path) -> Path | None:
-    return path.parent if rundir.is_run(path.parent) else None
 
 
 def _show(rows: Sequence[BenchRow], as_json: bool, folder: Path | None) -> None:

@@ -9,7 +9,7 @@ import click
 
 from mpq import origins
 from mpq.cli import options, places, terminal
-from mpq.errors import ExportError, UsageError
+from mpq.errors import ExportError
 from mpq.export.certify import certify as judge
 from mpq.report.tables import certificate_table
 
@@ -27,9 +27,7 @@ def certify(file: Path | None, target: str | None, as_json: bool) -> None:
     \b
     mpq certify model.onnx
     """
-    path = places.in_run(file, "model.onnx")
-    if not path.is_file():
-        raise UsageError(f"{path} does not exist. Name an ONNX file, or a run that holds one.")
+    path = places.onnx_file(file)
     origins.require(path)
     found = judge(path, target=target)
     content = json.loads(found.to_json())

@@ -21,7 +21,7 @@ from mpq.report.trained import demo_table
 def demo(seed: int, as_json: bool, force: bool, out: Path | None) -> None:
     """Train, distil, analyze, quantize, export and measure on the embedded digits.
 
-    Takes two to three minutes on two cores and needs no data and no network.
+    Takes 2 to 3 minutes on two cores and needs no data and no network.
     """
     folder = places.hold(rundir.resolve_out(out, "demo"))
     rundir.refuse_overwrite(folder / "demo.json", force)

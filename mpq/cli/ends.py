@@ -22,7 +22,7 @@ input_shape = click.option(
     multiple=True,
     callback=_shape,
     help="Of an image, or H,W, or one side; of other inputs NAME=SIZES:DTYPE, repeated.  "
-    "[default: what the network is meant for]",
+    "[default: what the network is meant for, else 3,32,32]",
 )
 
 

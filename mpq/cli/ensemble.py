@@ -45,6 +45,7 @@ def ensemble(
     mpq ensemble a.pth b.pth c.pth -o ens.pth
     mpq ensemble d.pth --normalize cifar10 ens.pth -o all.pth
     """
+    rundir.require_kind(out, *rundir.TORCH)
     rundir.refuse_overwrite(places.hold_file(out), force)
     how = Reading(model, weights=weights, trust_pickle=trust_pickle)
     with terminal.status() as tell:

@@ -138,7 +138,7 @@ def _told(result: ExportResult) -> Iterator[str]:
     )
     yield from certificate.notes
     if checked is None:
-        yield "not verified: there are no images to verify on"
+        yield "not verified: there are no images to verify on; name some: --data DATA --force"
         return
     images, steps = counted(checked.n, "image"), counted(checked.max_step, "step")
     if checked.top1_agreement is None:

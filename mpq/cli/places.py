@@ -48,6 +48,24 @@ def in_run(path: Path | None, file: str) -> Path:
     return found
 
 
+def onnx_file(path: Path | None, name: str = "model.onnx") -> Path:
+    """`in_run` of an ONNX file, which must be there.
+
+    Raises:
+        UsageError: as `in_run`; it does not exist, or is a file of torch.
+    """
+    found = in_run(path, name)
+    if not found.is_file():
+        raise UsageError(f"{found} does not exist. Name an ONNX file, or a run that holds one.")
+    with found.open("rb") as file:
+        if file.read(2).startswith((b"PK", b"\x80")):  # an archive or a pickle
+            raise UsageError(
+                f"{found} must be an ONNX file. Got a checkpoint of torch, or another archive. "
+                "Name the file that mpq export wrote, or its run."
+            )
+    return found
+
+
 def _refuse_other(model: Path, network: Path) -> None:
     if not origins.is_of(model, network.name):
         raise UsageError(f"{model} was not made from {network}. Try mpq export {network} --force.")

@@ -10,7 +10,6 @@ import click
 from mpq import origins, rundir
 from mpq.cli import bundles, options, places, terminal
 from mpq.data import DataSource
-from mpq.errors import UsageError
 from mpq.export import foreign
 from mpq.pipeline.verifying import portability_run
 from mpq.report.tables import portability_table
@@ -53,9 +52,7 @@ def portability(
         foreign.install(name, terminal.say)
     if installed and file is None:
         return
-    path = places.in_run(file, "model.onnx")
-    if not path.is_file():
-        raise UsageError(f"{path} does not exist. Name an ONNX file, or a run that holds one.")
+    path = places.onnx_file(file)
     beside = path.parent / "float.onnx"
     reference = float_file or (beside if beside.is_file() else None)
     wanted = foreign.chosen(names)

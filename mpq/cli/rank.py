@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -10,13 +9,13 @@ import click
 from mpq import rundir
 from mpq.cli import bundles, options, places, terminal, training
 from mpq.data import DataSource, Normalization
-from mpq.errors import UsageError
 from mpq.pipeline.ranking import FILE, PICTURE, Hooks, Ranking, rank
 from mpq.ptq import EFFORTS, Effort
 from mpq.report.ranking import rank_table
 from mpq.rundir import Run
+from mpq.zoo.detection import NAME_IT
 
-EPOCHS = 10
+OF_ITSELF = "Name a file of mpq train, which says what it is, or package.module:factory to train."
 
 
 @click.command("rank")
@@ -24,10 +23,10 @@ EPOCHS = 10
                 callback=options.named)  # fmt: skip
 @bundles.source
 @options.normalize
-@options.effective_bits
+@options.limit("--effective-bits", "Mean bits per weight of the mixed policy.  [default: 4.8]")
 @options.choice("--effort", EFFORTS, default="good", help="As in mpq ptq.")
 @training.recipe("plain")
-@training.epochs
+@options.count("--epochs", metavar="N", default=10, help="Epochs of an architecture's training.")
 @training.settings
 @options.num_calib("512")
 @options.num_test("2000")
@@ -41,10 +40,10 @@ def command(
     candidates: tuple[str, ...],
     source: DataSource,
     normalize: Normalization | None,
-    effective_bits: tuple[float, ...],
+    effective_bits: float | None,
     effort: Effort,
     recipe: str,
-    epochs: int | None,
+    epochs: int,
     settings: tuple[str, ...],
     num_calib: int | None,
     num_test: int | None,
@@ -57,7 +56,7 @@ def command(
 ) -> None:
     """Compare networks by what 8, 4 and mixed bits cost them; write rank.json and rank.png.
 
-    A candidate is a checkpoint, or an architecture, which is trained for --epochs (10) first, and
+    A candidate is a checkpoint, or an architecture, which is trained for --epochs first, and
     quantized without training. An interrupted run goes on with --resume.
 
     \b
@@ -68,13 +67,13 @@ def command(
     if not resume:
         rundir.refuse_overwrite(folder / FILE, force)
     how = Ranking(
-        effective_bits=_single(effective_bits),
+        effective_bits=effective_bits or Ranking.effective_bits,
         effort=effort,
         samples=num_calib or Ranking.samples,
         images=num_test or Ranking.images,
-        recipe=training.recipe_from(recipe, epochs or EPOCHS, settings),
+        recipe=training.recipe_from(recipe, epochs, settings),
     )
-    with training.live(epochs or EPOCHS) as training_hooks:
+    with training.live(epochs) as training_hooks, terminal.rephrased(NAME_IT, OF_ITSELF):
         rows = rank(
             candidates,
             source,
@@ -85,10 +84,3 @@ def command(
         )
     terminal.result(as_json, {"rows": rows}, rank_table(rows))
     terminal.say(f"wrote {folder / FILE} and {folder / PICTURE}")
-
-
-def _single(bits: Sequence[float]) -> float:
-    """The one budget of the mixed policy."""
-    if len(bits) > 1:
-        raise UsageError(f"rank compares at one budget. Got --effective-bits {bits}.")
-    return bits[0] if bits else Ranking.effective_bits

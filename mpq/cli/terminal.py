@@ -22,7 +22,7 @@ from rich.progress import (
 )
 
 from mpq.diagnose import Facts, findings
-from mpq.errors import folded, printable
+from mpq.errors import MpqError, folded, printable
 from mpq.processes import leading
 from mpq.report.grid import Grid, counted
 
@@ -71,6 +71,15 @@ def bars() -> Iterator[Tell]:
             progress.update(tasks[phase], completed=done, total=total, note=escape(note))
 
         yield tell
+
+
+@contextmanager
+def rephrased(text: str, other: str) -> Iterator[None]:
+    """Errors say `other` where shared code says `text`, for a command that has other options."""
+    try:
+        yield
+    except MpqError as error:
+        raise type(error)(str(error).replace(text, other)) from error
 
 
 def say(text: str) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from mpq import rundir
 from mpq.cli import options, places, terminal, training
 from mpq.data import DataSource, Normalization
 from mpq.pipeline.guard import check_start
@@ -76,6 +77,7 @@ def train(
         click.echo(chosen.to_yaml(), nl=False)
         return
     training.check_plan(chosen, device=device, teacher=teacher, unlabelled=source.unlabelled)
+    rundir.require_kind(out, *rundir.TORCH)
     places.hold_file(out)
     places.hold(working_folder(out))
     resume = check_start(working_folder(out), out, resume=resume, force=force)

@@ -196,7 +196,8 @@ def load_teacher(path: Path | None, normalize: str, model: str | None) -> Ensemb
     if path is None:
         return None
     known = str(Normalization.parse(normalize)) if normalize else ""
-    found = load_ensemble(path, normalize=known, how=Reading(model))
+    with terminal.rephrased("--model ", "--teacher-model "):
+        found = load_ensemble(path, normalize=known, how=Reading(model))
     terminal.say(f"teacher {path}: {', '.join(found.names)}")
     return found
 

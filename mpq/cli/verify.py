@@ -56,16 +56,16 @@ def verify(
     mpq verify
     mpq verify model.onnx --exact
     """
-    path = places.in_run(file, "model.onnx")
-    if not path.is_file():
-        raise UsageError(f"{path} does not exist. Name an ONNX file, or a run that holds one.")
+    path = places.onnx_file(file)
     origins.require(path)
     if _keeps(path):
         places.hold(path.parent)
     if exact:
         if origin is not None:
             raise UsageError("--exact needs nothing but the file. Give it without --from.")
-        report = _exact(path, source, num_test or 4, seed, target)
+        with terminal.status() as tell:
+            tell("comparing node by node")
+            report = exact_run(path, source, images=num_test or 4, seed=seed, target=target)
         _tell(path, "exact.json", report.to_json(), as_json)
         _refuse_inexact(path, report)
     else:
@@ -82,14 +82,6 @@ def verify(
             raise ExportError(
                 f"{path} does not answer as {network} does: " + "; ".join(checked.failures())
             )
-
-
-def _exact(
-    path: Path, source: DataSource, images: int, seed: int, target: str | None
-) -> ExactReport:
-    with terminal.status() as tell:
-        tell("comparing node by node")
-        return exact_run(path, source, images=images, seed=seed, target=target)
 
 
 def _refuse_inexact(path: Path, report: ExactReport) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -47,6 +48,17 @@ def stated(outputs: Mapping[str, Output]) -> dict[str, OutputKind]:
 def classifier(outputs: Mapping[str, Output]) -> bool:
     """Whether a network answers with classes and nothing else, so that it has a top-1."""
     return [output.kind for output in outputs.values()] == ["classes"]
+
+
+def as_places(outputs: Mapping[str, Output]) -> Mapping[str, Output]:
+    """The only output as `places`, where nobody gave its kind and it is a map of classes."""
+    [(name, found), *others] = outputs.items()
+    seen = found.evidence
+    if others or found.rule == "given" or not seen.floating or len(seen.shape) < 4:
+        return outputs
+    if seen.shape[1] < 2:  # split by its sign
+        return outputs
+    return {name: replace(found, kind="places", rule="the metric reads a class for each place")}
 
 
 class _Search:

@@ -21,12 +21,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from mpq.calls import Inputs
+from mpq.capture.network import check_module
 from mpq.checkpoint import load_model, weights_hash
 from mpq.data import DataSet, DataSource, Normalization, open_data
 from mpq.data.batches import INPUTS, LABELS
 from mpq.data.dataset import ArraySplit
 from mpq.data.normalize import NAMED
-from mpq.errors import DataError
+from mpq.errors import DataError, UsageError
 from mpq.pipeline.anything import BATCH, Wanted, batches_of, called, of_any, peeked
 from mpq.pipeline.measuring import Batches, judging_of, opened
 from mpq.pipeline.subject import GIVEN, Subject, normalized, open_checkpoint
@@ -79,7 +80,14 @@ def _given(
     example: Inputs | None,
 ) -> Subject:
     info, call = None, None
-    if not isinstance(model, nn.Module):
+    if isinstance(model, nn.Module):
+        check_module(model)
+    elif not isinstance(model, str | Path):
+        raise UsageError(
+            "model must be a network (nn.Module) or the path of a checkpoint. Got "
+            f"{type(model).__name__}. A state dict needs its network: net.load_state_dict(...)."
+        )
+    else:
         if data is None or isinstance(data, str | Path):
             how = Normalization.parse(normalize) if normalize else None
             named = None if data is None else str(data)

@@ -22,6 +22,7 @@ from mpq.data.dataset import Labels, Samples, Split
 from mpq.data.normalize import NAMED
 from mpq.errors import DataError
 from mpq.graph.ir import QuantGraph
+from mpq.graph.outputs import as_places
 from mpq.graph.passes import to_float
 from mpq.pipeline.loading import example_call, load_architecture, load_weights, named
 from mpq.pipeline.measuring import Batches, Judging
@@ -81,7 +82,10 @@ class Subject:
             UsageError: an output or a kind that there is not.
         """
         example = self.call or torch.zeros(2, *self.info.input)
-        return to_float(self.module, example, self.outputs)
+        graph = to_float(self.module, example, self.outputs)
+        if self.judging is not None and self.judging.metric.name == "miou":
+            graph.outputs = dict(as_places(graph.outputs))
+        return graph
 
     @property
     def seen(self) -> bool:
@@ -98,7 +102,8 @@ class Subject:
         if self.data is None:
             raise DataError(
                 f"{purpose} needs images, but --data is none. Name a data set with --data: "
-                "digits, cifar10, cifar100, a folder, a zip, a .npz, module:factory, or noise."
+                "digits, cifar10, cifar100, a folder, a zip, a .npz, module:factory, or noise; or "
+                "batches with --batches, where the command has it."
             )
         return self.data
 

@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mpq.errors import printable
+from mpq.report.words import decibels
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,5 +183,5 @@ def agreement_text(verify: Mapping[str, Any]) -> str:
         if one["agreement"] is not None:
             told.append(f"{one['name']} ({one['kind']}) agreement {one['agreement']:.2%}")
         elif one["sqnr_db"] is not None:
-            told.append(f"{one['name']} ({one['kind']}) {one['sqnr_db']:.1f} dB")
+            told.append(f"{one['name']} ({one['kind']}) {decibels(one['sqnr_db'], ' dB')}")
     return ", ".join(told) or "no output is judged"

@@ -8,12 +8,10 @@ from typing import Any
 
 from mpq.diagnose.facts import score_unit
 from mpq.report.grid import TOP1, Grid, agreement_text, columns, counted, fixed, short, tiny
-from mpq.report.words import chance, meaning
+from mpq.report.words import chance, decibels, meaning
 
 Json = Mapping[str, Any]
 PARTS = {"weight": "W", "activation": "A"}
-EXACT_DB = 999.0
-"""What `verify.json` holds where there is no difference at all: JSON has no infinity."""
 
 
 def bench_table(rows: Sequence[Json]) -> Grid:
@@ -249,7 +247,7 @@ def verify_table(verify: Json) -> Grid:
     body = [
         (
             layer["name"],
-            "exact" if layer["sqnr_db"] >= EXACT_DB else fixed(layer["sqnr_db"], 1),
+            decibels(layer["sqnr_db"]),
             short(layer["own_step"]) if "own_step" in layer else "-",
             short(layer["max_step"]),
             "-" if layer["equal_fraction"] is None else f"{layer['equal_fraction']:.3%}",
@@ -283,7 +281,7 @@ def portability_table(found: Json) -> Grid:
                 for key in ("predicted", "same_class")
             ),
             fixed(row["top1"], 2),
-            fixed(row.get("sqnr_db"), 1),
+            decibels(row.get("sqnr_db")),
             fixed(row["ms"], 3),
             "-" if row["ratio"] is None else f"{row['ratio']:.2f}x",
             # The command that installs it is long and stands below.

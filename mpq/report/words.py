@@ -12,6 +12,8 @@ from typing import Any
 from mpq.diagnose.facts import NATS, score_unit
 from mpq.noise import interval, margin
 
+EXACT_DB = 999.0
+"""What a file holds where nothing differs at all: JSON has no infinity."""
 DISTILLED = ", distilled"
 NOWHERE = "no images were held out to measure on"
 
@@ -20,6 +22,11 @@ def top1_text(top1: float, count: int) -> str:
     """An accuracy with its 95 % interval: `92.30 % (95 %: 91.8 to 92.8)`."""
     low, high = interval(top1, count)
     return f"{top1:.2f} % (95 %: {low:.1f} to {high:.1f})"
+
+
+def decibels(value: float | None, unit: str = "") -> str:
+    """A distance in dB: `61.3`, `exact` where nothing differs, `-` for None."""
+    return "-" if value is None else "exact" if value >= EXACT_DB else f"{value:.1f}{unit}"
 
 
 def difference(after: float, before: float, count: int) -> str:

@@ -16,6 +16,7 @@ those of its first argument, and `input_size = {"image": (3, 64, 64), "ids": "77
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -27,6 +28,7 @@ from mpq.userimport import import_callable, raised, working_directory
 from mpq.zoo import libraries
 from mpq.zoo.architectures import ARCHITECTURES, INPUT_SIZE
 
+logger = logging.getLogger(__name__)
 FROM_FILES = ("pt2", "transformers")
 """Networks that only their own files can build."""
 
@@ -67,6 +69,18 @@ def build(arch: str, classes: int, *, in_channels: int = 3) -> nn.Module:
 def input_size(arch: str) -> tuple[int, int, int]:
     """Image shape `(C, H, W)` that an architecture is meant for; `stated_size` or (3, 32, 32)."""
     return stated_size(arch) or (3, *INPUT_SIZE)
+
+
+def assumed(kind: str, channels: int, size: tuple[int, ...] | None) -> tuple[int, int, int]:
+    """The image shape of a network that states none; with a word where `size` does not say it."""
+    if size is None:
+        logger.warning(
+            "%s does not say the size of its images: %d,32,32 is taken. Say it with --input-shape, "
+            "or as input_size = (C, H, W) of the class or factory",
+            kind,
+            channels,
+        )
+    return channels, *INPUT_SIZE
 
 
 def stated_size(arch: str) -> tuple[int, int, int] | None:

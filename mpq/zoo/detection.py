@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from mpq.errors import CheckpointError
 from mpq.zoo.architectures import ARCHITECTURES, INPUT_SIZE
-from mpq.zoo.builder import build, input_size, shaped, stated_size
+from mpq.zoo.builder import assumed, build, input_size, shaped, stated_size
 from mpq.zoo.fitting import Fitting, Recognized, outputs_of
 from mpq.zoo.libraries import declared_input, timm_config, torchvision_names
 from mpq.zoo.memoryless import WithoutMemory
@@ -32,6 +32,10 @@ from mpq.zoo.parts import Part, choose, levels, told
 from mpq.zoo.spelling import Shape, counts, differences, shapes_of, spellings, strip
 
 logger = logging.getLogger(__name__)
+NAME_IT = (
+    "Name the network with --model NAME, or give the function that builds it with --model "
+    "package.module:factory."
+)
 Fits = list[tuple[str, int]]
 Candidates = Callable[[Mapping[str, Shape]], Iterable[str]]
 
@@ -134,7 +138,7 @@ def recognize(
             part = choose(list(found))
             fit = found[part]
             words = told(part, list(known or found))
-            meant = stated or declared_input(fit.network) or (channels, *INPUT_SIZE)
+            meant = stated or declared_input(fit.network) or assumed(arch, channels, size)
             return Recognized(fit.loaded(), arch, fit.classes, shaped(size, meant), words)
     raise CheckpointError(fitting.refusal(tried))
 
@@ -154,7 +158,7 @@ def recognize_module(
     own = f"{kind.__module__}:{kind.__qualname__}"
     # Of another class the code is here already: it came with the file.
     meant = declared_input(module) if arch in (None, own) else input_size(str(arch))
-    meant, arch = meant or (_channels(module), *INPUT_SIZE), arch or own
+    meant, arch = meant or assumed(own, _channels(module), size), arch or own
     classes = outputs_of(shapes_of(strip(state)), head_of(arch)) or 1
     return Recognized(module.float().eval(), arch, classes, shaped(size, meant))
 
@@ -244,8 +248,7 @@ def _no_match(shapes: Mapping[str, Shape]) -> str:
         near.append(f"{arch}: {differences(shapes, known.with_classes(have_head[0]))}")
     return (
         f"the checkpoint's {len(shapes)} tensors must be those of a known architecture, but fit "
-        f"none. Nearest: {'. '.join(near)}. Name the network with --model NAME, or give the "
-        f"function that builds it with --model package.module:factory."
+        f"none. Nearest: {'. '.join(near)}. {NAME_IT}"
     )
 
 

@@ -85,11 +85,21 @@ class Fitting:
         """What the nearest of the parts that do not fit differs in."""
         shapes = self._any.shapes
         near = max(parts, key=lambda part: len(part.plain.keys() & shapes.keys()))
-        return (
-            f"the weights{f' under {near.name}' if near.name else ''} must be those of "
-            f"{self.arch}, but differ: {differences(shapes_of(near.plain), shapes)}. "
+        have = shapes_of(near.plain)
+        classes = outputs_of(have, self.head)
+        hint = (
             "Leave --model away to have the network found, or give the function that builds it "
             "with --model package.module:factory."
+        )
+        alike = ":" in self.arch and have.keys() == shapes.keys()  # code of the user's own
+        if alike and classes != outputs_of(shapes, self.head):
+            hint = (
+                f"Give {self.arch} a parameter num_classes, which it is called with, or make it "
+                f"build a network of {classes} classes."
+            )
+        return (
+            f"the weights{f' under {near.name}' if near.name else ''} must be those of "
+            f"{self.arch}, but differ: {differences(have, shapes)}. {hint}"
         )
 
     @property

@@ -157,6 +157,26 @@ def test_what_is_trusted_once_is_remembered_in_the_run(
     assert "--trust-code evil:images" in told
 
 
+@pytest.mark.parametrize("file", ["far.py", "far/__init__.py"])
+def test_code_that_is_not_found_from_here_is_not_said_to_have_changed(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
+    Path("far").mkdir()
+    Path(file).write_text(Path("evil.py").read_text())
+    policy("data", "far:images")
+    ptq = ["ptq", "--effort", "fast", "--num-calib", "16", "--force"]
+    assert main([*ptq, "r", "--trust-code", "far:images"]) == 0
+    del sys.modules["far"]
+    Path("sub").mkdir()
+    monkeypatch.chdir("sub")
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p not in ("", str(here))])
+    capsys.readouterr()
+    assert main([*ptq, "../r", "--trust-code", "mine:tiny"]) == 2
+    told = capsys.readouterr().err
+    assert "the module far of far:images must be importable from this folder" in told
+    assert f"lay in {here / file}: start mpq in {here}, or" in told
+
+
 def test_trust_that_came_with_the_run_counts_for_nothing(
     here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
