@@ -79,29 +79,24 @@ def _reshapes(op: Any, x: ir.Value, y: ir.Value) -> Any:
     node = y.producer()
     assert node is not None
     assert x.shape is not None
-    channels, sides = x.shape[1], [d for d in x.shape[2:] if isinstance(d, int)]
     size = node.attributes["blocksize"].as_int()
+    channels, *sizes = x.shape.dims[1:]
     assert isinstance(channels, int)
-    outputs = channels // size**2
+    first = [0, channels // size**2]
 
-    def shape(name: str, numbers: list[int]) -> Any:
-        return op.initializer(ir.tensor(np.array(numbers, np.int64)), f"{y.name}.{name}")
+    def shape(name: str, head: list[int], times: int) -> Any:
+        def held(part: str, numbers: list[int]) -> Any:
+            return op.initializer(ir.tensor(np.array(numbers, np.int64)), f"{y.name}.{name}{part}")
 
-    apart, joined = [0, outputs, size, size], [0, outputs]
-    if len(sides) == 2:
-        whole = (
-            shape("apart", [*apart, *sides]),
-            shape("joined", [*joined, *(s * size for s in sides)]),
-        )
-    else:
-        free = op.Shape(x, start=2)
-        wide = op.Mul(free, shape("size", [size]))
-        whole = (
-            op.Concat(shape("apart", apart), free, axis=0),
-            op.Concat(shape("joined", joined), wide, axis=0),
-        )
-    turned = op.Transpose(op.Reshape(x, whole[0]), perm=[0, 1, 4, 2, 5, 3])
-    return op.Reshape(turned, whole[1])
+        known = [d * times for d in sizes if isinstance(d, int)]
+        if len(known) == len(sizes):
+            return held("", [*head, *known])
+        free = op.Mul(op.Shape(x, start=2), held(".times", [times]))
+        return op.Concat(held("", head), free, axis=0)
+
+    apart = op.Reshape(x, shape("apart", [*first, size, size], 1))
+    turned = op.Transpose(apart, perm=[0, 1, 4, 2, 5, 3])
+    return op.Reshape(turned, shape("joined", first, size))
 
 
 PLAIN_SHUFFLE = RewriteRule(_shuffle, _reshapes, _is_of_integers, name="PlainShuffle")

@@ -72,6 +72,10 @@ OF_EACH_COMMAND = {
     ("recipe", "default"): "what is trained: a float network, or a quantized one",
     ("num_test", "type"): "export may verify on none, which is 0",
     ("metric", "multiple"): "analyze takes one to score layers by, and one of the task",
+    ("epochs", "default"): "of a recipe, but rank trains each architecture for as many",
+    ("effective_bits", "multiple"): "analyze writes a policy for each, rank compares at one",
+    ("effective_bits", "type"): "likewise: a number, or a list of them",
+    ("effective_bits", "default"): "likewise",
     ("out", "default"): "train and ensemble write one file, which has a name",
 }
 """What may differ between options of one name, and why."""

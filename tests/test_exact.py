@@ -256,7 +256,7 @@ def test_exact_fails_where_a_kernel_differs(
         (["--exact", "--from", "x.pth"], "--exact needs nothing but the file"),
         (["--num-test", "0"], "0 is not in the range x>=1"),
         (["--exact", "--data", "nothing"], "nothing"),
-        (["tiny.pth", "--exact"], "must be an ONNX model"),
+        (["tiny.pth", "--exact"], "must be an ONNX file. Got a checkpoint of torch"),
     ],
 )
 def test_bad_input_is_told(here: Path, capsys: Capture, argv: list[str], message: str) -> None:

@@ -408,7 +408,7 @@ def test_teachers_of_ones_own_kind(mine, capsys):
     assert main(argv) == 0
     qat = ["qat", "--policy", "r", "--epochs", "1", "--teacher", "t.pth"]
     assert main([*qat, "--teacher-normalize", "none"]) == 2
-    assert "--model" in capsys.readouterr().err
+    assert "--teacher-model" in capsys.readouterr().err
     assert main([*qat, "--teacher-normalize", "none", "--teacher-model", "mine:net"]) == 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,13 +11,16 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from mpq.errors import GraphError
+from mpq.export import runtime, to_onnx
 from mpq.graph.annotate import annotate
 from mpq.graph.describe import describe
 from mpq.graph.fold_bn import fold_bn, scale_outputs
 from mpq.graph.insert import insert
 from mpq.graph.ir import QuantGraph
 from mpq.graph.kinds import kind_of
+from mpq.graph.passes import prepare
 from mpq.policy import Policy
+from mpq.ptq import calibrate
 from mpq.quant.fake_quant import FakeQuant
 from mpq.quant.layer import QuantLayer
 from mpq.quant.operation import LayerOp
@@ -52,6 +56,18 @@ def test_kinds_of_modules_functions_and_methods():
         "placeholder", "layer", "relu6", "other", "relu", "adaptive_avgpool", "add",
         "global_avgpool", "mul", "flatten", "output",
     ]  # fmt: skip
+
+
+@torch.no_grad()
+def test_random_slopes_are_their_mean_in_a_file(tmp_path: Path):
+    torch.manual_seed(0)
+    x = torch.randn(16, 3, 8, 8)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.RReLU(0.1, 0.5), nn.Conv2d(4, 2, 1)).eval()
+    graph = prepare(net, Policy.uniform(8, 8), x)
+    calibrate(graph, x, method="minmax")
+    path = to_onnx(graph, tmp_path / "m.onnx", images=x).path
+    found = torch.from_numpy(runtime.run(runtime.session(path), x.numpy()))
+    torch.testing.assert_close(found, net(x).flatten(1), atol=0.05, rtol=0.05)
 
 
 @pytest.mark.parametrize(("attribute", "kind"), [("shape", "shape"), ("T", "other")])

@@ -16,6 +16,7 @@ from test_forms import RUNTIMES
 from torch import Tensor, nn
 
 import mpq
+from mpq.errors import GraphError
 from mpq.export import runtime, to_onnx
 from mpq.export.exact import verify_exact
 from mpq.export.onnx_file import verify_file
@@ -211,6 +212,36 @@ def test_an_output_size_is_taken_at_every_size_of_the_image(how: str, tmp_path: 
         np.testing.assert_allclose(answer, quantized.module(x).detach(), atol=1e-5)
         assert answer.shape == float_answer.shape
         assert (torch.tensor(answer) - float_answer).norm() < 0.05 * float_answer.norm()
+
+
+class Normed(Decoder):
+    """A decoder with what folds into its convolution."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__(how)
+        self.norm, self.out = nn.BatchNorm2d(4), nn.Conv2d(4, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(F.relu(self.norm(super().forward(x))))
+
+
+def test_a_norm_is_folded_before_the_crop_to_an_output_size(tmp_path: Path):
+    torch.manual_seed(0)
+    network = Normed("shape").eval()
+    nn.init.uniform_(network.norm.running_var, 0.5, 2)
+    images = torch.rand(16, 3, 8, 9)
+    assert [*prepare(network, Policy.uniform(8, 8), images).layers] == ["down", "up", "out"]
+    quantized = mpq.ptq(network, images, mpq.Policy.uniform(8))
+    mpq.export(quantized, tmp_path / "m.onnx", dynamic_axes=["batch", "height", "width"])
+    x = torch.rand(2, 3, 11, 14)
+    answer = torch.tensor(runtime.run(runtime.session(tmp_path / "m.onnx"), x.numpy()))
+    torch.testing.assert_close(answer, network(x).flatten(1), atol=0.05, rtol=0.05)
+
+
+def test_an_output_size_in_numbers_holds_the_image_s(tmp_path: Path):
+    quantized = mpq.ptq(Decoder("fixed").eval(), torch.rand(16, 3, 8, 9), mpq.Policy.uniform(8))
+    with pytest.raises(GraphError, match=r"width cannot be dynamic: the output of up is cropped"):
+        mpq.export(quantized, tmp_path / "m.onnx", dynamic_axes=["batch", "width"])
 
 
 class Shuffling(nn.Module):

@@ -37,7 +37,6 @@ class Network:
 
     def __post_init__(self) -> None:
         name = type(self.module).__name__
-        check_module(self.module)
         if not any(isinstance(v, Tensor) for v in pytree.tree_leaves((self.args, self.kwargs))):
             raise GraphError(f"the example call of {name} must hold a tensor. Got none.")
         try:

@@ -66,13 +66,14 @@ def bench(
     """
     if out is not None:
         out = rundir.resolve_out(out, "")
-    paths = [places.onnx_file(path) for path in files or [out]]
-    reference = places.onnx_file(float_file, "float.onnx") if float_file else float_beside(paths[0])
-    for path in [*paths, *([reference] if reference else [])]:
-        origins.require(path)
+    paths = [places.in_run(path, "model.onnx") for path in files or [out]]
     folder = out or (paths[0].parent if rundir.is_run(paths[0].parent) else None)
     if folder is not None:
         places.hold(folder)
+    paths = [places.onnx_file(path) for path in paths]
+    reference = places.onnx_file(float_file, "float.onnx") if float_file else float_beside(paths[0])
+    for path in [*paths, *([reference] if reference else [])]:
+        origins.require(path)
     how = Benching(
         float_file=reference,
         normalize=normalize,

@@ -2,11 +2,10 @@
 
 Nothing works in place; dropout and identity go; functional convolutions and matrix products of
 parameters become modules; a module that is called several times gets one copy per call (sharing its
-parameters), so that a node and a module path are the same thing; halves of a batch become slices;
-global means become
-`AdaptiveAvgPool2d(1)`, the form for which a runtime has an integer kernel; average pooling in ceil
-mode counts as runtimes do; gated activations become gate and product; attention over other than
-four dimensions becomes its products.
+parameters), so that a node and a module path are the same thing; an `output_size` becomes a crop;
+halves of a batch become slices; global means become `AdaptiveAvgPool2d(1)`, the form for which a
+runtime has an integer kernel; average pooling in ceil mode counts as runtimes do; gated activations
+become gate and product; attention over other than four dimensions becomes its products.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from __future__ import annotations
 import copy
 import operator
 from collections import Counter
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import fx, nn
@@ -36,10 +35,11 @@ def normalize(qg: QuantGraph) -> int:
         out_of_place,
         _positional_inputs,
         _drop_identities,
+        _mean_slopes,
         functional_layers,
         _halves_of_a_batch,
         _split_shared,
-        _sizes_of_transposed,
+        _output_sizes,
         _global_means,
         ceil_pools,
         open_gates,
@@ -72,6 +72,14 @@ def _drop_identities(qg: QuantGraph) -> int:
             qg.module.graph.erase_node(node)
             count += 1
     return count
+
+
+def _mean_slopes(qg: QuantGraph) -> int:
+    """`RReLU` draws its slopes in training only: else it is a leaky ReLU of their mean."""
+    found = {path: m for path, m in _modules(qg).items() if type(m) is nn.RReLU}
+    for path, module in found.items():
+        qg.module.set_submodule(path, nn.LeakyReLU((module.lower + module.upper) / 2))
+    return len(found)
 
 
 def _halves_of_a_batch(qg: QuantGraph) -> int:
@@ -130,43 +138,40 @@ def _split_shared(qg: QuantGraph) -> int:
     return count
 
 
-def _sizes_of_transposed(qg: QuantGraph) -> int:
-    """`output_size` of a transposed convolution: the most padding, of which so much is taken.
-
-    What `output_padding` adds comes last, so that a smaller output begins a larger one.
-    """
-    modules, graph, count = _modules(qg), qg.module.graph, 0
-    for node in list(graph.nodes):
-        module = modules.get(str(node.target)) if node.op == "call_module" else None
-        if not isinstance(module, _ConvTransposeNd) or len(node.args) + len(node.kwargs) < 2:
-            continue
-        given = node.kwargs.get("output_size", node.args[1] if len(node.args) > 1 else None)
-        node.args, node.kwargs = (*node.args, node.kwargs.get("input"))[:1], {}
-        count += 1
-        if given is None:
-            continue
-        padded, users = cast(_ConvTransposeNd, _shallow(module)), list(node.users)
-        padded.output_padding = tuple(step - 1 for step in module.stride)
-        qg.module.set_submodule(str(node.target), padded)
-        places = range(-len(module.stride), 0)
-        with graph.inserting_before(node):
-            of_tuple = isinstance(given, fx.Node)
-            ends = [
-                graph.call_function(operator.getitem, (given, i)) if of_tuple else given[i]
-                for i in places
-            ]
-        part = (slice(None), slice(None), *(slice(None, end) for end in ends))
-        with graph.inserting_after(node):
-            taken = graph.call_function(operator.getitem, (node, part))
-        for user in users:
-            user.replace_input_with(node, taken)
-    return count
-
-
 def _shallow(module: nn.Module) -> nn.Module:
     """A module of its own on the same parameters and buffers, all the way down."""
     memo: dict[int, object] = {id(t): t for t in (*module.parameters(), *module.buffers())}
     return copy.deepcopy(module, memo)
+
+
+def _output_sizes(qg: QuantGraph) -> int:
+    """A transposed convolution to an `output_size` gives the most it can, and is cropped to that.
+
+    So the size may be that of another tensor. What folds into the layer comes before the crop.
+    """
+    graph, modules, count = qg.module.graph, _modules(qg), 0
+    for node in list(graph.nodes):
+        layer = modules.get(str(node.target)) if node.op == "call_module" else None
+        given = [*node.args[1:], *node.kwargs.values()]
+        if not isinstance(layer, _ConvTransposeNd) or not given:
+            continue
+        node.args, node.kwargs, count = node.args[:1], {}, count + 1
+        if given[0] is None:
+            continue
+        ends = given[0][-len(layer.stride) :]
+        if any(isinstance(end, int) for end in ends):
+            qg.sizes = f"the output of {node.target} is cropped to {list(ends)}"
+        layer.output_padding = tuple(step - 1 for step in layer.stride)
+        last = node
+        while [kind_of(n, modules) for n in last.users] in (["batch_norm"], ["relu"], ["relu6"]):
+            (last,) = last.users
+        readers = list(last.users)
+        with graph.inserting_after(last):
+            index: Any = (..., *(slice(None, end) for end in ends))
+            crop = graph.call_function(operator.getitem, (last, index))
+        for reader in readers:
+            reader.replace_input_with(last, crop)
+    return count
 
 
 def _global_means(qg: QuantGraph) -> int:

@@ -6,7 +6,7 @@ from torch import nn
 
 from mpq.calls import Inputs, count
 from mpq.capture.capture import capture
-from mpq.capture.network import Network
+from mpq.capture.network import Network, check_module
 from mpq.graph.ir import QuantGraph
 
 
@@ -22,6 +22,7 @@ def trace(model: nn.Module, example: Inputs | Network) -> QuantGraph:
         GraphError: the model cannot be captured, or `mpq.capture.network` refuses it.
         UsageError: the tensors of the example differ in their first size.
     """
+    check_module(model)
     network = Network.of(model, example)
     example = network.map(lambda t: t.detach().clone()).example
     count(example)
