@@ -11,6 +11,7 @@ from mpq import origins, rundir
 from mpq.cli import bundles, options, places, terminal
 from mpq.data import DataSource
 from mpq.export import foreign
+from mpq.pipeline.benching import float_beside
 from mpq.pipeline.verifying import portability_run
 from mpq.report.tables import portability_table
 
@@ -53,8 +54,7 @@ def portability(
     if installed and file is None:
         return
     path = places.onnx_file(file)
-    beside = path.parent / "float.onnx"
-    reference = float_file or (beside if beside.is_file() else None)
+    reference = float_file or float_beside(path)
     wanted = foreign.chosen(names)
     with terminal.status() as tell:
         report = portability_run(

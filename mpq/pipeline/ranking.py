@@ -140,7 +140,7 @@ def _check(candidates: Sequence[str], source: DataSource) -> None:
         raise UsageError(f"every candidate must be named once. Got {twice[0]} twice.")
     for name in candidates:
         if not Path(name).is_file():
-            if Path(name).suffix in (".pth", ".pt", ".ckpt", ".bin"):
+            if Path(name).suffix in (*rundir.TORCH, ".bin"):
                 raise UsageError(f"checkpoint {name} does not exist.")
             zoo.input_size(name)  # refuses an unknown name with the nearest ones
 
