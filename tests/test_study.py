@@ -329,6 +329,21 @@ def test_a_checkpoint_of_a_users_architecture_is_read(mpq_data: Path, tmp_path: 
     assert len(list(made.root.glob("network-public-s0-*/model.pth"))) == 1
 
 
+@pytest.mark.parametrize(("limit", "other_half"), [(0, True), (32, False)])
+def test_the_half_that_nothing_was_chosen_on_has_a_figure_unless_a_limit_cut_it(
+    tmp_path: Path, limit: int, *, other_half: bool
+) -> None:
+    where = f"holdout: 0, choose: first half of test, limit: {limit}"
+    text = SMALL.replace("holdout: 64, limit: 64", where).replace("epochs: 2", "epochs: 1")
+    found = Plan.load(write_plan(tmp_path, text))
+    made = Shelf(tmp_path / "runs", found.name)
+    Study(found, made, tmp_path / "kept", "cpu", Clock(), print).run(("test-float-s0",))
+    (done,) = made.root.glob("test-float-s0-*/done.json")
+    told = json.loads(done.read_text(encoding="utf-8"))
+    assert ("test_second_half" in told) == other_half
+    assert told["n"] == (limit or 359)
+
+
 @pytest.mark.parametrize("path", sorted(PLANS.glob("*.yaml")), ids=lambda p: p.stem)
 def test_the_plans_that_come_with_it_load_and_rehearse(path: Path) -> None:
     found = Plan.load(path)

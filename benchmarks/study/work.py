@@ -193,9 +193,9 @@ class Study:
             "n": len(data.test),
             "test_top1": quantized.measured(path, subject, "test"),
         }
-        if self.plan.data.choose != "holdout":
+        half, n = len(data.validation), len(data.test)
+        if self.plan.data.choose != "holdout" and half == n // 2:  # a limit may leave no halves
             first, both = quantized.measured(path, subject, "validation"), found["test_top1"]
-            half, n = len(data.validation), len(data.test)
             found["test_second_half"] = round((both * n - first * half) / (n - half), 3)
         return found
 

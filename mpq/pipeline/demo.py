@@ -2,7 +2,7 @@
 
 Two teachers, their ensemble, a student, a distilled student, analysis, PTQ, QAT at 16, 8, 16/8 and
 8/4 bits with and without distillation, export, verification, bench. What it shows is that every
-stage works and how they fit together; 360 test images of 16x16 prove nothing about accuracy.
+stage works and how they fit together; 359 test images of 16x16 prove nothing about accuracy.
 """
 
 from __future__ import annotations
