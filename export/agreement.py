@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from mpq.data import Normalization
 from mpq.data.dataset import Samples, length, rows
 from mpq.errors import DataError
+from mpq.numerics import EXACT_DB
 
 from . import runtime
 from .feeds import Feed, fixed_batch, takes_images
@@ -152,4 +153,4 @@ def _worst(tallies: Sequence[Tally]) -> Agreement:
     found = [(tally, tally.result()) for tally in tallies if tally.kind != "ignored"]
     shares = [100 * r.agreement for _, r in found if r.agreement is not None]
     powers = [r.sqnr_db for _, r in found if r.agreement is None and r.sqnr_db is not None]
-    return Agreement(min(shares, default=None), min(min(powers), 999.0) if powers else None)
+    return Agreement(min(shares, default=None), min(min(powers), EXACT_DB) if powers else None)

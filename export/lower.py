@@ -13,6 +13,7 @@ import copy
 import itertools
 import logging
 import math
+import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -173,6 +174,8 @@ def _export(qg: QuantGraph, free: tuple[str, ...]) -> ir.Model:
     except Exception as error:
         _check_samples(module, example)
         reason = str(error.__cause__ or error).strip().splitlines()[0]
+        if found := re.search(r"target=torch\.ops\.(?:aten\.)?(\w+)", reason):
+            reason = f"ONNX has no form of {found[1]} as it is called here"
         raise ExportError(
             f"torch.onnx cannot export the model: {reason}. Replace that operation, or move it out "
             "of the network."

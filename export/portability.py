@@ -19,7 +19,7 @@ import onnx
 from numpy.typing import NDArray
 
 from mpq.errors import ExportError
-from mpq.numerics import decibels
+from mpq.numerics import EXACT_DB, decibels
 from mpq.target import Arithmetic
 
 from . import foreign, runtime
@@ -197,7 +197,7 @@ def _sqnr(found: Sequence[Array], wanted: Sequence[Array]) -> float | None:
         return None
     noise = sum(float(np.square(a - b, dtype=np.float64).sum()) for a, b in pairs)
     power = sum(float(np.square(b, dtype=np.float64).sum()) for _, b in pairs)
-    return round(min(999.0, decibels(power, noise)), 1) if power else 999.0
+    return round(min(EXACT_DB, decibels(power, noise)), 1) if power else EXACT_DB
 
 
 def _integers(file: Path, optimized: bytes | None) -> tuple[int | None, int | None]:

@@ -26,7 +26,7 @@ from mpq.errors import ExportError
 from mpq.graph.ir import QuantGraph
 from mpq.graph.outputs import classifier
 from mpq.hooks import hooked
-from mpq.numerics import sqnr_db
+from mpq.numerics import EXACT_DB, sqnr_db
 from mpq.quant.fake_quant import FrozenQuant
 from mpq.shown import Shown
 
@@ -148,7 +148,7 @@ class VerifyReport(Shown):
             for row in (report, *report["layers"], *report["outputs"]):
                 for key in ("sqnr_db", "sqnr_db_unoptimized", "logits_sqnr_db"):
                     if row.get(key) is not None:
-                        row[key] = min(row[key], 999.0)  # JSON has no infinity
+                        row[key] = min(row[key], EXACT_DB)
         return json.dumps(data, indent=1)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from test_data_stream import epochs, feed, shards
+from test_data_stream import epochs, feed, shards, working
 from test_loop import NORMALIZE, pictures
 from test_sensitivity import Net
 from torch import nn
@@ -18,7 +18,6 @@ from torch import nn
 from mpq.analyze import Scoring, score_layers
 from mpq.analyze.batches import gather
 from mpq.cli import main
-from mpq.data.stream import working
 from mpq.graph.passes import to_float
 from mpq.processes import leading, ranks_of
 from mpq.rundir import Run

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import tarfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from torch import nn
 
 from mpq.data import Normalization, load_arrays, open_data, sample_indices
 from mpq.data.folders import FolderSplit
-from mpq.data.stream import Stream, working
+from mpq.data.stream import Stream, set_workers, workers
 from mpq.errors import DataError
 from mpq.limits import limited
 from mpq.pipeline.subject import Subject
@@ -36,6 +37,17 @@ from mpq.userimport import trusting
 RECIPE = Recipe(epochs=2, batch=24, accumulate=2, lr=0.05, mixup=0.2, erase=0.3)
 STREAMED = {"arrays_mb": 1e-6}
 """Whatever lies in files is streamed."""
+
+
+@contextmanager
+def working(count: int):
+    """Let so many processes decode while the block runs."""
+    before = workers()
+    set_workers(count)
+    try:
+        yield
+    finally:
+        set_workers(before)
 
 
 @pytest.fixture(autouse=True)

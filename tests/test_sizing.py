@@ -58,15 +58,34 @@ def test_a_large_network_is_not_lowered_for_it(
     assert sized(search, graph, lambda found: Policy()) is search
 
 
-def test_a_network_that_cannot_be_lowered_keeps_the_average(
-    images: Tensor, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(graph: QuantGraph, policy: Policy) -> int:
-        raise ExportError("it cannot be exported")
+class Uneven(nn.Module):
+    """A pooling that ONNX has no operator for."""
 
-    graph, search = searched(nn.Sequential(nn.Flatten(), nn.Linear(192, 4)), images)
-    monkeypatch.setattr(sizing, "file_bytes", refuse)
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 8, 3), nn.Linear(128, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(nn.functional.adaptive_max_pool2d(self.stem(x), 4).flatten(1))
+
+
+REFUSED = "torch.onnx cannot export the model: ONNX has no form of adaptive_max_pool2d as it"
+
+
+def test_a_network_that_cannot_be_lowered_keeps_the_average_and_is_told(
+    images: Tensor, caplog: pytest.LogCaptureFixture
+) -> None:
+    graph, search = searched(Uneven(), images)
     assert sized(search, graph, lambda found: Policy()) is search
+    assert f"mpq export will refuse this network, and sizes are estimates: {REFUSED}" in caplog.text
+
+
+def test_a_network_that_cannot_be_lowered_is_not_trained(images: Tensor) -> None:
+    def loss(outputs: Tensor, batch: Tensor) -> Tensor:
+        return pytest.fail("a step was taken")
+
+    with pytest.raises(ExportError, match=REFUSED):
+        mpq.qat(Uneven().eval(), [images, images], Policy.uniform(8), loss=loss, epochs=1)
 
 
 class Shared(nn.Module):

@@ -7,8 +7,6 @@ take more than the limit `arrays-mb`; who goes through it in slices need not kno
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -40,16 +38,6 @@ def set_workers(count: int) -> None:
     if count < 0:
         raise UsageError(f"--workers must be 0 or more. Got {count}.")
     _workers.set(count)
-
-
-@contextmanager
-def working(count: int) -> Iterator[None]:
-    """Let so many processes decode while the block runs."""
-    token = _workers.set(count)
-    try:
-        yield
-    finally:
-        _workers.reset(token)
 
 
 @dataclass(frozen=True, eq=False)

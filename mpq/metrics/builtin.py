@@ -207,7 +207,7 @@ def kinds_of(answer: Any) -> dict[str, OutputKind]:
 BUILTIN: dict[str, Metric] = {
     "top1": Metric("top1", partial(_hits, count=1), mean),
     "top5": Metric("top5", partial(_hits, count=5), mean),
-    "miou": Metric("miou", _confusion, _mean_iou),
+    "miou": Metric("miou", _confusion, _mean_iou, places=True),
     "map": mean_average_precision(),
     "psnr": Metric("psnr", _psnr, mean),
     "ssim": Metric("ssim", _ssim, mean),

@@ -34,6 +34,7 @@ class Metric:
         higher: whether more is better.
         against: what answers are held against: what comes with the inputs in a batch, or what the
             float network answers (a batch is then the inputs and that answer).
+        places: whether it reads a class for each place, where the only output is a map.
         draws: how often it is computed anew for an interval, where its parts are no floats.
     """
 
@@ -42,6 +43,7 @@ class Metric:
     total: Callable[[Sequence[Any]], float]
     higher: bool = True
     against: Literal["batch", "float"] = "batch"
+    places: bool = False
     draws: int = DRAWS
 
     def value(self, parts: Sequence[Any]) -> float:

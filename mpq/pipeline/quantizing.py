@@ -19,7 +19,7 @@ from mpq.graph.annotate import make_dynamic
 from mpq.graph.ir import QuantGraph
 from mpq.graph.norms import absorb_norms, attach_norms
 from mpq.graph.outputs import stated
-from mpq.graph.passes import prepare
+from mpq.graph.passes import freeze, prepare
 from mpq.metrics.given import LossFunction
 from mpq.outputs import settle as settle_outputs
 from mpq.pipeline.accuracies import after_training
@@ -193,8 +193,11 @@ def run_qat(
     Raises:
         PolicyError, DataError: as `run_ptq`.
         CheckpointError: teachers of other classes.
+        ExportError: the network cannot be lowered, trained or not.
         TrainError: a loss that is not finite, or a checkpoint of another run.
     """
+    from mpq.export.lower import lower  # a second of import that others save
+
     recipe = plan.recipe
     images = subject.sample(policy.data.samples or 512, run.seed, "qat")
     graph = prepare(subject.graph(), settle(policy, subject))
@@ -202,6 +205,7 @@ def run_qat(
     if recipe.progressive_epochs:
         take_widths(graph.module, stage(graph.module, 0, recipe.progressive_epochs))
     quantize_graph(graph, images, progress=run.progress)
+    lower(freeze(graph.copy()))  # what can have no file is refused before it is trained
     if recipe.norm == "live":
         attach_norms(graph, images)
     result = fit(graph.module, data, plan, run, hooks)
@@ -312,7 +316,7 @@ def load_quantized(
         CheckpointError: the file is missing, damaged, or of another kind.
     """
     made_from = origins.chain(path) if path.is_file() else {}
-    if path.name == rundir.FORMER and rundir.is_run(path.parent):
+    if made_from and path.name == rundir.FORMER and rundir.is_run(path.parent):
         logger.warning("%s is as mpq 0.1 named what ptq and qat wrote; it is read until 0.3", path)
     content = KIND.read(path)
     _check_content(content, path)

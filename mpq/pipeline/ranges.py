@@ -20,7 +20,7 @@ from mpq.data import DataSource
 from mpq.errors import DataError, MpqError
 from mpq.graph.passes import prepare
 from mpq.hooks import hooked
-from mpq.numerics import fake_quantize, sqnr_db
+from mpq.numerics import EXACT_DB, fake_quantize, sqnr_db
 from mpq.pipeline.exporting import held_out
 from mpq.pipeline.quantizing import Quantized, load_quantized
 from mpq.pipeline.subject import policy_subject
@@ -72,7 +72,7 @@ def worst(folder: Path, found: Quantized) -> list[str]:
     if path.is_file() and not origins.doubt(path):
         scores = _scores(json.loads(path.read_text(encoding="utf-8")), layers)
         return sorted(layers, key=lambda n: -scores.get(n, 0.0))[:WORST]
-    return sorted(layers, key=lambda n: _weights(layers[n])["sqnr"] or 999.0)[:WORST]
+    return sorted(layers, key=lambda n: _weights(layers[n])["sqnr"] or EXACT_DB)[:WORST]
 
 
 def _scores(sensitivity: Mapping[str, Any], layers: Mapping[str, QuantLayer]) -> dict[str, float]:

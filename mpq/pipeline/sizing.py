@@ -56,8 +56,8 @@ def excess(graph: QuantGraph, policy: Policy, most: float) -> int:
     """Bytes of the file of a float graph above so many; 0 where it cannot be lowered."""
     try:
         return file_bytes(graph, policy) - int(most)
-    except MpqError as error:  # it is the export that says so, if it comes to that
-        logger.info("the size of the file is estimated: %s", error)
+    except MpqError as error:
+        logger.warning("mpq export will refuse this network, and sizes are estimates: %s", error)
         return 0
 
 

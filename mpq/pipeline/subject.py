@@ -83,7 +83,7 @@ class Subject:
         """
         example = self.call or torch.zeros(2, *self.info.input)
         graph = to_float(self.module, example, self.outputs)
-        if self.judging is not None and self.judging.metric.name == "miou":
+        if self.judging is not None and self.judging.metric.places:
             graph.outputs = dict(as_places(graph.outputs))
         return graph
 

@@ -11,9 +11,8 @@ from typing import Any
 
 from mpq.diagnose.facts import NATS, score_unit
 from mpq.noise import interval, margin
+from mpq.numerics import EXACT_DB
 
-EXACT_DB = 999.0
-"""What a file holds where nothing differs at all: JSON has no infinity."""
 DISTILLED = ", distilled"
 NOWHERE = "no images were held out to measure on"
 
