@@ -166,13 +166,14 @@ def make_network(
     """
     part, data = job.plan.network(name), job.plan.data
     begun = time.perf_counter()
-    if part.recipe is None:
-        subject = _read(part, data)
-    else:
-        recipe = job.plan.recipe(part.recipe)
-        subject = _trained(job, part, recipe, start, teachers)
-    metrics = {"epochs": job.plan.epochs(part.recipe), "seed": job.seed}
-    keep(job.folder / FILE, subject, metrics)
+    if not (job.folder / FILE).is_file():  # else a kill came between it and what is told of it
+        if part.recipe is None:
+            subject = _read(part, data)
+        else:
+            recipe = job.plan.recipe(part.recipe)
+            subject = _trained(job, part, recipe, start, teachers)
+        metrics = {"epochs": job.plan.epochs(part.recipe), "seed": job.seed}
+        keep(job.folder / FILE, subject, metrics)
     return _told(job, part) | {"seconds": round(time.perf_counter() - begun, 1)}
 
 

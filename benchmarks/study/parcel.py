@@ -195,7 +195,8 @@ def _open_store(store: Path, folder: Path) -> None:
 @click.option("--bytes", "size", type=int, required=True)
 @click.option("--total", type=int, required=True)
 def _bring(runs: Path, out: Path, size: int, total: int) -> None:
-    taken, left = within(worth(runs), total)
+    new = [(name, path) for name, path in worth(runs) if path.stat().st_mtime]  # 0: from a parcel
+    taken, left = within(new, total)
     for part in write_parts("back", taken, out, size):
         click.echo(f"{part} {part.stat().st_size}")
     for name in left:

@@ -17,41 +17,49 @@ set -euo pipefail
 MiB=$((1024 * 1024))
 PART_BYTES=$((${STUDY_PART_MIB:-60} * MiB))
 TREE_BYTES=$((63 * MiB)) # of 64, with a margin
-BACK_BYTES=$((15 * MiB))
-BACK_TOTAL=$((${STUDY_BACK_MIB:-58} * MiB)) # four files, beside log, rows and table
+LEAST_BYTES=$((8 * MiB))
+BACK_BYTES=$((16 * MiB - 65536))
+BACK_TOTAL=$((${STUDY_BACK_MIB:-62} * MiB)) # four files, beside log, rows and table
 MARGIN=45                                   # seconds to bring back in
 HOME_THERE=${STUDY_HOME:-/var/tmp/study}
 
 here() { "${PYTHON:-.venv/bin/python}" "$@"; }
 
 wheels() { # what a machine with torch lacks, for its Python
-    mkdir -p .parts/wheels
-    [ -z "$(ls .parts/wheels)" ] || return 0
-    local names
+    local names folder=$1
+    mkdir -p "$folder"
+    [ -z "$(ls "$folder")" ] || return 0
     names=$(here -c 'from importlib.metadata import version as v
-print(*(f"{n}=={v(n)}" for n in ("pydantic", "pydantic_core", "annotated-types", "typing-inspection")))')
+print(*(f"{n}=={v(n)}" for n in ("pydantic", "pydantic_core", "annotated-types", "typing-inspection", "typing_extensions")))')
     # shellcheck disable=SC2086
     here -m pip download --quiet --no-deps --only-binary=:all: --python-version "${STUDY_PYTHON:-3.12}" \
         --implementation cp --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 \
-        -d .parts/wheels $names
+        -d "$folder" $names
 }
 
 pack() {
     mkdir -p .parts
-    local plan=${1:?must name a plan} tree size
+    local plan=${1:?must name a plan} tree size wheels=.parts/wheels-${STUDY_PYTHON:-3.12}
     git check-ignore -q .parts || { echo "Error: git must ignore .parts/" >&2; exit 2; }
-    tree=$(git ls-files -z --cached --others --exclude-standard | xargs -0 -r du -cb 2>/dev/null | awk 'END { print $1 }')
+    tree=$(git ls-files -z --cached --others --exclude-standard |
+        { xargs -0 -r du -cb 2>/dev/null || true; } | awk '$2 == "total" { sum += $1 } END { print sum + 0 }')
     size=$((TREE_BYTES - tree < PART_BYTES ? TREE_BYTES - tree : PART_BYTES))
+    if ((size < LEAST_BYTES)); then
+        echo "Error: the tree has $((tree / MiB)) MiB of $((TREE_BYTES / MiB)), which leaves no room for parts. Move" \
+            "benchmarks/results out of it until the machine is given back" >&2
+        exit 2
+    fi
     rm -f .parts/parcel-*
-    wheels
+    wheels "$wheels"
     here -m benchmarks.study.parcel pack "$plan" "runs/study/$(basename "$plan" .yaml)" .parts \
-        --wheels .parts/wheels --bytes "$size"
+        --wheels "$wheels" --bytes "$size"
 }
 
 layout() { # the tree as an installed package: mpq.export and mpq.policies lie beside mpq in the tree
     local code=$HOME_THERE/code
     rm -rf "$code" && mkdir -p "$code"
     cp -r mpq benchmarks "$code/"
+    touch "$code/benchmarks/__init__.py" # else another package of that name would hide it
     cp -r export policies "$code/mpq/"
     export PYTHONPATH=$HOME_THERE/site:$code PYTHONUNBUFFERED=1
     export MPQ_DATA=$HOME_THERE/data MPQ_CACHE=$HOME_THERE/cache
@@ -84,6 +92,7 @@ place() { # in plain shell: nothing is installed there yet
     ((number > 1)) || rm -rf "$HOME_THERE/parts"
     mkdir -p "$HOME_THERE/parts"
     cp "$part" "$HOME_THERE/parts/"
+    python3 -c "import sys, torch; print('Python', sys.version.split()[0], 'torch', torch.__version__, 'CUDA', torch.cuda.is_available())" 2>&1 | tail -n 1 || true
     echo "$name is in $HOME_THERE/parts"
 }
 
@@ -91,11 +100,13 @@ slice() {
     local minutes=${1:?must be minutes} plan=${2:?must name a plan} part=${3:-} name left code=0 begun=$SECONDS
     : "${OUT:?must name the folder whose files come back}"
     name=$(basename "$plan" .yaml)
+    [[ ${STUDY_OPTIONS:-} != *--rehearse* ]] || name=$name-rehearsal
     [ -z "$part" ] || place "$part"
     bootstrap
     layout
     python3 -m benchmarks.study.parcel open "$HOME_THERE/parts" "$HOME_THERE"
     mkdir -p "$HOME_THERE/runs/$name"
+    (cd "$HOME_THERE" && python3 -c "import benchmarks.study.work") # the first import takes long: not of the slice
     left=$((minutes * 60 - (SECONDS - begun) - MARGIN))
     echo "slice of $plan: $left seconds of work"
     # shellcheck disable=SC2086
