@@ -442,6 +442,19 @@ def test_what_is_worth_most_comes_back_first(made: tuple[Path, Path, list[str]])
     assert {n for n, _ in taken} | set(left) == set(names)
 
 
+def test_what_came_in_a_part_does_not_go_back(
+    made: tuple[Path, Path, list[str]], tmp_path: Path
+) -> None:
+    there, back, home = tmp_path / "there", tmp_path / "back", tmp_path / "home"
+    parcel.unpack(parcel.write_parts("parcel", parcel.worth(made[0]), tmp_path, 1 << 24), there)
+    changed = next(there.glob("row-mixed-*/done.json"))
+    changed.write_text(changed.read_text(encoding="utf-8") + "\n", encoding="utf-8")
+    sizes = ["--bytes", str(1 << 24), "--total", str(1 << 24)]
+    CliRunner().invoke(parcel.main, ["bring", str(there), str(back), *sizes])
+    parcel.unpack(list(back.iterdir()), home)
+    assert [p for p in home.rglob("*") if p.is_file()] == [home / changed.relative_to(there)]
+
+
 @pytest.fixture
 def machine(tmp_path: Path) -> dict[str, str]:
     """Variables that make this computer the bare machine that takes parts."""
