@@ -11,13 +11,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("mpq", "export", "policies")
-PACKAGE_LINES = 45_750
+PACKAGE_LINES = 45_800
 """What was there before is to come down to 23,000 and all that is built on it to stay under 26,500.
 Safe reading, locks, the capture of networks, targets, metrics, diagnosis, the report's page,
 streamed data, latency of other computers, timm's way of preparing pictures, a network's own
 training step, residual sums wider than the layers beside them, an export that decomposes only
-what needs it and answers to what newcomers' networks tripped over came before that: take away
-before you add."""
+what needs it, answers to what newcomers' networks tripped over and to what came to light only after
+hours of training came before that: take away before you add."""
 FILE_LINES = 350
 
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from mpq.data import Normalization
 from mpq.data.dataset import Samples, length, rows
 from mpq.errors import DataError
-from mpq.numerics import EXACT_DB
+from mpq.noise import EXACT_DB
 
 from . import runtime
 from .feeds import Feed, fixed_batch, takes_images

@@ -19,7 +19,8 @@ import onnx
 from numpy.typing import NDArray
 
 from mpq.errors import ExportError
-from mpq.numerics import EXACT_DB, decibels
+from mpq.noise import EXACT_DB
+from mpq.numerics import decibels
 from mpq.target import Arithmetic
 
 from . import foreign, runtime

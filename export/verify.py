@@ -26,7 +26,8 @@ from mpq.errors import ExportError
 from mpq.graph.ir import QuantGraph
 from mpq.graph.outputs import classifier
 from mpq.hooks import hooked
-from mpq.numerics import EXACT_DB, sqnr_db
+from mpq.noise import EXACT_DB
+from mpq.numerics import sqnr_db
 from mpq.quant.fake_quant import FrozenQuant
 from mpq.shown import Shown
 

@@ -6,6 +6,8 @@ import math
 
 Z = 1.959964
 """Standard deviations on both sides of the middle that hold 95 % of a normal distribution."""
+EXACT_DB = 999.0
+"""What a file holds where there is no noise at all: JSON has no infinity."""
 
 
 def interval(percent: float, count: int) -> tuple[float, float]:

@@ -14,8 +14,6 @@ from mpq.spec import QuantSpec
 
 TINY = torch.finfo(torch.float32).tiny
 """Smallest scale: an all-zero tensor gets it, so that no division by zero can happen."""
-EXACT_DB = 999.0
-"""What a file holds where nothing differs at all: JSON has no infinity."""
 
 
 def per_axis(values: Tensor, ndim: int, axis: int = 0) -> Tensor:

@@ -15,6 +15,7 @@ from mpq import zoo
 from mpq.checkpoint import load_safe, save_atomic, save_model
 from mpq.data import Normalization
 from mpq.errors import CheckpointError
+from mpq.pipeline.guard import check_teacher
 from mpq.policy import ModelInfo
 from mpq.train.ensemble import Ensemble, Member, load_ensemble, measure, save_ensemble
 from mpq.train.losses import kd_loss, standardize
@@ -385,3 +386,10 @@ def test_a_damaged_file_says_what_is_wrong(tmp_path, how, message):
     save_atomic(content, path)
     with pytest.raises(CheckpointError, match=message):
         load_ensemble(path)
+
+
+def test_a_teacher_of_other_channels_is_refused():
+    member = Member("gray", nn.Identity(), Normalization((0.5,), (0.5,)), input=(1, 8, 8))
+    info = ModelInfo(arch="colour", classes=10, input=(3, 8, 8), normalize="none")
+    with pytest.raises(CheckpointError, match=r"gray must take images of 3 channels.*Got 1"):
+        check_teacher(Ensemble([member]), info)

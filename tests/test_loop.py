@@ -395,6 +395,41 @@ def test_divergence_keeps_the_last_good_epoch(tmp_path):
     assert all(v.isfinite().all() for v in saved["model"].values())
 
 
+def test_weights_that_break_in_the_last_step_of_an_epoch_replace_none(tmp_path):
+    class Late(nn.Module):
+        """A gradient of NaN in the last step of the second epoch, of a finite loss."""
+
+        calls = 0
+
+        def forward(self, x):
+            self.calls += self.training
+            if x.requires_grad and self.calls == 10:
+                x.register_hook(lambda grad: grad * float("nan"))
+            return x
+
+    model = nn.Sequential(network(), Late())
+    with pytest.raises(TrainError, match=r"became non-finite in the last steps of epoch 1"):
+        train(model, tmp_path)
+    saved = torch.load(tmp_path / "checkpoint.pth", weights_only=True)
+    assert saved["epoch"] == len(lines(tmp_path)) == 1
+    assert all(v.isfinite().all() for v in saved["model"].values())
+
+
+def test_a_classifier_may_name_its_only_answer(tmp_path):
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = network()
+
+        def forward(self, x):
+            return {"logits": self.net(x)}
+
+    named, plain = Named(), network()
+    train(named, tmp_path / "a")
+    train(plain, tmp_path / "b")
+    assert_equal_weights(named.net, plain)
+
+
 def test_first_nonfinite_is_none_for_a_sound_model():
     model = network()
     modules = dict(model.named_modules())

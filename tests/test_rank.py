@@ -99,7 +99,9 @@ def test_an_interrupted_ranking_goes_on(here, monkeypatch, capsys):
     Path("r/rank.json").unlink()
     monkeypatch.setattr(ranking, "run_ptq", interrupted)
     monkeypatch.setattr(ranking, "run_train", lambda *args, **kwargs: None)  # trained already
-    assert main(ARGV) == 130
+    assert main(ARGV) == 2
+    assert "of a ranking that did not end. Go on with --resume" in capsys.readouterr().err
+    assert main([*ARGV, "--force"]) == 130
     assert "mpq rank ... --resume goes on from what was saved" in capsys.readouterr().err
     assert [row["name"] for row in rows()] == ["resnet8"]
     monkeypatch.setattr(ranking, "run_ptq", real)

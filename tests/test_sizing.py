@@ -69,6 +69,17 @@ class Uneven(nn.Module):
         return self.head(nn.functional.adaptive_max_pool2d(self.stem(x), 4).flatten(1))
 
 
+class Doubled(nn.Module):
+    """An operator that the runtime has not for these numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 8, 3), nn.Linear(288, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.erf(self.stem(x).double()).float().flatten(1))
+
+
 REFUSED = "torch.onnx cannot export the model: ONNX has no form of adaptive_max_pool2d as it"
 
 
@@ -86,6 +97,8 @@ def test_a_network_that_cannot_be_lowered_is_not_trained(images: Tensor) -> None
 
     with pytest.raises(ExportError, match=REFUSED):
         mpq.qat(Uneven().eval(), [images, images], Policy.uniform(8), loss=loss, epochs=1)
+    with pytest.raises(ExportError, match=r"onnxruntime .* can load.*Erf"):
+        mpq.qat(Doubled().eval(), [images, images], Policy.uniform(8), loss=loss, epochs=1)
 
 
 class Shared(nn.Module):

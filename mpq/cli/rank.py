@@ -9,6 +9,7 @@ import click
 from mpq import rundir
 from mpq.cli import bundles, options, places, terminal, training
 from mpq.data import DataSource, Normalization
+from mpq.errors import UsageError
 from mpq.pipeline.ranking import FILE, PICTURE, Hooks, Ranking, rank
 from mpq.ptq import EFFORTS, Effort
 from mpq.report.ranking import rank_table
@@ -66,6 +67,11 @@ def command(
     folder = places.hold(rundir.resolve_out(out, "rank"))
     if not resume:
         rundir.refuse_overwrite(folder / FILE, force)
+        if not force and (begun := [*folder.glob("*.train"), *folder.glob("*.pth")]):
+            raise UsageError(
+                f"{folder} holds {begun[0].name} of a ranking that did not end. Go on with "
+                "--resume, start anew with --force, or write elsewhere with -o."
+            )
     how = Ranking(
         effective_bits=effective_bits or Ranking.effective_bits,
         effort=effort,

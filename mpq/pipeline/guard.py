@@ -50,14 +50,19 @@ def check_start(
 
 
 def check_teacher(teacher: Ensemble | None, info: ModelInfo) -> None:
-    """Refuse teachers of other classes than the student's.
+    """Refuse teachers of other classes or channels than the student's.
 
     Raises:
-        CheckpointError: a member has another number of classes.
+        CheckpointError: a member has another number of classes or channels.
     """
     for member in teacher.members if teacher else ():
         if member.classes and member.classes != info.classes:
             raise CheckpointError(
                 f"teacher {member.name} must have the {info.classes} classes of {info.arch}. "
                 f"Got {member.classes}. Give teachers that were trained on the same data."
+            )
+        if member.input and member.input[0] != info.input[0]:
+            raise CheckpointError(
+                f"teacher {member.name} must take images of {info.input[0]} channels, as "
+                f"{info.arch} does. Got {member.input[0]}."
             )

@@ -193,10 +193,12 @@ def run_qat(
     Raises:
         PolicyError, DataError: as `run_ptq`.
         CheckpointError: teachers of other classes.
-        ExportError: the network cannot be lowered, trained or not.
+        ExportError: the network can have no file that runs, trained or not.
         TrainError: a loss that is not finite, or a checkpoint of another run.
     """
-    from mpq.export.lower import lower  # a second of import that others save
+    from mpq.export import runtime  # a second of import that others save
+    from mpq.export.lower import lower
+    from mpq.export.onnx_file import serialize
 
     recipe = plan.recipe
     images = subject.sample(policy.data.samples or 512, run.seed, "qat")
@@ -205,7 +207,7 @@ def run_qat(
     if recipe.progressive_epochs:
         take_widths(graph.module, stage(graph.module, 0, recipe.progressive_epochs))
     quantize_graph(graph, images, progress=run.progress)
-    lower(freeze(graph.copy()))  # what can have no file is refused before it is trained
+    runtime.session(serialize(lower(freeze(graph.copy()))))  # is there a file, and one that runs?
     if recipe.norm == "live":
         attach_norms(graph, images)
     result = fit(graph.module, data, plan, run, hooks)

@@ -20,7 +20,8 @@ from mpq.data import DataSource
 from mpq.errors import DataError, MpqError
 from mpq.graph.passes import prepare
 from mpq.hooks import hooked
-from mpq.numerics import EXACT_DB, fake_quantize, sqnr_db
+from mpq.noise import EXACT_DB
+from mpq.numerics import fake_quantize, sqnr_db
 from mpq.pipeline.exporting import held_out
 from mpq.pipeline.quantizing import Quantized, load_quantized
 from mpq.pipeline.subject import policy_subject

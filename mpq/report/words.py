@@ -10,8 +10,7 @@ from pathlib import PurePath
 from typing import Any
 
 from mpq.diagnose.facts import NATS, score_unit
-from mpq.noise import interval, margin
-from mpq.numerics import EXACT_DB
+from mpq.noise import EXACT_DB, interval, margin
 
 DISTILLED = ", distilled"
 NOWHERE = "no images were held out to measure on"

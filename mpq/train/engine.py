@@ -32,7 +32,7 @@ from mpq.train.answers import Answers, answer_folders
 from mpq.train.augment import Targets, epoch_rng
 from mpq.train.bf16 import autocast
 from mpq.train.compiled import compiled
-from mpq.train.evaluate import normalize_unit
+from mpq.train.evaluate import class_logits, normalize_unit
 from mpq.train.feed import Share, feed_of
 from mpq.train.metrics import Record, Totals
 from mpq.train.objective import Objective, Parts
@@ -232,7 +232,7 @@ class Engine:
     ) -> tuple[Parts, Tensor, Tensor | None]:
         """The loss of a classifier, its logits and labels."""
         with self._autocast():
-            student: Tensor = self.forward(self._input(images))
+            student = class_logits(self.forward(self._input(images)))
             teachers = self._teach(images)
         self._check_logits(student, teachers)
         labels = targets.for_classes(student.shape[1], partial=self.feed.partial)

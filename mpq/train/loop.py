@@ -14,6 +14,7 @@ from pathlib import Path
 from torch import nn
 
 from mpq.batch import died
+from mpq.errors import TrainError
 from mpq.rundir import Run
 from mpq.train.engine import Engine
 from mpq.train.evaluate import accuracy, check_fits, check_images
@@ -132,6 +133,7 @@ def _epoch(
         record = engine.train_epoch(state.epoch, hooks.on_step)
     except RuntimeError as error:
         raise died(error) or error from error
+    _check_finite(engine)
     record["val_top1"] = _validate(state.evaluated, data)
     if judge is not None:
         _keep_best(engine, judge, record)
@@ -149,6 +151,20 @@ def _epoch(
         if not due and kept is not None:
             state.save(kept)
         raise
+
+
+def _check_finite(engine: Engine) -> None:
+    """Refuse what an epoch ends with before it takes the place of the epoch before.
+
+    The loss of a step is looked at before its gradients are taken: those of the last one are not.
+    """
+    for name, weight in engine.model.named_parameters():
+        if not bool(weight.isfinite().all()):
+            raise TrainError(
+                f"{name} became non-finite in the last steps of epoch {engine.state.epoch}. Try a "
+                f"lower lr (now {engine.recipe.lr:g}) or clip_norm (now "
+                f"{engine.recipe.clip_norm:g}); the checkpoint of the epoch before is intact."
+            )
 
 
 def _begin(engine: Engine, run: Run) -> None:
