@@ -50,7 +50,7 @@ def main(
     """Make what is missing of a PLAN, or `check RESULTS`: measure what was kept again.
 
     Exit code 0: all is made, or as it was written. 1: `check` found a difference. 2: a plan, file
-    or option is wrong. 3: the time limit was reached; the same command goes on.
+    or option is wrong. 3: the time limit was reached, 130: Ctrl-C; the same command goes on.
     """
     keep_freed()  # as mpq's commands do
     try:
@@ -68,6 +68,9 @@ def main(
     except TimeUpError:
         click.echo("the time is up: what is finished is kept, and the same command goes on")
         sys.exit(TIME_UP)
+    except KeyboardInterrupt:
+        click.echo("stopped: what is finished is kept, and the same command goes on", err=True)
+        sys.exit(130)
     except MpqError as error:
         click.echo(f"Error: {error}", err=True)
         sys.exit(2)

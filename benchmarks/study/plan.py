@@ -14,8 +14,11 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from mpq import zoo
+from mpq.data import Normalization
 from mpq.errors import UsageError, nearest
 from mpq.policy import Constraints
+from mpq.spec import weight_spec
 from mpq.train.recipe import Recipe
 
 PLANS = Path(__file__).parent / "plans"
@@ -73,6 +76,10 @@ class Network(Strict):
             raise ValueError(f"network {self.name} must have an arch or a start to train")
         if self.checkpoint and (self.start or self.teachers):
             raise ValueError(f"network {self.name} has a checkpoint: start and teachers train")
+        if self.arch and ":" not in self.arch:
+            zoo.input_size(self.arch)  # refuses a name that there is not
+        if self.normalize:
+            Normalization.parse(self.normalize)
         return self
 
 
@@ -96,6 +103,11 @@ class Widths(Strict):
             raise ValueError("a policy must have uniform widths or a budget, not both")
         if (self.ends or self.residual) is not None and self.uniform is None:
             raise ValueError("ends and residual are those of a policy with uniform widths")
+        for bits in (*self.bits, *(self.uniform or ()), self.ends or 8, self.residual or 8):
+            weight_spec(bits)  # refuses a width that there is not
+        wanted = self.budget and self.budget.effective_bits
+        if wanted and not min(self.bits) <= wanted <= max(self.bits):
+            raise ValueError(f"effective_bits must be within bits {self.bits}. Got {wanted:g}")
         return self
 
 
@@ -153,7 +165,14 @@ class Rank(Strict):
 
     candidates: tuple[str, ...]
     recipe: str
-    effective_bits: float = 4.8
+    effective_bits: float = Field(default=4.8, ge=4, le=8)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for name in self.candidates:
+            if not (":" in name or Path(name).is_file()):
+                zoo.input_size(name)
+        return self
 
 
 class Plan(Strict):

@@ -29,6 +29,7 @@ from benchmarks.study.shelf import Result, Shelf, claim
 from benchmarks.study.stages import Stage, slug
 from mpq import files
 from mpq.cpu import this_cpu
+from mpq.errors import UsageError
 from mpq.policy import Policy
 from mpq.report.plots import png
 from mpq.targets import this_target
@@ -64,6 +65,18 @@ def setting(device: str = "cpu") -> dict[str, str]:
     }
 
 
+def begin(kept: Path, plan: Plan) -> None:
+    """Make the folder of the results, before hours of work that is to go there.
+
+    Raises:
+        UsageError: it belongs to another plan, or holds something else.
+    """
+    if kept.exists() and not kept.is_dir():
+        raise UsageError(f"the results must go to a folder. Got {kept}, which is a file.")
+    kept.mkdir(parents=True, exist_ok=True)
+    claim(kept, plan.name)
+
+
 def write(plan: Plan, shelf: Shelf, kept: Path, stages: Sequence[Stage]) -> None:
     """Write rows, table, curves and files of all that is finished, whoever made it when.
 
@@ -72,8 +85,6 @@ def write(plan: Plan, shelf: Shelf, kept: Path, stages: Sequence[Stage]) -> None
     """
     done = _Finished(plan, shelf, kept, stages)
     rows = [s for s in stages if s.kind == "row"]
-    kept.mkdir(parents=True, exist_ok=True)
-    claim(kept, plan.name)
     known = {line["key"]: line for line in read_csv(kept / "rows.csv")}
     found = {s: done.line(s) if s.name in done.made else known.get(s.key[:10]) for s in rows}
     lines = [_as_planned(plan, line) for line in found.values() if line is not None]

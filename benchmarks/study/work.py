@@ -65,6 +65,7 @@ class Study:
         stages = {s.name: s for s in select(every, only, given)}
         self._check_classes(stages.values(), len(data.classes))
         with self.shelf.locked():
+            results.begin(self.kept, self.plan)
             made: dict[str, Result] = {}
             try:
                 for number, stage in enumerate(stages.values(), start=1):
