@@ -99,12 +99,12 @@ def test_an_interrupted_ranking_goes_on(here, monkeypatch, capsys):
     Path("r/rank.json").unlink()
     monkeypatch.setattr(ranking, "run_ptq", interrupted)
     monkeypatch.setattr(ranking, "run_train", lambda *args, **kwargs: None)  # trained already
-    assert main(ARGV) == 2
-    assert "of a ranking that did not end. Go on with --resume" in capsys.readouterr().err
-    assert main([*ARGV, "--force"]) == 130
+    assert main(ARGV) == 130
     assert "mpq rank ... --resume goes on from what was saved" in capsys.readouterr().err
     assert [row["name"] for row in rows()] == ["resnet8"]
     monkeypatch.setattr(ranking, "run_ptq", real)
+    assert main(ARGV) == 2
+    assert "r holds a ranking. Go on with --resume" in capsys.readouterr().err
     assert main([*ARGV, "--resume"]) == 0
     assert len(rows()) == 2
 
@@ -131,7 +131,7 @@ def test_the_plot_has_a_line_for_each_network(here, arranged):
         ("rank resnet21 -o a", "resnet20"),
         ("rank none.pth -o a", "checkpoint none.pth does not exist"),
         ("rank resnet8 resnet8 -o a", "every candidate must be named once. Got resnet8 twice"),
-        ("rank resnet8 -o r", "r/rank.json exists already"),
+        ("rank resnet8 -o r", "r holds a ranking"),
         ("rank resnet8 -o r --resume", "was measured with other settings (data, "),
         ("rank resnet8 -o a --effective-bits 4,5", "'4,5' is not a valid float"),
         ("rank resnet8 -o a --effective-bits 0", "must be a number above 0"),
@@ -161,3 +161,28 @@ def test_hints_and_help_name_options_that_there_are(here, capsys):
     assert "--bits" not in told
     assert main(["train", "resnet8", "--data", "digits", "--teacher", "tiny.pth"]) == 2
     assert "Name the network with --teacher-model NAME" in capsys.readouterr().err
+
+
+def test_what_cannot_be_ranked_is_told_before_others_are_trained(here, monkeypatch, capsys):
+    trained = []
+    monkeypatch.setattr(ranking, "run_train", lambda *args, **kwargs: trained.append(args))
+    Path("half.pth").write_bytes(Path("r/resnet8.pth").read_bytes()[:5000])
+    argv = ["rank", "resnet8", "half.pth", *QUICK, *FEW, "-o", "new"]
+    assert main(argv) == 2
+    assert "half.pth" in capsys.readouterr().err
+    argv = ["rank", "resnet8", *QUICK, *FEW, "-o", "new", "--effective-bits", "3"]
+    assert main(argv) == 2
+    assert "--effective-bits must be in 4..8. Got 3" in capsys.readouterr().err
+    assert trained == []
+
+
+def test_settings_stand_from_the_start(here, monkeypatch, capsys):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ranking, "run_train", interrupted)
+    argv = ["rank", "resnet8", *QUICK, *FEW, "-o", "new"]
+    assert main(argv) == 130
+    assert rows("new/rank.json") == []
+    assert main([*argv, "--resume", "--seed", "5"]) == 2
+    assert "was measured with other settings (seed)" in capsys.readouterr().err

@@ -66,12 +66,12 @@ def command(
     """
     folder = places.hold(rundir.resolve_out(out, "rank"))
     if not resume:
-        rundir.refuse_overwrite(folder / FILE, force)
-        if not force and (begun := [*folder.glob("*.train"), *folder.glob("*.pth")]):
+        if (folder / FILE).exists() and not force:
             raise UsageError(
-                f"{folder} holds {begun[0].name} of a ranking that did not end. Go on with "
-                "--resume, start anew with --force, or write elsewhere with -o."
+                f"{folder} holds a ranking. Go on with --resume, start anew with --force, or write "
+                "elsewhere with -o."
             )
+        rundir.refuse_overwrite(folder / FILE, force)
     how = Ranking(
         effective_bits=effective_bits or Ranking.effective_bits,
         effort=effort,

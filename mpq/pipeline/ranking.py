@@ -108,11 +108,15 @@ def rank(
         UsageError: a candidate that is neither a file nor an architecture, or one named twice.
         CheckpointError, DataError, TrainError: as opening and training do.
     """
-    _check(candidates, source)
+    _check(candidates, source, how)
     folder = run.folder or rundir.RUNS / "rank"
     identity = how.identity(source.data, run.seed)
     known = _known(folder / FILE, identity) if run.resume else {}
     bench = _Bench(source, how, replace(run, folder=folder), normalize, hooks or Hooks())
+    for name in candidates:
+        if name not in known and Path(name).is_file():
+            bench.open(name)  # refuses it before others are trained
+    _write(folder, identity, list(known.values()))  # the settings of what is trained from here on
     rows = []
     for place, name in enumerate(candidates):
         if name not in known:
@@ -131,10 +135,15 @@ def _order(row: Mapping[str, Any]) -> tuple[float, float]:
     return -mixed["top1"], mixed["bytes"]
 
 
-def _check(candidates: Sequence[str], source: DataSource) -> None:
+def _check(candidates: Sequence[str], source: DataSource, how: Ranking) -> None:
     """Refuse what cannot be ranked, before anything is trained."""
     if source.data == "none":
         raise UsageError("--data must name images to measure on: ranking without any is no use.")
+    narrow, wide = (FORMS[form][0] for form in ("4", "8"))
+    if not narrow <= how.effective_bits <= wide:
+        raise UsageError(
+            f"--effective-bits must be in {narrow}..{wide}. Got {how.effective_bits:g}."
+        )
     twice = sorted({name for name in candidates if list(candidates).count(name) > 1})
     if twice:
         raise UsageError(f"every candidate must be named once. Got {twice[0]} twice.")
@@ -271,4 +280,5 @@ def _write(folder: Path, identity: Mapping[str, Any], rows: Sequence[Mapping[str
     """What is measured so far, and the picture of it."""
     with together(rundir.touch_run(folder)) as aside:
         files.write_json(aside / FILE, {"settings": dict(identity), "rows": list(rows)})
-        files.write_bytes(aside / PICTURE, png(rank_plot(rows)))
+        if rows:
+            files.write_bytes(aside / PICTURE, png(rank_plot(rows)))
