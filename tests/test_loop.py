@@ -375,6 +375,12 @@ def test_a_broken_teacher_is_named(tmp_path):
         train(network(), tmp_path, teacher=ensemble)
 
 
+def assert_first_epoch_is_kept(folder):
+    saved = torch.load(folder / "checkpoint.pth", weights_only=True)
+    assert saved["epoch"] == len(lines(folder)) == 1
+    assert all(v.isfinite().all() for v in saved["model"].values())
+
+
 def test_divergence_keeps_the_last_good_epoch(tmp_path):
     class Fuse(nn.Module):
         """Breaks in the second epoch."""
@@ -390,9 +396,7 @@ def test_divergence_keeps_the_last_good_epoch(tmp_path):
     model = nn.Sequential(network(), Fuse())
     with pytest.raises(TrainError, match=r"epoch 1, step 2.*: 1 \(Fuse\).*last finished epoch"):
         train(model, tmp_path)
-    saved = torch.load(tmp_path / "checkpoint.pth", weights_only=True)
-    assert saved["epoch"] == len(lines(tmp_path)) == 1
-    assert all(v.isfinite().all() for v in saved["model"].values())
+    assert_first_epoch_is_kept(tmp_path)
 
 
 def test_weights_that_break_in_the_last_step_of_an_epoch_replace_none(tmp_path):
@@ -410,9 +414,7 @@ def test_weights_that_break_in_the_last_step_of_an_epoch_replace_none(tmp_path):
     model = nn.Sequential(network(), Late())
     with pytest.raises(TrainError, match=r"became non-finite in the last steps of epoch 1"):
         train(model, tmp_path)
-    saved = torch.load(tmp_path / "checkpoint.pth", weights_only=True)
-    assert saved["epoch"] == len(lines(tmp_path)) == 1
-    assert all(v.isfinite().all() for v in saved["model"].values())
+    assert_first_epoch_is_kept(tmp_path)
 
 
 def test_a_classifier_may_name_its_only_answer(tmp_path):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +25,7 @@ from mpq.policy import DataInfo, LayerPolicy, Policy
 from mpq.ptq import PtqSettings
 from mpq.rundir import Run
 from mpq.spec import activation_spec, weight_spec
+from mpq.threads import allowed
 
 SCORED = 512
 MODEL, POLICY, FLOAT = "model.onnx", "policy.yaml", "float.onnx"
@@ -82,7 +82,7 @@ def measured(path: Path, subject: Subject, split: str) -> float | None:
         right = top1(path, rows(images, part), labels[part], subject.normalize)
         return right * (stop - start) / len(labels)
 
-    count = min(len(labels), len(os.sched_getaffinity(0)))
+    count = min(len(labels), allowed())
     edges = [len(labels) * i // count for i in range(count + 1)]
     with ThreadPoolExecutor(count) as pool:  # each with a session of its own, on one core
         return round(sum(pool.map(share, edges[:-1], edges[1:])), 3)

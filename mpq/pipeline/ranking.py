@@ -113,15 +113,15 @@ def rank(
     identity = how.identity(source.data, run.seed)
     known = _known(folder / FILE, identity) if run.resume else {}
     bench = _Bench(source, how, replace(run, folder=folder), normalize, hooks or Hooks())
-    for name in candidates:
-        if name not in known and Path(name).is_file():
-            bench.open(name)  # refuses it before others are trained
+    # Files are opened first: what is wrong with one is told before others are trained.
+    ready = {n: bench.open(n) for n in candidates if n not in known and Path(n).is_file()}
     _write(folder, identity, list(known.values()))  # the settings of what is trained from here on
     rows = []
     for place, name in enumerate(candidates):
         if name not in known:
             bench.hooks.tell(f"{name} ({place + 1} of {len(candidates)})")
-            known[name] = bench.measure(name, bench.open(name))
+            subject = ready.pop(name) if name in ready else bench.open(name)
+            known[name] = bench.measure(name, subject)
             _write(folder, identity, [known[n] for n in candidates if n in known])
         rows.append(known[name])
     rows = sorted(rows, key=_order)
